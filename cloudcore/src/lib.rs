@@ -1,0 +1,1 @@
+//! cloudcore: watches the apiserver and keeps edge nodes in step with it.

@@ -1,0 +1,29 @@
+//! What cloudcore and edgecore agree on: the frames of the link, the two sync state machines, the payloads of reports and, with
+//! the feature `cri`, the CRI bindings.
+//!
+//! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
+
+pub mod payload;
+pub mod sync;
+
+/// The frames of the link, generated from `wire/link.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
+pub mod wire {
+    include!(concat!(env!("OUT_DIR"), "/skerry.link.v1.rs"));
+}
+
+/// CRI v1, client and server, generated from `cri/cri.proto`.
+#[cfg(feature = "cri")]
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, deprecated)]
+pub mod cri {
+    include!(concat!(env!("OUT_DIR"), "/runtime.v1.rs"));
+}
+
+/// The label that makes a Node an edge node.
+pub const EDGE_LABEL: &str = "node-role.kubernetes.io/edge";
+/// Node annotation: `"false"` switches autonomy off (the default for edge nodes is on).
+pub const AUTONOMY_ANNOTATION: &str = "skerry.dev/autonomy";
+/// Node annotation: the addresses of the box itself, comma separated.
+pub const ADDRESSES_ANNOTATION: &str = "skerry.dev/addresses";
+/// The port of cloudcore, TCP and later UDP, unless told otherwise.
+pub const DEFAULT_PORT: u16 = 10000;

@@ -1,0 +1,128 @@
+//! State sync between one cloud (the hub side) and one edge: two machines, [`Hub`] and [`Edge`], that do no IO.
+//!
+//! What they guarantee: an edge whose link works converges to what the hub is told to be desired; per object no version goes
+//! backwards; nothing is deleted but by an explicit delete of a UID, which a hub sends only for a collection declared complete.
+//! Time is a [`Duration`] since any fixed origin of the caller's.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+pub use self::digest::Digest;
+pub use self::edge::{Edge, EdgeInput, EdgeOutput, Op};
+pub use self::hub::{Hub, HubInput, HubOutput};
+pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
+
+mod digest;
+mod edge;
+mod hub;
+#[cfg(test)]
+mod tests;
+
+/// The protocol versions this code speaks, inclusive.
+pub const PROTOCOL: std::ops::RangeInclusive<u32> = 1..=1;
+/// Every collection, in the order in which they are sent: what pods need goes before the pods.
+pub const COLLECTIONS: [Collection; 8] = [
+    Collection::Settings,
+    Collection::Node,
+    Collection::Services,
+    Collection::RuntimeClasses,
+    Collection::ConfigMaps,
+    Collection::Secrets,
+    Collection::Tokens,
+    Collection::Pods,
+];
+/// An edge that sent nothing for this long sends a ping.
+pub const PING_AFTER: Duration = Duration::from_secs(12);
+/// A side that heard nothing for this long takes the session for dead.
+pub const DEAD_AFTER: Duration = Duration::from_secs(28);
+/// The largest frame either side accepts, in bytes.
+pub const MAX_FRAME: usize = 4 << 20;
+/// The largest object after decompression, in bytes. etcd takes no more than 1.5 MiB; base64 and JSON come on top.
+pub const MAX_OBJECT: usize = 3 << 20;
+
+/// One row: what it is called, which one of that name it is, and which state of it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// `namespace/name`, or `name` for what has no namespace.
+    pub key: String,
+    /// The identity.
+    pub uid: String,
+    /// Opaque; compared for equality only.
+    pub version: u64,
+}
+
+/// An object as the hub sends it; cloning shares the payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// Which collection it belongs to.
+    pub collection: Collection,
+    /// Name, identity, version.
+    pub entry: Entry,
+    /// How `payload` is encoded.
+    pub encoding: Encoding,
+    /// The JSON, encoded once whatever the number of edges that get it.
+    pub payload: Bytes,
+}
+
+impl Object {
+    /// Makes an object of its JSON; the version is a fingerprint of it, so that every replica computes the same one.
+    pub fn new(collection: Collection, key: String, uid: String, json: &[u8]) -> Self {
+        let version = xxhash_rust::xxh3::xxh3_64(json);
+        Self::with_version(collection, Entry { key, uid, version }, json)
+    }
+
+    /// Makes an object whose version has another meaning than its content (a token's).
+    pub fn with_version(collection: Collection, entry: Entry, json: &[u8]) -> Self {
+        let (encoding, payload) = encode(json);
+        Self { collection, entry, encoding, payload }
+    }
+}
+
+/// Something the edge observed, on its way to the apiserver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Rises with every report of one store; the newest of one key replaces older ones.
+    pub id: u64,
+    /// What is reported.
+    pub kind: ReportKind,
+    /// Namespace of the object it is about, empty for a Node.
+    pub namespace: String,
+    /// Name of the object it is about.
+    pub name: String,
+    /// UID of the object it is about.
+    pub uid: String,
+    /// JSON.
+    pub payload: Bytes,
+}
+
+/// Compresses what is worth it (over 512 bytes).
+pub fn encode(json: &[u8]) -> (Encoding, Bytes) {
+    if json.len() > 512
+        && let Ok(small) = zstd::bulk::compress(json, 3)
+        && small.len() < json.len()
+    {
+        return (Encoding::Zstd, small.into());
+    }
+    (Encoding::Raw, Bytes::copy_from_slice(json))
+}
+
+/// Undoes [`encode`], refusing more than [`MAX_OBJECT`] bytes.
+pub fn decode(encoding: Encoding, payload: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    match encoding {
+        Encoding::Raw if payload.len() > MAX_OBJECT => Err(DecodeError::TooLarge),
+        Encoding::Raw => Ok(payload.to_vec()),
+        Encoding::Zstd => zstd::bulk::decompress(payload, MAX_OBJECT).map_err(DecodeError::Zstd),
+    }
+}
+
+/// Why a payload cannot be decoded.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// More than [`MAX_OBJECT`].
+    #[error("object of more than {MAX_OBJECT} bytes")]
+    TooLarge,
+    /// Not zstd, or more than [`MAX_OBJECT`] when decompressed.
+    #[error("damaged or oversized compressed object")]
+    Zstd(#[source] std::io::Error),
+}

@@ -1,0 +1,1 @@
+//! Seeded schedules over an in-memory pair.
