@@ -1,6 +1,7 @@
 //! A 128-bit hash of a set of rows that does not depend on their order and is kept up to date in O(1) for each change.
 
 use super::Entry;
+use crate::wire::{self, Collection};
 
 /// Count and sum modulo 2^128 of the hash of every row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,16 @@ impl Digest {
     pub fn remove(&mut self, row: &Entry) {
         self.count -= 1;
         self.sum = self.sum.wrapping_sub(hash(row));
+    }
+
+    pub(super) fn to_wire(self, collection: Collection) -> wire::Digest {
+        let sum = self.sum.to_be_bytes().to_vec().into();
+        wire::Digest { collection: collection.into(), count: self.count, sum }
+    }
+
+    pub(super) fn from_wire(digest: &wire::Digest) -> Option<Self> {
+        let sum = digest.sum.as_ref().try_into().ok()?;
+        Some(Self { count: digest.count, sum: u128::from_be_bytes(sum) })
     }
 }
 

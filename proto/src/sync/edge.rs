@@ -1,18 +1,43 @@
 //! The edge's side of the link: outlives sessions, lives as long as the store is open.
+//!
+//! It knows of every row of the store its name and version, no more. It applies what the cloud sends in order, acknowledges what is
+//! durable, keeps a digest for each collection, and drains the outbox: reports are sent in order, kept until the cloud says what
+//! became of them, and sent again on the next session otherwise.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use super::{Entry, Object, Report};
-use crate::wire::{self, Collection, Frame};
+use super::{
+    COLLECTIONS, DEAD_AFTER, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL, REPORT_WINDOW,
+    Report, decode, encode, rank,
+};
+use crate::wire::{self, Collection, Frame, frame::Body, goodbye::Reason};
+
+/// Durable changes that are acknowledged at the latest, though more of them are on their way to the disk.
+const ACK_EVERY: u64 = 16;
 
 /// The edge's side of the link.
 #[derive(Debug)]
-pub struct Edge {}
+pub struct Edge {
+    node: String,
+    boot_id: String,
+    store_id: String,
+    agent: String,
+    last_epoch: u64,
+    collections: [Rows; COLLECTIONS.len()],
+    /// Waiting to be sent, in order of id.
+    queued: VecDeque<Report>,
+    /// Sent in this session, in order of id.
+    sent: VecDeque<Report>,
+    /// Names the next [`EdgeOutput::Apply`]; goes on over sessions, so that a commit that ends late acknowledges nothing of another.
+    next_ticket: u64,
+    session: Option<Session>,
+}
 
 /// One change of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Insert or replace the row of this UID.
+    /// Insert or replace the row of this UID. The payload is decoded.
     Upsert(Object),
     /// Remove the row of this UID.
     Delete(Collection, String),
@@ -25,12 +50,12 @@ pub enum EdgeInput {
     Connected,
     /// A frame of the cloud's.
     Frame(Frame),
-    /// The batch that ended with this sequence number is durable.
+    /// The batch of this ticket, and every one before it, is durable.
     Committed {
-        /// [`EdgeOutput::Apply`]'s `seq`.
-        seq: u64,
+        /// [`EdgeOutput::Apply`]'s `ticket`.
+        ticket: u64,
     },
-    /// The outbox holds this report (new, or left from before): given in order of id, again after each reconnect is not needed.
+    /// The outbox holds this report, new or left from before a restart; in order of id, each once.
     Report(Report),
     /// The connection is gone.
     Disconnected,
@@ -50,12 +75,13 @@ pub enum EdgeOutput {
         /// The cloud's clock, Unix milliseconds.
         server_time: u64,
     },
-    /// Write these to the store in one transaction, then answer [`EdgeInput::Committed`].
+    /// Write these to the store in one transaction, then answer [`EdgeInput::Committed`]. If that fails, make a new [`Edge`] from what
+    /// the store holds: this one is ahead of it.
     Apply {
         /// In order.
         ops: Vec<Op>,
-        /// Sequence number of the last one.
-        seq: u64,
+        /// Names this batch.
+        ticket: u64,
     },
     /// The cloud has taken (`refused` empty) or refused the report: remove it from the outbox.
     Reported {
@@ -64,29 +90,359 @@ pub enum EdgeOutput {
         /// Why it was refused; empty if it was taken.
         refused: String,
     },
-    /// A digest check agreed: what the store holds is what the cloud wants.
-    InSync,
+    /// A digest check agreed: what the store holds of this collection is what the cloud wants.
+    InSync(Collection),
     /// End the connection; if `Some`, send this Goodbye first.
     Close(Option<wire::Goodbye>),
-    /// The cloud ended the session and said why.
+    /// The cloud ended the session and said why. A [`EdgeOutput::Close`] follows.
     Dismissed(wire::Goodbye),
+}
+
+#[derive(Debug, Default)]
+struct Rows {
+    rows: BTreeMap<String, (String, u64)>,
+    digest: Digest,
+}
+
+#[derive(Debug)]
+struct Session {
+    established: bool,
+    /// The last sequence number applied.
+    seq: u64,
+    acked: u64,
+    /// Batches on their way to the disk, and what becomes acknowledgeable when they are there.
+    pending: VecDeque<(u64, u64)>,
+    last_heard: Duration,
+    last_sent: Duration,
+    last_ping: Duration,
+    pings: u64,
 }
 
 impl Edge {
     /// An edge whose store holds `rows`.
-    pub fn new(node: &str, boot_id: &str, store_id: &str, agent: &str, last_epoch: u64, rows: impl IntoIterator<Item = (Collection, Entry)>) -> Self {
-        let _ = (node, boot_id, store_id, agent, last_epoch, rows.into_iter());
-        todo!()
+    pub fn new(
+        node: &str,
+        boot_id: &str,
+        store_id: &str,
+        agent: &str,
+        last_epoch: u64,
+        rows: impl IntoIterator<Item = (Collection, Entry)>,
+    ) -> Self {
+        let mut edge = Self {
+            node: node.to_owned(),
+            boot_id: boot_id.to_owned(),
+            store_id: store_id.to_owned(),
+            agent: agent.to_owned(),
+            last_epoch,
+            collections: Default::default(),
+            queued: VecDeque::new(),
+            sent: VecDeque::new(),
+            next_ticket: 1,
+            session: None,
+        };
+        for (collection, entry) in rows {
+            if let Some(order) = rank(collection) {
+                edge.collections[order].set(&entry.uid, Some((entry.key, entry.version)));
+            }
+        }
+        edge
     }
 
     /// Takes an input at a time.
     pub fn step(&mut self, now: Duration, input: EdgeInput) -> Vec<EdgeOutput> {
-        let _ = (now, input);
-        todo!()
+        let mut out = Vec::new();
+        match input {
+            EdgeInput::Connected => self.connected(now, &mut out),
+            EdgeInput::Frame(frame) => {
+                let Some(session) = &mut self.session else { return out };
+                session.last_heard = now;
+                if let Err(violation) = self.frame(frame, &mut out) {
+                    self.session = None;
+                    let reason = Reason::Protocol.into();
+                    out.push(EdgeOutput::Close(Some(wire::Goodbye { reason, message: violation, retry_after_ms: 0 })));
+                }
+            }
+            EdgeInput::Committed { ticket } => self.committed(ticket, &mut out),
+            EdgeInput::Report(report) => {
+                // The newest of what is kept only once replaces an older one that has not been sent.
+                if super::is_coalesced(report.kind) {
+                    self.queued.retain(|old| old.kind != report.kind || old.uid != report.uid);
+                }
+                self.queued.push_back(report);
+            }
+            EdgeInput::Disconnected => self.session = None,
+            EdgeInput::Timeout => self.timeout(now, &mut out),
+        }
+        self.drain(&mut out);
+        if let Some(session) = &mut self.session
+            && out.iter().any(|output| matches!(output, EdgeOutput::Send(_)))
+        {
+            session.last_sent = now;
+        }
+        out
     }
 
     /// When [`EdgeInput::Timeout`] is due; `None` without a connection.
     pub fn next_timeout(&self) -> Option<Duration> {
-        todo!()
+        self.session.as_ref().map(|session| {
+            let dead = session.last_heard + DEAD_AFTER;
+            if session.established { session.ping_due().min(dead) } else { dead }
+        })
     }
+
+    fn connected(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
+        // What was sent on the last session and not answered goes again, before what is newer, except what was replaced meanwhile.
+        let unanswered: Vec<Report> = self.sent.drain(..).collect();
+        for report in unanswered.into_iter().rev() {
+            let replaced = super::is_coalesced(report.kind)
+                && self.queued.iter().any(|new| new.kind == report.kind && new.uid == report.uid);
+            if !replaced {
+                self.queued.push_front(report);
+            }
+        }
+        self.session = Some(Session {
+            established: false,
+            seq: 0,
+            acked: 0,
+            pending: VecDeque::new(),
+            last_heard: now,
+            last_sent: now,
+            last_ping: now,
+            pings: 0,
+        });
+        let digests = COLLECTIONS.into_iter().zip(&self.collections);
+        out.push(send(Body::Hello(wire::Hello {
+            protocol_min: *PROTOCOL.start(),
+            protocol_max: *PROTOCOL.end(),
+            node: self.node.clone(),
+            boot_id: self.boot_id.clone(),
+            store_id: self.store_id.clone(),
+            last_epoch: self.last_epoch,
+            digests: digests.map(|(collection, rows)| rows.digest.to_wire(collection)).collect(),
+            agent: self.agent.clone(),
+        })));
+    }
+
+    fn timeout(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
+        let Some(session) = &mut self.session else { return };
+        if now >= session.last_heard + DEAD_AFTER {
+            self.session = None;
+            out.push(EdgeOutput::Close(None));
+        } else if session.established && now >= session.ping_due() {
+            session.last_ping = now;
+            session.pings += 1;
+            out.push(send(Body::Ping(wire::Ping { token: session.pings })));
+        }
+    }
+
+    fn frame(&mut self, frame: Frame, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        match frame.body {
+            Some(Body::Goodbye(goodbye)) => {
+                self.session = None;
+                out.extend([EdgeOutput::Dismissed(goodbye), EdgeOutput::Close(None)]);
+                Ok(())
+            }
+            Some(Body::Welcome(welcome)) => {
+                if session.established {
+                    return Err("a second welcome".to_owned());
+                }
+                if !PROTOCOL.contains(&welcome.protocol) {
+                    return Err(format!(
+                        "{} chose protocol {}, which was not offered",
+                        welcome.agent, welcome.protocol
+                    ));
+                }
+                if welcome.epoch <= self.last_epoch {
+                    return Err(format!("epoch {} is not newer than {}", welcome.epoch, self.last_epoch));
+                }
+                session.established = true;
+                self.last_epoch = welcome.epoch;
+                out.push(EdgeOutput::Established { epoch: welcome.epoch, server_time: welcome.server_time });
+                Ok(())
+            }
+            _ if !session.established => Err("a frame before the welcome".to_owned()),
+            Some(Body::Upsert(upsert)) => self.upsert(upsert, out),
+            Some(Body::Delete(delete)) => {
+                let collection = delete.collection();
+                let order = rank(collection).ok_or("a delete in an unknown collection")?;
+                session.advance(delete.seq)?;
+                self.collections[order].set(&delete.uid, None);
+                self.apply(Op::Delete(collection, delete.uid), out);
+                Ok(())
+            }
+            Some(Body::DigestCheck(check)) => self.digest_check(&check, out),
+            Some(Body::InventoryRequest(request)) => {
+                let order = rank(request.collection()).ok_or("a request for an unknown collection")?;
+                let seq = session.seq;
+                self.inventory(order, seq, out);
+                Ok(())
+            }
+            Some(Body::ReportAck(ack)) => {
+                let Some(at) = self.sent.iter().position(|report| report.id == ack.id) else {
+                    return Err(format!("an answer to report {}, which was not sent", ack.id));
+                };
+                self.sent.remove(at);
+                out.push(EdgeOutput::Reported { id: ack.id, refused: ack.refused });
+                Ok(())
+            }
+            Some(Body::Ping(wire::Ping { token })) => {
+                out.push(send(Body::Pong(wire::Pong { token })));
+                Ok(())
+            }
+            // A frame of a kind that is not known here comes from a newer cloud, which can do without an answer.
+            Some(Body::Pong(_)) | None => Ok(()),
+            Some(Body::Hello(_) | Body::Inventory(_) | Body::Ack(_) | Body::Report(_)) => {
+                Err("a frame that only the edge sends".to_owned())
+            }
+        }
+    }
+
+    fn upsert(&mut self, upsert: wire::Upsert, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let collection = upsert.collection();
+        let order = rank(collection).ok_or("an object of an unknown collection")?;
+        if upsert.uid.is_empty() || upsert.key.is_empty() {
+            return Err("an object without a name or a UID".to_owned());
+        }
+        let payload = decode(upsert.encoding(), &upsert.full)
+            .map_err(|error| format!("{} cannot be read: {error}", upsert.key))?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(&payload)
+            .map_err(|error| format!("{} is not JSON: {error}", upsert.key))?;
+        session.advance(upsert.seq)?;
+        let wire::Upsert { key, uid, version, .. } = upsert;
+        self.collections[order].set(&uid, Some((key.clone(), version)));
+        let entry = Entry { key, uid, version };
+        self.apply(Op::Upsert(Object { collection, entry, encoding: Encoding::Raw, payload: payload.into() }), out);
+        Ok(())
+    }
+
+    fn apply(&mut self, op: Op, out: &mut Vec<EdgeOutput>) {
+        let Some(session) = &mut self.session else { return };
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        session.pending.push_back((ticket, session.seq));
+        // What one step brings forth goes to the disk together.
+        match out.last_mut() {
+            Some(EdgeOutput::Apply { ops, ticket: last }) => {
+                ops.push(op);
+                *last = ticket;
+            }
+            _ => out.push(EdgeOutput::Apply { ops: vec![op], ticket }),
+        }
+    }
+
+    fn digest_check(&mut self, check: &wire::DigestCheck, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let digest = check.digest.as_ref().ok_or("a digest check without a digest")?;
+        let order = rank(digest.collection()).ok_or("a digest of an unknown collection")?;
+        let expected = Digest::from_wire(digest).ok_or("a digest that is not 16 bytes long")?;
+        session.advance(check.seq)?;
+        let seq = session.seq;
+        match session.pending.back_mut() {
+            Some((_, last)) => *last = seq,
+            None => session.acknowledge(seq, out),
+        }
+        if self.collections[order].digest == expected {
+            out.push(EdgeOutput::InSync(COLLECTIONS[order]));
+        } else {
+            // Before the Ack, so that the cloud does not take the collection for settled.
+            let acks =
+                out.iter().position(|output| matches!(output, EdgeOutput::Send(Frame { body: Some(Body::Ack(_)) })));
+            let mut inventory = Vec::new();
+            self.inventory(order, seq, &mut inventory);
+            let at = acks.unwrap_or(out.len());
+            out.splice(at..at, inventory);
+        }
+        Ok(())
+    }
+
+    fn inventory(&self, order: usize, seq: u64, out: &mut Vec<EdgeOutput>) {
+        let rows = &self.collections[order].rows;
+        let entries: Vec<wire::Entry> = rows
+            .iter()
+            .map(|(uid, (key, version))| wire::Entry { key: key.clone(), uid: uid.clone(), version: *version })
+            .collect();
+        let collection = COLLECTIONS[order].into();
+        let parts = entries.len().div_ceil(INVENTORY_PART).max(1);
+        for part in 0..parts {
+            let from = part * INVENTORY_PART;
+            let to = entries.len().min(from + INVENTORY_PART);
+            let entries = entries[from..to].to_vec();
+            out.push(send(Body::Inventory(wire::Inventory { collection, entries, last: part + 1 == parts, seq })));
+        }
+    }
+
+    fn committed(&mut self, ticket: u64, out: &mut Vec<EdgeOutput>) {
+        let Some(session) = &mut self.session else { return };
+        let mut durable = session.acked;
+        while let Some(&(_, seq)) = session.pending.front().filter(|(first, _)| *first <= ticket) {
+            durable = seq;
+            session.pending.pop_front();
+        }
+        if durable > session.acked && (session.pending.is_empty() || durable - session.acked >= ACK_EVERY) {
+            session.acknowledge(durable, out);
+        } else if durable > session.acked {
+            // Remembered in front, so that the next commit acknowledges it too.
+            session.pending.push_front((ticket, durable));
+        }
+    }
+
+    /// Sends as many reports as may be on their way at once.
+    fn drain(&mut self, out: &mut Vec<EdgeOutput>) {
+        if !self.session.as_ref().is_some_and(|session| session.established) {
+            return;
+        }
+        while self.sent.len() < REPORT_WINDOW
+            && let Some(report) = self.queued.pop_front()
+        {
+            let (encoding, payload) = encode(&report.payload);
+            out.push(send(Body::Report(wire::Report {
+                id: report.id,
+                kind: report.kind.into(),
+                namespace: report.namespace.clone(),
+                name: report.name.clone(),
+                uid: report.uid.clone(),
+                encoding: encoding.into(),
+                payload,
+            })));
+            self.sent.push_back(report);
+        }
+    }
+}
+
+impl Rows {
+    fn set(&mut self, uid: &str, value: Option<(String, u64)>) {
+        let entry = |(key, version): &(String, u64)| Entry { key: key.clone(), uid: uid.to_owned(), version: *version };
+        if let Some(old) = self.rows.remove(uid) {
+            self.digest.remove(&entry(&old));
+        }
+        if let Some(new) = value {
+            self.digest.insert(&entry(&new));
+            self.rows.insert(uid.to_owned(), new);
+        }
+    }
+}
+
+impl Session {
+    fn advance(&mut self, seq: u64) -> Result<(), String> {
+        if seq != self.seq + 1 {
+            return Err(format!("sequence number {seq} after {}", self.seq));
+        }
+        self.seq = seq;
+        Ok(())
+    }
+
+    fn acknowledge(&mut self, seq: u64, out: &mut Vec<EdgeOutput>) {
+        self.acked = seq;
+        out.push(send(Body::Ack(wire::Ack { seq })));
+    }
+
+    fn ping_due(&self) -> Duration {
+        self.last_heard.min(self.last_sent).max(self.last_ping) + PING_AFTER
+    }
+}
+
+fn send(body: Body) -> EdgeOutput {
+    EdgeOutput::Send(Frame { body: Some(body) })
 }

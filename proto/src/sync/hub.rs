@@ -1,13 +1,37 @@
 //! The cloud's side of one session.
+//!
+//! It compares what the edge holds with what the caller says is desired, and sends the difference. What the edge holds is known
+//! from its digests when they agree and from its inventory when they do not; from then on it is what was held plus what was sent,
+//! checked by a digest behind every batch. A collection is neither sent nor deleted from before it is declared complete.
 
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use super::{Entry, Object, Report};
-use crate::wire::{self, Collection, Frame};
+use prost::Message as _;
+
+use super::{
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, Object, PROTOCOL, REPORT_WINDOW, Report, decode, rank,
+};
+use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
+
+/// Unacknowledged bytes beyond which nothing more is sent; one object may exceed it alone. Small in tests, so that it is met often.
+const WINDOW: usize = if cfg!(test) { 4 << 10 } else { 256 << 10 };
 
 /// The cloud's side of one session: from the edge's Hello to the end of the connection.
 #[derive(Debug)]
-pub struct Hub {}
+pub struct Hub {
+    collections: [Held; COLLECTIONS.len()],
+    /// What differs, in the order in which it is to be sent.
+    dirty: BTreeSet<Turn>,
+    sent_seq: u64,
+    acked_seq: u64,
+    in_flight: VecDeque<InFlight>,
+    in_flight_bytes: usize,
+    reports: BTreeSet<u64>,
+    last_heard: Duration,
+    in_sync: bool,
+    closed: bool,
+}
 
 /// What happens to a hub.
 #[derive(Debug)]
@@ -39,7 +63,8 @@ pub enum HubInput {
 pub enum HubOutput {
     /// Send this.
     Send(Frame),
-    /// What the edge says it holds of a collection; asked for when digests differ or [`Hub::ask`] was called.
+    /// What the edge says it holds of a collection. It was asked because digests differed, because of [`Hub::ask`], or because a
+    /// version given by [`HubInput::Keep`] turned out to be missing there and has to be given by [`HubInput::Desired`].
     Inventory(Collection, Vec<Entry>),
     /// The edge acknowledged everything sent so far and its digests agree.
     InSync,
@@ -49,27 +74,487 @@ pub enum HubOutput {
     Close(Option<wire::Goodbye>),
 }
 
+/// One collection as this session knows it.
+#[derive(Debug, Default)]
+struct Held {
+    rows: BTreeMap<String, Row>,
+    /// Of what is desired.
+    wanted: Digest,
+    /// Of what the edge holds once it has applied everything sent.
+    held: Digest,
+    complete: bool,
+    knowledge: Knowledge,
+    /// Something was sent since the last digest check.
+    unchecked: bool,
+}
+
+/// Where the knowledge of what an edge holds comes from.
+#[derive(Debug, Default)]
+enum Knowledge {
+    /// Its Hello did not tell.
+    #[default]
+    None,
+    /// The digest of its Hello.
+    Digest(Digest),
+    /// Its inventory is on the way; the parts that came.
+    Asked(Vec<Entry>),
+    /// `Row::held` says it.
+    Rows,
+}
+
+#[derive(Debug)]
+struct Row {
+    key: String,
+    wanted: Option<Wanted>,
+    held: Option<u64>,
+    /// The edge holds it under this key, when that is not `key`.
+    held_key: Option<String>,
+}
+
+#[derive(Debug)]
+struct Wanted {
+    version: u64,
+    /// `None`: the caller has no payload (see [`HubInput::Keep`]).
+    object: Option<Object>,
+}
+
+/// A place in the order of sending: upserts go in the order of [`COLLECTIONS`], so that a pod comes after what it needs; then
+/// deletes in the opposite order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Turn {
+    delete: bool,
+    order: usize,
+    uid: String,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    seq: u64,
+    bytes: usize,
+    /// The row it changes and what it changes it to; `None` for a digest check.
+    change: Option<(usize, String, Option<Entry>)>,
+}
+
 impl Hub {
     /// Answers a Hello. `epoch` must be greater than `hello.last_epoch`. `server_time` is Unix milliseconds.
-    pub fn new(now: Duration, hello: &wire::Hello, epoch: u64, server_time: u64, agent: &str) -> (Self, Vec<HubOutput>) {
-        let _ = (now, hello, epoch, server_time, agent);
-        todo!()
+    pub fn new(
+        now: Duration,
+        hello: &wire::Hello,
+        epoch: u64,
+        server_time: u64,
+        agent: &str,
+    ) -> (Self, Vec<HubOutput>) {
+        let mut hub = Self {
+            collections: Default::default(),
+            dirty: BTreeSet::new(),
+            sent_seq: 0,
+            acked_seq: 0,
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            reports: BTreeSet::new(),
+            last_heard: now,
+            in_sync: false,
+            closed: false,
+        };
+        if hello.protocol_max < *PROTOCOL.start() || hello.protocol_min > *PROTOCOL.end() {
+            hub.closed = true;
+            let message = format!(
+                "{} speaks protocol {} to {}, {agent} speaks {} to {}: upgrade the older of the two",
+                hello.agent,
+                hello.protocol_min,
+                hello.protocol_max,
+                PROTOCOL.start(),
+                PROTOCOL.end(),
+            );
+            return (hub, vec![goodbye(Reason::Version, message)]);
+        }
+        for digest in &hello.digests {
+            // A digest that cannot be read leaves the collection unknown, and so its inventory is asked for.
+            if let (Some(order), Some(value)) = (rank(digest.collection()), Digest::from_wire(digest)) {
+                hub.collections[order].knowledge = Knowledge::Digest(value);
+            }
+        }
+        let protocol = hello.protocol_max.min(*PROTOCOL.end());
+        let welcome = wire::Welcome { protocol, epoch, server_time, agent: agent.to_owned() };
+        (hub, vec![send(Body::Welcome(welcome))])
     }
 
     /// Asks for the edge's inventory of a collection whatever its digest says.
     pub fn ask(&mut self, collection: Collection) -> Vec<HubOutput> {
-        let _ = collection;
-        todo!()
+        match rank(collection) {
+            Some(order) if !self.closed => self.request_inventory(order).into_iter().collect(),
+            _ => Vec::new(),
+        }
     }
 
     /// Takes an input at a time.
     pub fn step(&mut self, now: Duration, input: HubInput) -> Vec<HubOutput> {
-        let _ = (now, input);
-        todo!()
+        let mut out = Vec::new();
+        if self.closed {
+            return out;
+        }
+        match input {
+            HubInput::Frame(frame) => {
+                self.last_heard = now;
+                if let Err(violation) = self.frame(frame, &mut out) {
+                    self.closed = true;
+                    out.push(goodbye(Reason::Protocol, violation));
+                    return out;
+                }
+            }
+            HubInput::Desired(object) => {
+                let Object { collection, entry, .. } = &object;
+                let (collection, entry) = (*collection, entry.clone());
+                let wanted = Wanted { version: entry.version, object: Some(object) };
+                self.want(collection, entry.uid, Some((entry.key, wanted)));
+            }
+            HubInput::Keep(collection, entry) => {
+                let wanted = Wanted { version: entry.version, object: None };
+                self.want(collection, entry.uid, Some((entry.key, wanted)));
+            }
+            HubInput::Gone(collection, uid) => self.want(collection, uid, None),
+            HubInput::Complete(collection) => {
+                if let Some(order) = rank(collection) {
+                    self.collections[order].complete = true;
+                    out.extend(self.compare(order));
+                }
+            }
+            HubInput::Reported { id, refused } => {
+                if self.reports.remove(&id) {
+                    out.push(send(Body::ReportAck(wire::ReportAck { id, refused })));
+                }
+            }
+            HubInput::Timeout => {
+                if now >= self.next_timeout() {
+                    self.closed = true;
+                    return vec![HubOutput::Close(None)];
+                }
+            }
+        }
+        self.pump(&mut out);
+        out
     }
 
     /// When [`HubInput::Timeout`] is due.
     pub fn next_timeout(&self) -> Duration {
-        todo!()
+        self.last_heard + DEAD_AFTER
     }
+
+    fn frame(&mut self, frame: Frame, out: &mut Vec<HubOutput>) -> Result<(), String> {
+        match frame.body {
+            Some(Body::Inventory(part)) => self.inventory(part, out),
+            Some(Body::Ack(wire::Ack { seq })) => {
+                if seq < self.acked_seq || seq > self.sent_seq {
+                    return Err(format!(
+                        "ack of {seq}, but {} to {} are unacknowledged",
+                        self.acked_seq, self.sent_seq
+                    ));
+                }
+                self.acked_seq = seq;
+                while let Some(first) = self.in_flight.front().filter(|first| first.seq <= seq) {
+                    self.in_flight_bytes -= first.bytes;
+                    self.in_flight.pop_front();
+                }
+                Ok(())
+            }
+            Some(Body::Report(report)) => self.report(report, out),
+            Some(Body::Ping(wire::Ping { token })) => {
+                out.push(send(Body::Pong(wire::Pong { token })));
+                Ok(())
+            }
+            Some(Body::Goodbye(_)) => {
+                self.closed = true;
+                out.push(HubOutput::Close(None));
+                Ok(())
+            }
+            // A frame of a kind that is not known here comes from a newer edge, which can do without an answer.
+            Some(Body::Pong(_)) | None => Ok(()),
+            Some(Body::Hello(_)) => Err("a second hello".to_owned()),
+            Some(
+                Body::Welcome(_)
+                | Body::InventoryRequest(_)
+                | Body::Upsert(_)
+                | Body::Delete(_)
+                | Body::DigestCheck(_)
+                | Body::ReportAck(_),
+            ) => Err("a frame that only the cloud sends".to_owned()),
+        }
+    }
+
+    fn report(&mut self, report: wire::Report, out: &mut Vec<HubOutput>) -> Result<(), String> {
+        let payload = decode(report.encoding(), &report.payload)
+            .map_err(|error| format!("report {} cannot be read: {error}", report.id))?;
+        if self.reports.len() >= REPORT_WINDOW {
+            return Err(format!("more than {REPORT_WINDOW} reports at once"));
+        }
+        if !self.reports.insert(report.id) {
+            return Err(format!("report {} sent twice", report.id));
+        }
+        let kind = report.kind();
+        if kind == ReportKind::Unspecified {
+            self.reports.remove(&report.id);
+            let refused = "a kind of report that this cloudcore does not know".to_owned();
+            out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
+            return Ok(());
+        }
+        let wire::Report { id, namespace, name, uid, .. } = report;
+        out.push(HubOutput::Report(Report { id, kind, namespace, name, uid, payload: payload.into() }));
+        Ok(())
+    }
+
+    /// Notes what the edge should hold of one UID.
+    fn want(&mut self, collection: Collection, uid: String, wanted: Option<(String, Wanted)>) {
+        let Some(order) = rank(collection) else { return };
+        let held = &mut self.collections[order];
+        let row = held.rows.entry(uid.clone()).or_insert_with(|| Row {
+            key: String::new(),
+            wanted: None,
+            held: None,
+            held_key: None,
+        });
+        if let Some(old) = row.wanted.take() {
+            held.wanted.remove(&entry(&row.key, &uid, old.version));
+        }
+        match wanted {
+            Some((key, wanted)) => {
+                if row.held.is_some() && row.held_key.is_none() && row.key != key {
+                    row.held_key = Some(std::mem::take(&mut row.key));
+                }
+                if row.held_key.as_ref() == Some(&key) {
+                    row.held_key = None;
+                }
+                row.key = key;
+                held.wanted.insert(&entry(&row.key, &uid, wanted.version));
+                row.wanted = Some(wanted);
+            }
+            None if row.held.is_none() => {
+                held.rows.remove(&uid);
+            }
+            None => {}
+        }
+        self.requeue(order, uid);
+    }
+
+    /// Puts a row in the queue, or takes it out, according to its difference.
+    fn requeue(&mut self, order: usize, uid: String) {
+        let held = &self.collections[order];
+        let ready = held.complete && matches!(held.knowledge, Knowledge::Rows);
+        let upsert = Turn { delete: false, order, uid };
+        let delete = Turn { delete: true, order: COLLECTIONS.len() - order, uid: upsert.uid.clone() };
+        self.dirty.remove(&upsert);
+        self.dirty.remove(&delete);
+        if !ready {
+            return;
+        }
+        match held.rows.get(&upsert.uid) {
+            Some(Row { wanted: Some(wanted), held, held_key, .. }) => {
+                if *held != Some(wanted.version) || held_key.is_some() {
+                    self.dirty.insert(upsert);
+                }
+            }
+            Some(Row { wanted: None, held: Some(_), .. }) => {
+                self.dirty.insert(delete);
+            }
+            Some(Row { wanted: None, held: None, .. }) | None => {}
+        }
+    }
+
+    /// Compares a collection that is complete with what is known of the edge, and asks when that is not enough.
+    fn compare(&mut self, order: usize) -> Option<HubOutput> {
+        let held = &mut self.collections[order];
+        if let Knowledge::Digest(digest) = held.knowledge {
+            if digest == held.wanted {
+                for row in held.rows.values_mut() {
+                    row.held = row.wanted.as_ref().map(|wanted| wanted.version);
+                }
+                held.held = digest;
+                held.knowledge = Knowledge::Rows;
+            } else if digest.count == 0 {
+                held.knowledge = Knowledge::Rows;
+            }
+        }
+        match held.knowledge {
+            Knowledge::None | Knowledge::Digest(_) => self.request_inventory(order),
+            Knowledge::Asked(_) => None,
+            Knowledge::Rows => {
+                let uids: Vec<String> = held.rows.keys().cloned().collect();
+                for uid in uids {
+                    self.requeue(order, uid);
+                }
+                None
+            }
+        }
+    }
+
+    fn request_inventory(&mut self, order: usize) -> Option<HubOutput> {
+        let held = &mut self.collections[order];
+        if matches!(held.knowledge, Knowledge::Asked(_)) {
+            return None;
+        }
+        held.knowledge = Knowledge::Asked(Vec::new());
+        let request = wire::InventoryRequest { collection: COLLECTIONS[order].into() };
+        Some(send(Body::InventoryRequest(request)))
+    }
+
+    fn inventory(&mut self, part: wire::Inventory, out: &mut Vec<HubOutput>) -> Result<(), String> {
+        let collection = part.collection();
+        let order = rank(collection).ok_or("an inventory of an unknown collection")?;
+        if part.seq > self.sent_seq {
+            return Err(format!("an inventory as of {}, but only {} were sent", part.seq, self.sent_seq));
+        }
+        let held = &mut self.collections[order];
+        // An edge whose digest check failed sends its inventory unasked.
+        let mut parts = match std::mem::take(&mut held.knowledge) {
+            Knowledge::Asked(parts) => parts,
+            Knowledge::None | Knowledge::Digest(_) | Knowledge::Rows => Vec::new(),
+        };
+        parts.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
+        if parts.len() > MAX_INVENTORY {
+            return Err(format!("an inventory of more than {MAX_INVENTORY} rows"));
+        }
+        if !part.last {
+            held.knowledge = Knowledge::Asked(parts);
+            return Ok(());
+        }
+        held.knowledge = Knowledge::Rows;
+        held.held = Digest::default();
+        for row in held.rows.values_mut() {
+            (row.held, row.held_key) = (None, None);
+        }
+        for entry in &parts {
+            held.set_held(&entry.uid, Some(entry));
+        }
+        // What was sent after the edge took the inventory is on its way.
+        for sent in self.in_flight.iter().filter(|sent| sent.seq > part.seq) {
+            if let Some((at, uid, change)) = &sent.change
+                && *at == order
+            {
+                held.set_held(uid, change.as_ref());
+            }
+        }
+        held.rows.retain(|_, row| row.wanted.is_some() || row.held.is_some());
+        out.push(HubOutput::Inventory(collection, parts));
+        if self.collections[order].complete {
+            out.extend(self.compare(order));
+        }
+        Ok(())
+    }
+
+    /// Sends what differs as far as the window allows, then the digests of what was sent, then says whether all is in sync.
+    fn pump(&mut self, out: &mut Vec<HubOutput>) {
+        if self.closed {
+            return;
+        }
+        let mut lacking = BTreeSet::new();
+        while self.in_flight.is_empty() || self.in_flight_bytes < WINDOW {
+            let Some(turn) = self.dirty.pop_first() else { break };
+            let order = if turn.delete { COLLECTIONS.len() - turn.order } else { turn.order };
+            let uid = turn.uid;
+            let Some(row) = self.collections[order].rows.get(&uid) else { continue };
+            let (frame, change) = match &row.wanted {
+                Some(Wanted { object: Some(object), .. }) => {
+                    let upsert = wire::Upsert {
+                        seq: self.sent_seq + 1,
+                        collection: object.collection.into(),
+                        key: row.key.clone(),
+                        uid: uid.clone(),
+                        version: object.entry.version,
+                        encoding: object.encoding.into(),
+                        full: object.payload.clone(),
+                    };
+                    (Body::Upsert(upsert), Some(object.entry.clone()))
+                }
+                Some(Wanted { object: None, .. }) => {
+                    lacking.insert(order);
+                    continue;
+                }
+                None => {
+                    let collection = COLLECTIONS[order].into();
+                    (Body::Delete(wire::Delete { seq: self.sent_seq + 1, collection, uid: uid.clone() }), None)
+                }
+            };
+            let held = &mut self.collections[order];
+            held.set_held(&uid, change.as_ref());
+            held.unchecked = true;
+            self.transmit(frame, Some((order, uid, change)), out);
+        }
+        for order in lacking {
+            out.push(HubOutput::Inventory(COLLECTIONS[order], self.collections[order].held_entries()));
+        }
+        if self.dirty.is_empty() {
+            for (order, collection) in COLLECTIONS.into_iter().enumerate() {
+                let held = &mut self.collections[order];
+                if std::mem::take(&mut held.unchecked) {
+                    let digest = Some(held.held.to_wire(collection));
+                    let check = wire::DigestCheck { seq: self.sent_seq + 1, digest };
+                    self.transmit(Body::DigestCheck(check), None, out);
+                }
+            }
+        }
+        let in_sync = self.dirty.is_empty()
+            && self.in_flight.is_empty()
+            && self
+                .collections
+                .iter()
+                .all(|held| held.complete && matches!(held.knowledge, Knowledge::Rows) && held.held == held.wanted);
+        if in_sync && !self.in_sync {
+            out.push(HubOutput::InSync);
+        }
+        self.in_sync = in_sync;
+    }
+
+    fn transmit(&mut self, body: Body, change: Option<(usize, String, Option<Entry>)>, out: &mut Vec<HubOutput>) {
+        self.sent_seq += 1;
+        let frame = Frame { body: Some(body) };
+        let bytes = frame.encoded_len();
+        self.in_flight_bytes += bytes;
+        self.in_flight.push_back(InFlight { seq: self.sent_seq, bytes, change });
+        out.push(HubOutput::Send(frame));
+    }
+}
+
+impl Held {
+    /// Notes what the edge holds of one UID, and keeps the digest of it.
+    fn set_held(&mut self, uid: &str, change: Option<&Entry>) {
+        if change.is_none() && !self.rows.contains_key(uid) {
+            return;
+        }
+        let row = self.rows.entry(uid.to_owned()).or_insert_with(|| Row {
+            key: change.map(|change| change.key.clone()).unwrap_or_default(),
+            wanted: None,
+            held: None,
+            held_key: None,
+        });
+        if let Some(version) = row.held.take() {
+            let key = row.held_key.take().unwrap_or_else(|| row.key.clone());
+            self.held.remove(&entry(&key, uid, version));
+        }
+        if let Some(change) = change {
+            self.held.insert(change);
+            row.held = Some(change.version);
+            row.held_key = (row.key != change.key).then(|| change.key.clone());
+        } else if row.wanted.is_none() {
+            self.rows.remove(uid);
+        }
+    }
+
+    fn held_entries(&self) -> Vec<Entry> {
+        let held = |(uid, row): (&String, &Row)| {
+            let key = row.held_key.as_ref().unwrap_or(&row.key);
+            row.held.map(|version| entry(key, uid, version))
+        };
+        self.rows.iter().filter_map(held).collect()
+    }
+}
+
+fn entry(key: &str, uid: &str, version: u64) -> Entry {
+    Entry { key: key.to_owned(), uid: uid.to_owned(), version }
+}
+
+fn send(body: Body) -> HubOutput {
+    HubOutput::Send(Frame { body: Some(body) })
+}
+
+fn goodbye(reason: Reason, message: String) -> HubOutput {
+    HubOutput::Close(Some(wire::Goodbye { reason: reason.into(), message, retry_after_ms: 0 }))
 }

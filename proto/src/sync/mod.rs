@@ -32,14 +32,21 @@ pub const COLLECTIONS: [Collection; 8] = [
     Collection::Tokens,
     Collection::Pods,
 ];
-/// An edge that sent nothing for this long sends a ping.
-pub const PING_AFTER: Duration = Duration::from_secs(12);
+/// An edge that sent or heard nothing for this long sends a ping; the cloud answers, so that both sides hear something.
+pub const PING_AFTER: Duration = Duration::from_secs(13);
 /// A side that heard nothing for this long takes the session for dead.
 pub const DEAD_AFTER: Duration = Duration::from_secs(28);
 /// The largest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 4 << 20;
 /// The largest object after decompression, in bytes. etcd takes no more than 1.5 MiB; base64 and JSON come on top.
 pub const MAX_OBJECT: usize = 3 << 20;
+
+/// Reports that may be on their way at once; an edge waits beyond it, a hub ends the session of one that does not.
+pub const REPORT_WINDOW: usize = 16;
+/// The most rows a hub accepts in one inventory: two orders of magnitude above what a node can hold.
+pub const MAX_INVENTORY: usize = 100_000;
+/// Rows in one inventory frame.
+const INVENTORY_PART: usize = 1000;
 
 /// One row: what it is called, which one of that name it is, and which state of it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,6 +101,19 @@ pub struct Report {
     pub uid: String,
     /// JSON.
     pub payload: Bytes,
+}
+
+/// Whether of this kind only the newest report about an object counts.
+pub fn is_coalesced(kind: ReportKind) -> bool {
+    match kind {
+        ReportKind::PodStatus | ReportKind::NodeStatus => true,
+        ReportKind::Event | ReportKind::Unspecified => false,
+    }
+}
+
+/// A collection's place in [`COLLECTIONS`]; `None` for what is not known here.
+fn rank(collection: Collection) -> Option<usize> {
+    COLLECTIONS.iter().position(|known| *known == collection)
 }
 
 /// Compresses what is worth it (over 512 bytes).
