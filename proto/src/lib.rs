@@ -5,6 +5,7 @@
 
 pub mod payload;
 pub mod sync;
+pub mod token;
 
 /// The frames of the link, generated from `wire/link.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
