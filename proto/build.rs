@@ -1,13 +1,16 @@
-//! Generates the bindings of `wire/` and, with the feature `cri`, of `cri/`. No protoc is needed: protox is a compiler in Rust.
+//! Generates the bindings of `wire/` and, with the feature `cri`, of `cri/` and `health/`. No protoc is needed: protox is a compiler in Rust.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=wire");
     println!("cargo:rerun-if-changed=cri");
+    println!("cargo:rerun-if-changed=health");
     let wire = protox::compile(["link.proto"], ["wire"])?;
     tonic_prost_build::configure().bytes(".").compile_fds(wire)?;
     if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
         let cri = protox::compile(["cri.proto"], ["cri"])?;
         tonic_prost_build::configure().compile_fds(cri)?;
+        let health = protox::compile(["health.proto"], ["health"])?;
+        tonic_prost_build::configure().compile_fds(health)?;
     }
     Ok(())
 }

@@ -20,6 +20,13 @@ pub mod cri {
     include!(concat!(env!("OUT_DIR"), "/runtime.v1.rs"));
 }
 
+/// The gRPC health checking protocol, client and server, generated from `health/health.proto`.
+#[cfg(feature = "cri")]
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
+pub mod health {
+    include!(concat!(env!("OUT_DIR"), "/grpc.health.v1.rs"));
+}
+
 /// The label that makes a Node an edge node.
 pub const EDGE_LABEL: &str = "node-role.kubernetes.io/edge";
 /// Node annotation: `"false"` switches autonomy off (the default for edge nodes is on).

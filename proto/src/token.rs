@@ -31,16 +31,22 @@ pub enum JoinTokenError {
     #[error("the join token is empty; `cloudcore token create` prints a complete join command")]
     Empty,
     /// Another first part.
-    #[error("not a join token: it must begin with `{PREFIX}.`; copy the whole token that `cloudcore token create` printed")]
+    #[error(
+        "not a join token: it must begin with `{PREFIX}.`; copy the whole token that `cloudcore token create` printed"
+    )]
     Prefix,
     /// Cut off, or two pasted together.
-    #[error("a join token has 4 parts separated by dots, this one has {0}; copy the whole token that `cloudcore token create` printed")]
+    #[error(
+        "a join token has 4 parts separated by dots, this one has {0}; copy the whole token that `cloudcore token create` printed"
+    )]
     Parts(usize),
     /// The id's length or characters.
     #[error("the join token's id (its 2nd part) must be {ID_LEN} characters of a-z and 0-9; copy the token again")]
     Id,
     /// The secret's length or characters.
-    #[error("the join token's secret (its 3rd part) must be {SECRET_LEN} characters of a-z and 0-9; copy the token again")]
+    #[error(
+        "the join token's secret (its 3rd part) must be {SECRET_LEN} characters of a-z and 0-9; copy the token again"
+    )]
     Secret,
     /// The hash's length or characters.
     #[error("the join token's CA hash (its 4th part) must be 64 hex digits; copy the token again, to its end")]

@@ -369,6 +369,8 @@ impl Hub {
                 }
                 held.held = digest;
                 held.knowledge = Knowledge::Rows;
+                // Said once even if there is nothing to send: an edge with a new store learns from it that it may trust an empty list.
+                held.unchecked = COLLECTIONS[order] == Collection::Pods;
             } else if digest.count == 0 {
                 held.knowledge = Knowledge::Rows;
             }
