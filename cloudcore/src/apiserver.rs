@@ -1,0 +1,328 @@
+//! Requests to the apiserver: every one is counted, and every failure is sorted into what the caller should do about it.
+//!
+//! Objects are dynamic: fields this version does not know pass through unharmed.
+
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Node, Pod, Secret, Service};
+use k8s_openapi::api::node::v1::RuntimeClass;
+use kube::api::{
+    Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
+};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+use serde_json::Value;
+
+use crate::retry::pause;
+
+/// What cloudcore deals with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    /// core/v1 Pod.
+    Pod,
+    /// core/v1 Node.
+    Node,
+    /// core/v1 Service.
+    Service,
+    /// core/v1 ConfigMap.
+    ConfigMap,
+    /// core/v1 Secret.
+    Secret,
+    /// core/v1 Event.
+    Event,
+    /// node.k8s.io/v1 RuntimeClass.
+    RuntimeClass,
+    /// coordination.k8s.io/v1 Lease.
+    Lease,
+}
+
+impl Kind {
+    /// How kube addresses it.
+    pub(crate) fn resource(self) -> ApiResource {
+        match self {
+            Self::Pod => ApiResource::erase::<Pod>(&()),
+            Self::Node => ApiResource::erase::<Node>(&()),
+            Self::Service => ApiResource::erase::<Service>(&()),
+            Self::ConfigMap => ApiResource::erase::<ConfigMap>(&()),
+            Self::Secret => ApiResource::erase::<Secret>(&()),
+            Self::Event => ApiResource::erase::<Event>(&()),
+            Self::RuntimeClass => ApiResource::erase::<RuntimeClass>(&()),
+            Self::Lease => ApiResource::erase::<Lease>(&()),
+        }
+    }
+
+    /// The resource's name, for metrics and messages.
+    pub(crate) const fn plural(self) -> &'static str {
+        match self {
+            Self::Pod => "pods",
+            Self::Node => "nodes",
+            Self::Service => "services",
+            Self::ConfigMap => "configmaps",
+            Self::Secret => "secrets",
+            Self::Event => "events",
+            Self::RuntimeClass => "runtimeclasses",
+            Self::Lease => "leases",
+        }
+    }
+
+    /// The object as plain JSON, with the apiVersion and kind that lists leave out.
+    pub(crate) fn json(self, object: &DynamicObject) -> Value {
+        let mut value = serde_json::to_value(object).unwrap_or_default();
+        if let Value::Object(map) = &mut value {
+            let resource = self.resource();
+            map.insert("apiVersion".into(), resource.api_version.into());
+            map.insert("kind".into(), resource.kind.into());
+        }
+        value
+    }
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    verb: &'static str,
+    resource: &'static str,
+    code: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReportLabels {
+    kind: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ResultLabels {
+    result: &'static str,
+}
+
+/// What the back of cloudcore counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Metrics {
+    requests: Family<RequestLabels, Counter>,
+    reports: Family<ReportLabels, Counter>,
+    tokens: Family<ResultLabels, Counter>,
+}
+
+impl Metrics {
+    /// Registers them all.
+    pub(crate) fn new(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register(
+            "skerry_apiserver_requests",
+            "Requests to the apiserver; code 0: no answer",
+            metrics.requests.clone(),
+        );
+        registry.register("skerry_reports", "Reports of edge nodes by how they ended", metrics.reports.clone());
+        registry.register("skerry_tokens_minted", "Service account token requests", metrics.tokens.clone());
+        metrics
+    }
+
+    /// A request that ended.
+    pub(crate) fn request(&self, verb: &'static str, resource: &'static str, code: u16) {
+        self.requests.get_or_create(&RequestLabels { verb, resource, code }).inc();
+    }
+
+    /// A report that ended: `taken`, `unchanged`, `refused`, `superseded`.
+    pub(crate) fn report(&self, kind: &'static str, result: &'static str) {
+        self.reports.get_or_create(&ReportLabels { kind, result }).inc();
+    }
+
+    /// A token request that ended.
+    pub(crate) fn token(&self, result: &'static str) {
+        self.tokens.get_or_create(&ResultLabels { result }).inc();
+    }
+}
+
+/// What to do about a failed request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// There is no such object.
+    NotFound,
+    /// It changed, exists already, or is another one (409).
+    Conflict,
+    /// Try again, not before this long if given.
+    Later(Option<Duration>),
+    /// It will be refused again.
+    Refused(String),
+}
+
+/// Sorts a failure.
+pub(crate) fn verdict(error: &kube::Error) -> Verdict {
+    match error {
+        kube::Error::Api(status) => match status.code {
+            404 => Verdict::NotFound,
+            409 => Verdict::Conflict,
+            // 401: our own credential is being rotated.
+            401 | 408 | 429 | 500.. => Verdict::Later(
+                status
+                    .details
+                    .as_ref()
+                    .map(|details| details.retry_after_seconds)
+                    .filter(|seconds| *seconds > 0)
+                    .map(|seconds| Duration::from_secs(u64::from(seconds))),
+            ),
+            code => Verdict::Refused(format!("apiserver answered {code}: {}", status.message)),
+        },
+        kube::Error::BuildRequest(_) | kube::Error::HttpError(_) => Verdict::Refused(error.to_string()),
+        _ => Verdict::Later(None),
+    }
+}
+
+/// How long to wait before a request is tried again: [`pause`] from 0.25 s to 30 s.
+pub(crate) fn backoff(attempt: u32, spread: f64) -> Duration {
+    pause(Duration::from_millis(250), Duration::from_secs(30), attempt, spread)
+}
+
+/// What a request may take. Watches are not made here.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A client that counts.
+#[derive(Clone)]
+pub(crate) struct Apiserver {
+    client: kube::Client,
+    metrics: Metrics,
+}
+
+impl Apiserver {
+    pub(crate) const fn new(client: kube::Client, metrics: Metrics) -> Self {
+        Self { client, metrics }
+    }
+
+    pub(crate) const fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// kube's handle; an empty namespace means all, or none for what has none.
+    pub(crate) fn api(&self, kind: Kind, namespace: &str) -> Api<DynamicObject> {
+        let resource = kind.resource();
+        if namespace.is_empty() {
+            Api::all_with(self.client.clone(), &resource)
+        } else {
+            Api::namespaced_with(self.client.clone(), namespace, &resource)
+        }
+    }
+
+    /// `None` when there is none.
+    pub(crate) async fn get(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<DynamicObject>, kube::Error> {
+        let answer = self.count("get", kind.plural(), self.api(kind, namespace).get(name)).await;
+        match answer {
+            Err(error) if verdict(&error) == Verdict::NotFound => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    pub(crate) async fn list(&self, kind: Kind, fields: &str) -> Result<Vec<DynamicObject>, kube::Error> {
+        let params = ListParams::default().fields(fields);
+        self.count("list", kind.plural(), self.api(kind, "").list(&params)).await.map(|list| list.items)
+    }
+
+    pub(crate) async fn create(&self, kind: Kind, namespace: &str, body: Value) -> Result<DynamicObject, kube::Error> {
+        let object: DynamicObject = serde_json::from_value(body).map_err(kube::Error::SerdeError)?;
+        self.count("create", kind.plural(), self.api(kind, namespace).create(&PostParams::default(), &object)).await
+    }
+
+    pub(crate) async fn patch(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        patch: &Patch<Value>,
+    ) -> Result<DynamicObject, kube::Error> {
+        let (api, params) = (self.api(kind, namespace), PatchParams::default());
+        self.count("patch", kind.plural(), api.patch(name, &params, patch)).await
+    }
+
+    /// Strategic merge patch of the status.
+    pub(crate) async fn patch_status(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        patch: Value,
+    ) -> Result<DynamicObject, kube::Error> {
+        let (api, params, patch) = (self.api(kind, namespace), PatchParams::default(), Patch::Strategic(patch));
+        let resource = if kind == Kind::Node { "nodes/status" } else { "pods/status" };
+        self.count("patch", resource, api.patch_status(name, &params, &patch)).await
+    }
+
+    /// Deletes at once, if it is still the one of this UID.
+    pub(crate) async fn delete_now(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<(), kube::Error> {
+        let params = DeleteParams {
+            grace_period_seconds: Some(0),
+            preconditions: Some(Preconditions { uid: Some(uid.into()), resource_version: None }),
+            ..DeleteParams::default()
+        };
+        self.count("delete", kind.plural(), self.api(kind, namespace).delete(name, &params)).await.map(drop)
+    }
+
+    /// `POST serviceaccounts/<name>/token`.
+    pub(crate) async fn mint(
+        &self,
+        namespace: &str,
+        service_account: &str,
+        request: &Value,
+    ) -> Result<Value, kube::Error> {
+        let api: Api<k8s_openapi::api::core::v1::ServiceAccount> = Api::namespaced(self.client.clone(), namespace);
+        let (params, body) = (PostParams::default(), request);
+        self.count("create", "serviceaccounts/token", api.create_subresource("token", service_account, &params, body))
+            .await
+    }
+
+    /// Waits for a request, for no longer than any of ours may take, and counts it.
+    async fn count<T>(
+        &self,
+        verb: &'static str,
+        resource: &'static str,
+        request: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, kube::Error> {
+        let answer = tokio::time::timeout(PATIENCE, request).await.unwrap_or_else(|_| {
+            let silence = format!("no answer from the apiserver within {} s", PATIENCE.as_secs());
+            Err(kube::Error::Service(silence.into()))
+        });
+        let code = match &answer {
+            Ok(_) => 200,
+            Err(kube::Error::Api(status)) => status.code,
+            Err(_) => 0,
+        };
+        self.metrics.request(verb, resource, code);
+        answer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    fn answer(code: u16, retry_after: u32) -> kube::Error {
+        let status = serde_json::json!({
+            "status": "Failure", "code": code, "message": "because", "details": {"retryAfterSeconds": retry_after},
+        });
+        kube::Error::Api(serde_json::from_value::<Status>(status).unwrap().boxed())
+    }
+
+    #[test]
+    fn failures_are_sorted() {
+        assert_eq!(verdict(&answer(404, 0)), Verdict::NotFound);
+        assert_eq!(verdict(&answer(409, 0)), Verdict::Conflict);
+        assert_eq!(verdict(&answer(429, 7)), Verdict::Later(Some(Duration::from_secs(7))));
+        assert_eq!(verdict(&answer(401, 0)), Verdict::Later(None));
+        assert_eq!(verdict(&answer(503, 0)), Verdict::Later(None));
+        assert_eq!(verdict(&answer(422, 0)), Verdict::Refused("apiserver answered 422: because".into()));
+    }
+}

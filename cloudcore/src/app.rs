@@ -1,0 +1,201 @@
+//! Wires cloudcore's parts together, and takes them apart in order.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::backend::Backend as _;
+use crate::backend_k8s::{self, BackendOptions};
+use crate::config::Config;
+use crate::front::{self, AGENT, Front};
+use crate::metrics::Metrics;
+use crate::pki::{self, CaError, CertificateAuthority, ServerCertificate};
+use crate::retry::{chain, persist};
+use crate::secrets::{KubeSecrets, SecretError};
+use crate::supervise::spawn;
+use crate::token::JoinTokens;
+use crate::{admin, clock};
+
+/// Sessions and requests get so long to end.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How often certificates and tokens are looked after.
+const ROUND: Duration = Duration::from_secs(3600);
+
+/// Runs cloudcore until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let stop = CancellationToken::new();
+    let running = serve(config, stop.clone());
+    tokio::pin!(running);
+    tokio::select! {
+        ended = &mut running => return ended,
+        _ = terminate.recv() => info!("SIGTERM: going down"),
+        _ = interrupt.recv() => info!("SIGINT: going down"),
+    }
+    stop.cancel();
+    running.await
+}
+
+/// A client of the apiserver that a kubeconfig names, or `$KUBECONFIG`, or the pod that this runs in.
+pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
+    let from_environment = std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty());
+    let path = kubeconfig.map(Path::to_path_buf).or_else(|| from_environment.map(Into::into));
+    let mut config = match path {
+        Some(path) => {
+            let unusable = || format!("the kubeconfig {} cannot be used", path.display());
+            let file = Kubeconfig::read_from(&path).with_context(unusable)?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(unusable)?
+        }
+        None => kube::Config::incluster().context(
+            "no apiserver is named: give --kubeconfig FILE, set KUBECONFIG, or run in a pod whose service account token is mounted",
+        )?,
+    };
+    config.connect_timeout = Some(Duration::from_secs(5));
+    kube::Client::try_from(config).context("the apiserver's address or credentials cannot be used")
+}
+
+async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    info!("{AGENT} starts");
+    // What can be wrong on this machine is said first, before anything waits for the apiserver.
+    let client = client(config.kubeconfig.as_deref()).await?;
+    let admin_listener = TcpListener::bind(config.admin).await.with_context(|| {
+        format!("cannot listen on {} for health and metrics; choose another with --admin-address", config.admin)
+    })?;
+    let listener = listen(config.port).await.with_context(|| {
+        format!(
+            "cannot listen on port {}; stop what uses it (`ss -ltnp 'sport = :{0}'`) or choose another with --port",
+            config.port
+        )
+    })?;
+    let status = Arc::new(admin::Status::default());
+    let admin_stop = CancellationToken::new();
+    let mut admin = spawn("admin", admin::serve(admin_listener, Arc::clone(&status), admin_stop.clone()));
+
+    let serving = tokio::select! {
+        serving = start(&config, client, &status, stop.clone(), listener) => serving?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let [mut port, mut deletions, mut rounds] = serving;
+
+    // None of them ends by itself; without one of them cloudcore would only seem to work.
+    let broken = tokio::select! {
+        () = stop.cancelled() => None,
+        _ = &mut port => Some("port"),
+        _ = &mut deletions => Some("deletions"),
+        _ = &mut rounds => Some("rounds"),
+        _ = &mut admin => Some("admin"),
+    };
+    if let Some(task) = broken {
+        anyhow::bail!(
+            "the task {task} ended, which is a bug of cloudcore: the log says where; start it again, nothing is lost"
+        );
+    }
+    // The order of the end: sessions, with the port; what served them; the outside view last.
+    drop(port.await);
+    drop(deletions.await);
+    drop(rounds.await);
+    admin_stop.cancel();
+    drop(admin.await);
+    info!("down");
+    Ok(())
+}
+
+async fn start(
+    config: &Config,
+    client: kube::Client,
+    status: &admin::Status,
+    stop: CancellationToken,
+    listener: TcpListener,
+) -> anyhow::Result<[tokio::task::JoinHandle<()>; 3]> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let secrets = KubeSecrets::new(client.clone(), &config.namespace);
+    let authority = Arc::new(authority(config, &secrets).await?);
+    metrics.ca_expires(authority.expires().as_second());
+    if let Some(first) = config.advertise.first() {
+        let address = first.with_port(config.port);
+        let record = || pki::record_address(&secrets, &address);
+        persist("recording the advertised address", SecretError::is_transient, record).await?;
+    }
+    let certificate = ServerCertificate::issue(Arc::clone(&authority), &config.advertise, clock::wall())?;
+    let certificate = Arc::new(certificate);
+    let tls = front::tls(&authority, Arc::clone(&certificate))?;
+
+    let options =
+        BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };
+    let backend = backend_k8s::connect(client, options, &mut registry).await?;
+    let secrets = Arc::new(secrets);
+    let tokens = JoinTokens::new(Arc::clone(&secrets));
+    let front = Arc::new(Front::new(backend, authority, tokens, metrics, stop.clone()));
+
+    let asked = Arc::clone(&front);
+    status.running(registry, move || asked.backend().ready());
+    info!(
+        port = config.port,
+        advertised =
+            config.advertise.iter().map(|address| address.with_port(config.port)).collect::<Vec<_>>().join(","),
+        "serving edge nodes; `cloudcore token create` makes a join command"
+    );
+    Ok([
+        spawn("port", Arc::clone(&front).serve(listener, tls, DRAIN)),
+        spawn("deletions", front.watch_deletions()),
+        spawn("rounds", rounds(certificate, JoinTokens::new(secrets), stop)),
+    ])
+}
+
+/// Loads the CA or makes it, as long as that takes; makes the namespace too when that is allowed.
+async fn authority(config: &Config, secrets: &KubeSecrets) -> Result<CertificateAuthority, CaError> {
+    let load = || async {
+        let load = || CertificateAuthority::load_or_create(secrets, config.data_dir.as_deref(), clock::wall());
+        match load().await {
+            Err(CaError::Secret(SecretError::NoNamespace(namespace))) => {
+                info!(namespace, "the namespace does not exist, creating it");
+                secrets.create_namespace().await?;
+                load().await
+            }
+            loaded => loaded,
+        }
+    };
+    persist("loading the CA", CaError::is_transient, load).await
+}
+
+/// Renews the server certificate ahead of its end and removes join tokens that expired.
+async fn rounds(certificate: Arc<ServerCertificate>, tokens: JoinTokens<KubeSecrets>, stop: CancellationToken) {
+    loop {
+        match certificate.renew_if_due(clock::wall()) {
+            Ok(true) => info!("the server certificate was renewed"),
+            Ok(false) => {}
+            Err(error) => warn!("cannot renew the server certificate: {}", chain(&error)),
+        }
+        match tokens.sweep(clock::wall()).await {
+            Ok(0) => {}
+            Ok(removed) => info!(removed, "expired join tokens were removed"),
+            Err(error) => warn!("cannot remove expired join tokens: {}", chain(&error)),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(ROUND) => {}
+        }
+    }
+}
+
+/// Both families on one socket, or IPv4 where there is no IPv6.
+async fn listen(port: u16) -> io::Result<TcpListener> {
+    match TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await {
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
+            TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).await
+        }
+        bound => bound,
+    }
+}

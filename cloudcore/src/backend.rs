@@ -1,0 +1,126 @@
+//! What sessions need of the rest of cloudcore.
+//!
+//! A session owns one [`Feed`]: what its node should hold comes out of it, what the node reports goes into it. Neither side of this
+//! contract knows the other's IO: sessions never see the apiserver, feeds never see a socket.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+
+use skerry_proto::sync::{Collection, Entry, Object, Report};
+
+/// Identity of a registered node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NodeIdentity {
+    /// The Node's name.
+    pub name: String,
+    /// The Node object's UID: a node deleted and joined again is another one.
+    pub uid: String,
+}
+
+/// What the apiserver says about an identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeCheck {
+    /// The Node exists under this UID.
+    Live,
+    /// There is no Node of this name.
+    Deleted,
+    /// The name belongs to another Node by now.
+    OtherUid,
+}
+
+/// One thing a session must tell its hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FeedEvent {
+    /// The edge should hold this object.
+    Desired(Object),
+    /// The edge should hold this version, which it said it holds; there is no payload.
+    Keep(Collection, Entry),
+    /// The edge should no longer hold the object of this UID.
+    Gone(Collection, String),
+    /// Everything the edge should hold of this collection has been said.
+    Complete(Collection),
+    /// Ask the edge for its inventory of this collection, whatever its digest says, and pass it to [`Feed::inventory`].
+    Ask(Collection),
+    /// A report given to [`Feed::report`] came to its end.
+    Reported {
+        /// The report's id.
+        id: u64,
+        /// Why it was refused for good; empty: the apiserver has taken it.
+        refused: String,
+    },
+}
+
+/// The part of cloudcore that talks to the apiserver.
+pub trait Backend: Send + Sync + 'static {
+    /// What a session gets.
+    type Feed: Feed;
+
+    /// Creates the Node or takes it over for the same machine. The name can be a Node's; labels a node may not set are left out.
+    fn register(
+        &self,
+        name: &str,
+        machine_id: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> impl Future<Output = Result<NodeIdentity, RegisterError>> + Send;
+
+    /// Whether this identity still stands.
+    fn check(&self, node: &NodeIdentity) -> impl Future<Output = Result<NodeCheck, BackendError>> + Send;
+
+    /// Begins a session: its lease is renewed until the feed is dropped. `last_epoch` is that of the session the edge had before, here or
+    /// elsewhere, 0 if it remembers none. Called from within a tokio runtime.
+    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> Self::Feed;
+
+    /// Nodes whose object was deleted.
+    fn deletions(&self) -> tokio::sync::broadcast::Receiver<NodeIdentity>;
+
+    /// Whether every cache has been filled once.
+    fn ready(&self) -> bool;
+}
+
+/// One session's view. Dropping it ends the session: its lease is no longer renewed, unless a newer epoch took over.
+pub trait Feed: Send + 'static {
+    /// Waits for something to say. First the whole closure, then `Complete` for each collection, then changes; coalesced by object.
+    /// Ends of reports in between. Cancel safe.
+    fn next(&mut self) -> impl Future<Output = Vec<FeedEvent>> + Send;
+
+    /// What the edge said it holds.
+    fn inventory(&mut self, collection: Collection, entries: Vec<Entry>);
+
+    /// Takes a report. Its end comes out of [`Feed::next`] as a [`FeedEvent::Reported`], so that a session waits in one place.
+    fn report(&mut self, report: Report);
+}
+
+/// Why a node was not registered.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// Another machine lives under this name.
+    #[error(
+        "node {name} is alive on another machine (machine id {machine_id}, last seen {last_seen}): \
+         pick another name, or run `kubectl delete node {name}` first"
+    )]
+    NameAlive {
+        /// The name asked for.
+        name: String,
+        /// The machine that has it.
+        machine_id: String,
+        /// When its lease was last renewed, RFC 3339.
+        last_seen: String,
+    },
+    /// The Node exists and is none of ours.
+    #[error("node {0} exists and is not an edge node: pick another name, or run `kubectl delete node {0}` first")]
+    NotEdge(String),
+    /// The apiserver did not answer as it should.
+    #[error("cannot register the node")]
+    Api(#[source] BackendError),
+}
+
+/// The apiserver could not be asked or refused.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action}")]
+pub struct BackendError {
+    /// What was tried.
+    pub action: String,
+    /// Why it failed.
+    #[source]
+    pub source: kube::Error,
+}

@@ -1,0 +1,274 @@
+//! The back of cloudcore on a real apiserver: ties watches, closures, tokens, reports, nodes and leases together behind [`Backend`].
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use skerry_proto::sync::{Collection, Entry, Report};
+use tokio::sync::{Notify, broadcast};
+use tokio::task::JoinHandle;
+
+use crate::apiserver::{Apiserver, Metrics};
+use crate::backend::{Backend, BackendError, Feed, FeedEvent, NodeCheck, NodeIdentity, RegisterError};
+use crate::closure::{Closures, Session, Source};
+use crate::nodes::autonomy::Autonomy;
+use crate::nodes::leases::Leases;
+use crate::upstream::{Reports, Upstream};
+use crate::watch::{Watches, fetch};
+use crate::{clock, nodes, sa_tokens, supervise};
+
+/// Deletions of Nodes a slow listener may fall behind; it must then check its own node.
+const DELETIONS: usize = 1024;
+
+/// What an operator may set.
+#[derive(Clone, Debug, Default)]
+pub struct BackendOptions {
+    /// Such as `cluster.local`.
+    pub cluster_domain: String,
+    /// Addresses of the cluster DNS service; empty: those of the Service kube-system/kube-dns.
+    pub cluster_dns: Vec<IpAddr>,
+}
+
+/// The closures, and who waits for them.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    closures: Mutex<Closures>,
+    fetch_wake: Arc<Notify>,
+    token_wake: Arc<Notify>,
+}
+
+impl Shared {
+    fn new(closures: Closures) -> Arc<Self> {
+        let (fetch_wake, token_wake) = (closures.fetch_wake(), closures.token_wake());
+        Arc::new(Self { closures: Mutex::new(closures), fetch_wake, token_wake })
+    }
+
+    /// For as long as one change takes; never across an await.
+    pub(crate) fn closures(&self) -> MutexGuard<'_, Closures> {
+        self.closures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn fetch_wake(&self) -> &Notify {
+        &self.fetch_wake
+    }
+
+    pub(crate) fn token_wake(&self) -> &Notify {
+        &self.token_wake
+    }
+
+    /// Waits for the first list of a source.
+    pub(crate) async fn until_ready(&self, source: Source) {
+        let wake = self.closures().ready_wake();
+        loop {
+            // Registered before the look, so that nothing is missed between the two.
+            let mut ready = std::pin::pin!(wake.notified());
+            ready.as_mut().enable();
+            if self.closures().is_ready(source) {
+                return;
+            }
+            ready.await;
+        }
+    }
+}
+
+/// Says how much is held when metrics are read.
+#[derive(Debug)]
+struct Held(Arc<Shared>);
+
+impl Collector for Held {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let counts = self.0.closures().counts();
+        let mut family = encoder.encode_descriptor(
+            "skerry_cached_objects",
+            "Objects held because an edge node needs them",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (collection, count) in counts {
+            let labels = [("collection", name(collection))];
+            let gauge = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
+            gauge.encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// [`Backend`] on a Kubernetes apiserver.
+pub struct K8sBackend {
+    api: Apiserver,
+    shared: Arc<Shared>,
+    upstream: Arc<Upstream>,
+    leases: Arc<Leases>,
+    deletions: broadcast::Sender<NodeIdentity>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// Starts watching. Returns at once; [`Backend::ready`] says when the caches are filled.
+pub async fn connect(
+    client: kube::Client,
+    options: BackendOptions,
+    metrics: &mut Registry,
+) -> anyhow::Result<K8sBackend> {
+    let api = Apiserver::new(client.clone(), Metrics::new(metrics));
+    let dns = options.cluster_dns.iter().map(ToString::to_string).collect();
+    let shared = Shared::new(Closures::new(&options.cluster_domain, dns));
+    metrics.register_collector(Box::new(Held(shared.clone())));
+    let upstream = Upstream::new(api.clone(), shared.clone());
+    let leases = Arc::new(Leases::default());
+    let autonomy = Arc::new(Autonomy::default());
+    let (deletions, _) = broadcast::channel(DELETIONS);
+    let watches = Watches {
+        api: api.clone(),
+        client,
+        shared: shared.clone(),
+        upstream: upstream.clone(),
+        autonomy: autonomy.clone(),
+        deletions: deletions.clone(),
+    };
+
+    let watch = |name, run: fn(Watches) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| {
+        let watches = watches.clone();
+        supervise::keep(name, move || run(watches.clone()))
+    };
+    let tasks = vec![
+        watch("watch nodes", |watches| Box::pin(watches.nodes())),
+        watch("watch pods", |watches| Box::pin(watches.pods())),
+        watch("watch services", |watches| Box::pin(watches.services())),
+        watch("watch runtime classes", |watches| Box::pin(watches.runtime_classes())),
+        watch("watch config maps", |watches| Box::pin(watches.config_maps())),
+        watch("watch secrets", |watches| Box::pin(watches.secrets())),
+        supervise::keep("fetch", {
+            let (api, shared) = (api.clone(), shared.clone());
+            move || fetch::run(api.clone(), shared.clone())
+        }),
+        supervise::keep("service account tokens", {
+            let (api, shared) = (api.clone(), shared.clone());
+            move || sa_tokens::run(api.clone(), shared.clone())
+        }),
+        supervise::keep("leases", {
+            let (api, leases) = (api.clone(), leases.clone());
+            move || leases.clone().run(api.clone())
+        }),
+        supervise::keep("autonomy", {
+            let api = api.clone();
+            move || autonomy.clone().run(api.clone())
+        }),
+    ];
+    Ok(K8sBackend { api, shared, upstream, leases, deletions, tasks })
+}
+
+impl Drop for K8sBackend {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Backend for K8sBackend {
+    type Feed = K8sFeed;
+
+    async fn register(
+        &self,
+        name: &str,
+        machine_id: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> Result<NodeIdentity, RegisterError> {
+        nodes::register(&self.api, name, machine_id, labels, clock::wall()).await
+    }
+
+    async fn check(&self, node: &NodeIdentity) -> Result<NodeCheck, BackendError> {
+        // A watch that agrees is enough; whoever lost their Node is asked for by name.
+        if self.shared.closures().node(&node.name).as_ref() == Some(node) {
+            return Ok(NodeCheck::Live);
+        }
+        nodes::check(&self.api, node).await
+    }
+
+    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> K8sFeed {
+        let session = self.shared.closures().open(node, epoch, last_epoch);
+        self.leases.begin(node, epoch);
+        K8sFeed {
+            shared: self.shared.clone(),
+            wake: session.wake(),
+            session,
+            reports: self.upstream.open(node),
+            leases: self.leases.clone(),
+            node: node.clone(),
+            epoch,
+        }
+    }
+
+    fn deletions(&self) -> broadcast::Receiver<NodeIdentity> {
+        self.deletions.subscribe()
+    }
+
+    fn ready(&self) -> bool {
+        self.shared.closures().ready()
+    }
+}
+
+/// One session's view of a [`K8sBackend`].
+pub struct K8sFeed {
+    shared: Arc<Shared>,
+    session: Session,
+    wake: Arc<Notify>,
+    reports: Reports,
+    leases: Arc<Leases>,
+    node: NodeIdentity,
+    epoch: u64,
+}
+
+impl Feed for K8sFeed {
+    async fn next(&mut self) -> Vec<FeedEvent> {
+        loop {
+            let mut events = self.shared.closures().drain(&mut self.session);
+            // However much changes, what became of reports does not wait for it.
+            while let Some((id, refused)) = self.reports.try_ended() {
+                events.push(FeedEvent::Reported { id, refused });
+            }
+            if !events.is_empty() {
+                return events;
+            }
+            tokio::select! {
+                () = self.wake.notified() => {}
+                (id, refused) = self.reports.ended() => return vec![FeedEvent::Reported { id, refused }],
+            }
+        }
+    }
+
+    fn inventory(&mut self, collection: Collection, entries: Vec<Entry>) {
+        self.shared.closures().inventory(&mut self.session, collection, &entries, clock::wall());
+    }
+
+    fn report(&mut self, report: Report) {
+        self.reports.push(report);
+    }
+}
+
+impl Drop for K8sFeed {
+    fn drop(&mut self) {
+        self.shared.closures().close(&self.session);
+        self.leases.end(&self.node, self.epoch);
+    }
+}
+
+const fn name(collection: Collection) -> &'static str {
+    match collection {
+        Collection::Settings => "settings",
+        Collection::Node => "nodes",
+        Collection::Pods => "pods",
+        Collection::ConfigMaps => "configmaps",
+        Collection::Secrets => "secrets",
+        Collection::Tokens => "tokens",
+        Collection::Services => "services",
+        Collection::RuntimeClasses => "runtimeclasses",
+        Collection::Unspecified => "unknown",
+    }
+}

@@ -1,0 +1,18 @@
+//! The only place that reads clocks.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+/// Wall time now.
+#[allow(clippy::disallowed_methods)]
+pub fn wall() -> Timestamp {
+    Timestamp::now()
+}
+
+/// Time since the process first asked, which no one can set back.
+#[allow(clippy::disallowed_methods)]
+pub fn monotonic() -> Duration {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    START.get_or_init(Instant::now).elapsed()
+}

@@ -1,0 +1,186 @@
+//! What pods refer to: Services and RuntimeClasses held whole, ConfigMaps and Secrets fetched while some node needs them.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+use skerry_proto::sync::Collection;
+
+use super::references::Reference;
+use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, sanitise, session, settings};
+
+impl Closures {
+    /// A Service is there.
+    pub(crate) fn service_applied(&mut self, service: Value) {
+        let key = sanitise::key(&service);
+        if key == CLUSTER_DNS {
+            self.dns_found(&addresses(&service["spec"]));
+        }
+        let object = sanitise::object(Collection::Services, service);
+        if self.services.get(&key) != Some(&object) {
+            self.services.insert(key.clone(), object);
+            self.mark_service(&key);
+        }
+    }
+
+    /// A Service is gone.
+    pub(crate) fn service_removed(&mut self, key: &str) {
+        if key == CLUSTER_DNS {
+            self.dns_found(&[]);
+        }
+        if self.services.remove(key).is_some() {
+            self.mark_service(key);
+        }
+    }
+
+    /// Drops the Services that a complete list did not show.
+    pub(crate) fn services_retain(&mut self, keys: &HashSet<String>) {
+        let gone: Vec<String> = self.services.keys().filter(|key| !keys.contains(*key)).cloned().collect();
+        for key in gone {
+            self.service_removed(&key);
+        }
+    }
+
+    /// A RuntimeClass is there.
+    pub(crate) fn runtime_class_applied(&mut self, class: Value) {
+        let object = sanitise::object(Collection::RuntimeClasses, class);
+        let name = object.entry.key.clone();
+        if self.runtime_classes.get(&name) != Some(&object) {
+            self.runtime_classes.insert(name.clone(), object);
+            self.mark_referring(&(Collection::RuntimeClasses, name));
+        }
+    }
+
+    /// A RuntimeClass is gone.
+    pub(crate) fn runtime_class_removed(&mut self, name: &str) {
+        if self.runtime_classes.remove(name).is_some() {
+            self.mark_referring(&(Collection::RuntimeClasses, name.to_owned()));
+        }
+    }
+
+    /// Drops the RuntimeClasses that a complete list did not show.
+    pub(crate) fn runtime_classes_retain(&mut self, names: &HashSet<String>) {
+        let gone: Vec<String> = self.runtime_classes.keys().filter(|name| !names.contains(*name)).cloned().collect();
+        for name in gone {
+            self.runtime_class_removed(&name);
+        }
+    }
+
+    /// A ConfigMap's or Secret's metadata says it is at this version now.
+    pub(crate) fn metadata_seen(&mut self, reference: &Reference, resource_version: &str) {
+        if self.slots.get(reference).is_some_and(|slot| slot.resource_version != resource_version) {
+            self.request(reference);
+        }
+    }
+
+    /// Its metadata says it is gone, or a complete list did not show it: the object itself is asked.
+    pub(crate) fn metadata_gone(&mut self, reference: &Reference) {
+        self.request(reference);
+    }
+
+    /// Whether some node still refers to it.
+    pub(crate) fn needs(&self, reference: &Reference) -> bool {
+        self.slots.contains_key(reference)
+    }
+
+    /// What is held of a collection.
+    pub(crate) fn held(&self, collection: Collection) -> Vec<Reference> {
+        self.slots.keys().filter(|(of, _)| *of == collection).cloned().collect()
+    }
+
+    /// The next object to fetch.
+    pub(crate) fn take_fetch(&mut self) -> Option<Reference> {
+        while let Some(reference) = self.fetch.pop_front() {
+            if let Some(slot) = self.slots.get_mut(&reference).filter(|slot| slot.state == Fetch::Queued) {
+                slot.state = Fetch::UnderWay;
+                return Some(reference);
+            }
+        }
+        None
+    }
+
+    /// Nobody fetches any more: everything is to be fetched anew, for what was in hand or waited for its next try is not known.
+    pub(crate) fn fetches_abandoned(&mut self) {
+        self.fetch = self.slots.keys().cloned().collect();
+        for slot in self.slots.values_mut() {
+            slot.state = Fetch::Queued;
+        }
+    }
+
+    /// What became of a fetch: the object, nothing (404), or no answer; the last is to be asked again by [`Closures::metadata_gone`].
+    pub(crate) fn fetched(&mut self, reference: &Reference, answer: Result<Option<Value>, ()>) {
+        let Some(slot) = self.slots.get_mut(reference) else { return };
+        let again = slot.state == Fetch::Again;
+        slot.state = Fetch::Idle;
+        match answer {
+            Ok(Some(value)) => {
+                slot.resource_version = value["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
+                slot.value = Known::Present(sanitise::object(reference.0, value));
+            }
+            Ok(None) => {
+                slot.resource_version.clear();
+                slot.value = Known::Absent;
+            }
+            Err(()) if matches!(slot.value, Known::Unknown) => slot.value = Known::Failed,
+            Err(()) => {}
+        }
+        for node in &slot.nodes {
+            self.subscribers.mark(node, reference.0, &reference.1);
+        }
+        if again {
+            self.request(reference);
+        }
+    }
+
+    /// Has an object fetched unless that is about to happen anyway.
+    pub(super) fn request(&mut self, reference: &Reference) {
+        let Some(slot) = self.slots.get_mut(reference) else { return };
+        match slot.state {
+            Fetch::Idle => {
+                slot.state = Fetch::Queued;
+                self.fetch.push_back(reference.clone());
+                self.fetch_wake.notify_one();
+            }
+            Fetch::UnderWay => slot.state = Fetch::Again,
+            Fetch::Queued | Fetch::Again => {}
+        }
+    }
+
+    fn mark_service(&mut self, key: &str) {
+        let namespace = key.split('/').next().unwrap_or_default();
+        for (name, node) in &self.nodes {
+            if key == KUBERNETES || node.service_namespaces.contains_key(namespace) {
+                self.subscribers.mark(name, Collection::Services, key);
+            }
+        }
+    }
+
+    fn mark_referring(&mut self, reference: &Reference) {
+        for (name, node) in &self.nodes {
+            if node.references.contains_key(reference) {
+                self.subscribers.mark(name, reference.0, &reference.1);
+            }
+        }
+    }
+
+    fn dns_found(&mut self, addresses: &[String]) {
+        if !self.configured_dns.is_empty() {
+            return;
+        }
+        let object = settings(&self.cluster_domain, addresses);
+        if object != self.settings {
+            self.settings = object;
+            for name in self.nodes.keys() {
+                self.subscribers.mark(name, Collection::Settings, session::SETTINGS);
+            }
+        }
+    }
+}
+
+fn addresses(spec: &Value) -> Vec<String> {
+    let all = spec["clusterIPs"].as_array().cloned().unwrap_or_else(|| vec![spec["clusterIP"].clone()]);
+    all.iter()
+        .filter_map(Value::as_str)
+        .filter(|address| !address.is_empty() && *address != "None")
+        .map(str::to_owned)
+        .collect()
+}

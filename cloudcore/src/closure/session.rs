@@ -1,0 +1,364 @@
+//! What one session still has to tell its edge.
+//!
+//! Level-triggered: changes only mark an object of a node as worth a look; what is told is decided when the session asks, by comparing what
+//! it told last with what is true now. So changes coalesce by object, and the backlog of a slow session is never larger than its closure.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use skerry_proto::sync::{COLLECTIONS, Collection, Entry, Object};
+use tokio::sync::Notify;
+
+use super::{Closures, KUBERNETES, Known, Node, Pod, Source, services_in};
+use crate::backend::{FeedEvent, NodeIdentity};
+use crate::sa_tokens::Wanted;
+
+/// Key and UID of the one object of the settings collection.
+pub(crate) const SETTINGS: &str = "settings";
+
+/// A session's memory: what it told its edge.
+#[derive(Debug)]
+pub(crate) struct Session {
+    node: NodeIdentity,
+    epoch: u64,
+    /// The epoch that the edge had before.
+    last_epoch: u64,
+    wake: Arc<Notify>,
+    told: HashMap<(Collection, String), (String, u64)>,
+    complete: BTreeSet<Collection>,
+    /// Pods that wait for something they refer to.
+    held_back: BTreeSet<String>,
+    begun: bool,
+    /// Collections whose inventory was asked for, because something of them cannot be fetched.
+    asked: BTreeSet<Collection>,
+    /// Collections whose inventory came.
+    answered: BTreeSet<Collection>,
+    /// What the edge holds of what cannot be fetched: it keeps that.
+    kept: HashMap<(Collection, String), Entry>,
+}
+
+impl Session {
+    /// Notified when there may be something to say.
+    pub(crate) fn wake(&self) -> Arc<Notify> {
+        self.wake.clone()
+    }
+}
+
+/// Who wants to know what changed for a node.
+#[derive(Debug, Default)]
+pub(super) struct Subscribers {
+    by_node: HashMap<String, Vec<Subscriber>>,
+}
+
+#[derive(Debug)]
+struct Subscriber {
+    uid: String,
+    epoch: u64,
+    wake: Arc<Notify>,
+    changed: BTreeSet<(Collection, String)>,
+    everything: bool,
+}
+
+impl Subscribers {
+    pub(super) fn any(&self, node: &str) -> bool {
+        self.by_node.contains_key(node)
+    }
+
+    pub(super) fn has(&self, node: &NodeIdentity) -> bool {
+        self.by_node.get(&node.name).into_iter().flatten().any(|subscriber| subscriber.uid == node.uid)
+    }
+
+    pub(super) fn nodes(&self) -> impl Iterator<Item = NodeIdentity> {
+        let all = self.by_node.iter().flat_map(|(name, all)| all.iter().map(move |subscriber| (name, subscriber)));
+        all.map(|(name, subscriber)| NodeIdentity { name: name.clone(), uid: subscriber.uid.clone() })
+    }
+
+    pub(super) fn mark(&mut self, node: &str, collection: Collection, key: &str) {
+        for subscriber in self.by_node.get_mut(node).into_iter().flatten() {
+            if !subscriber.everything {
+                subscriber.changed.insert((collection, key.to_owned()));
+            }
+            subscriber.wake.notify_one();
+        }
+    }
+
+    pub(super) fn mark_all(&mut self, node: &str) {
+        for subscriber in self.by_node.get_mut(node).into_iter().flatten() {
+            subscriber.everything = true;
+            subscriber.changed.clear();
+            subscriber.wake.notify_one();
+        }
+    }
+
+    pub(super) fn wake(&self, node: &str) {
+        for subscriber in self.by_node.get(node).into_iter().flatten() {
+            subscriber.wake.notify_one();
+        }
+    }
+
+    pub(super) fn wake_all(&self) {
+        for subscriber in self.by_node.values().flatten() {
+            subscriber.wake.notify_one();
+        }
+    }
+
+    fn take(&mut self, node: &str, epoch: u64) -> Option<(BTreeSet<(Collection, String)>, bool)> {
+        let subscriber = self.by_node.get_mut(node)?.iter_mut().find(|subscriber| subscriber.epoch == epoch)?;
+        Some((std::mem::take(&mut subscriber.changed), std::mem::take(&mut subscriber.everything)))
+    }
+}
+
+/// What is true of one object for one node.
+enum Truth {
+    Is(Object),
+    Kept(Entry),
+    Not,
+    /// Not to be told yet.
+    NotYet,
+}
+
+impl Closures {
+    /// Begins a session of an edge whose last one, wherever that was, had `last_epoch`.
+    pub(crate) fn open(&mut self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> Session {
+        let wake = Arc::new(Notify::new());
+        let uid = node.uid.clone();
+        let subscriber = Subscriber { uid, epoch, wake: wake.clone(), changed: BTreeSet::new(), everything: true };
+        self.subscribers.by_node.entry(node.name.clone()).or_default().push(subscriber);
+        Session {
+            node: node.clone(),
+            epoch,
+            last_epoch,
+            wake,
+            told: HashMap::new(),
+            complete: BTreeSet::new(),
+            held_back: BTreeSet::new(),
+            begun: false,
+            asked: BTreeSet::new(),
+            answered: BTreeSet::new(),
+            kept: HashMap::new(),
+        }
+    }
+
+    /// Ends one.
+    pub(crate) fn close(&mut self, session: &Session) {
+        if let Some(subscribers) = self.subscribers.by_node.get_mut(&session.node.name) {
+            subscribers.retain(|subscriber| !Arc::ptr_eq(&subscriber.wake, &session.wake));
+            if subscribers.is_empty() {
+                self.subscribers.by_node.remove(&session.node.name);
+            }
+        }
+    }
+
+    /// The edge said what it holds.
+    pub(crate) fn inventory(
+        &mut self,
+        session: &mut Session,
+        collection: Collection,
+        entries: &[Entry],
+        now: Timestamp,
+    ) {
+        if matches!(collection, Collection::ConfigMaps | Collection::Secrets) {
+            self.keep_unfetched(session, collection, entries);
+        }
+        if collection != Collection::Tokens {
+            return;
+        }
+        let Some(node) = self.nodes.get_mut(session.node.name.as_str()).filter(|node| node.uid == session.node.uid)
+        else {
+            return;
+        };
+        for key in node.tokens.inventory(entries, now) {
+            self.subscribers.mark(&session.node.name, Collection::Tokens, &key);
+        }
+        self.subscribers.wake(&session.node.name);
+        let name: Arc<str> = session.node.name.as_str().into();
+        self.schedule(&name);
+    }
+
+    /// Remembers what the edge holds of what cannot be fetched.
+    fn keep_unfetched(&mut self, session: &mut Session, collection: Collection, entries: &[Entry]) {
+        let name = session.node.name.clone();
+        session.answered.insert(collection);
+        let held: HashMap<&str, &Entry> = entries.iter().map(|entry| (entry.key.as_str(), entry)).collect();
+        let Some(node) = self.nodes.get(name.as_str()) else { return };
+        let failed =
+            |id: &&(Collection, String)| id.0 == collection && self.is(id, &|known| matches!(known, Known::Failed));
+        let failed: Vec<(Collection, String)> = node.references.keys().filter(failed).cloned().collect();
+        for id in failed {
+            match held.get(id.1.as_str()) {
+                Some(entry) => drop(session.kept.insert(id.clone(), (*entry).clone())),
+                None => drop(session.kept.remove(&id)),
+            }
+            self.subscribers.mark(&name, collection, &id.1);
+        }
+        self.subscribers.wake(&name);
+    }
+
+    fn is(&self, id: &(Collection, String), what: &dyn Fn(&Known) -> bool) -> bool {
+        self.slots.get(id).is_some_and(|slot| what(&slot.value))
+    }
+
+    /// What a session has to say now: what pods need before the pods, pods that went before those that come, and what nobody needs any
+    /// more last.
+    pub(crate) fn drain(&mut self, session: &mut Session) -> Vec<FeedEvent> {
+        let mut events = Vec::new();
+        let Some(node) = self.nodes.get_mut(session.node.name.as_str()).filter(|node| node.uid == session.node.uid)
+        else {
+            return events;
+        };
+        let Some((mut changed, everything)) = self.subscribers.take(&session.node.name, session.epoch) else {
+            return events;
+        };
+        if !session.begun && node.listed && self.ready.contains(&Source::Pods) {
+            session.begun = true;
+            if node.tokens.open(session.epoch, session.last_epoch) {
+                events.push(FeedEvent::Ask(Collection::Tokens));
+            }
+            let name: Arc<str> = session.node.name.as_str().into();
+            self.schedule(&name);
+        }
+        let Some(node) = self.nodes.get(session.node.name.as_str()) else { return events };
+        if everything {
+            changed.extend(self.keys(&session.node.name, node));
+            changed.extend(session.told.keys().cloned());
+        }
+        changed.extend(std::mem::take(&mut session.held_back).into_iter().map(|key| (Collection::Pods, key)));
+
+        let (mut needed, mut pods_gone, mut pods, mut unneeded) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (collection, key) in changed {
+            let id = (collection, key);
+            let (gone, here) =
+                if collection == Collection::Pods { (&mut pods_gone, &mut pods) } else { (&mut unneeded, &mut needed) };
+            let (entry, event) = match self.truth(session, node, &id) {
+                Truth::NotYet => {
+                    session.held_back.insert(id.1);
+                    continue;
+                }
+                Truth::Not => {
+                    gone.extend(session.told.remove(&id).map(|(uid, _)| FeedEvent::Gone(collection, uid)));
+                    continue;
+                }
+                Truth::Is(object) => (object.entry.clone(), FeedEvent::Desired(object)),
+                Truth::Kept(entry) => (entry.clone(), FeedEvent::Keep(collection, entry)),
+            };
+            match session.told.insert(id, (entry.uid.clone(), entry.version)) {
+                Some((uid, version)) if uid == entry.uid && version == entry.version => continue,
+                Some((uid, _)) if uid != entry.uid => gone.push(FeedEvent::Gone(collection, uid)),
+                _ => {}
+            }
+            here.push(event);
+        }
+        for part in [needed, pods_gone, pods, unneeded] {
+            events.extend(part);
+        }
+        for collection in [Collection::ConfigMaps, Collection::Secrets] {
+            if session.begun
+                && !session.complete.contains(&collection)
+                && self.stuck(node, collection)
+                && session.asked.insert(collection)
+            {
+                events.insert(0, FeedEvent::Ask(collection));
+            }
+        }
+        for collection in COLLECTIONS {
+            if !session.complete.contains(&collection) && self.complete(node, session, collection) {
+                session.complete.insert(collection);
+                events.push(FeedEvent::Complete(collection));
+            }
+        }
+        events
+    }
+
+    fn truth(&self, session: &Session, node: &Node, (collection, key): &(Collection, String)) -> Truth {
+        let found = match collection {
+            Collection::Settings => Some(&self.settings),
+            Collection::Node => Some(&node.object).filter(|_| *key == session.node.name),
+            Collection::Services => {
+                let namespace = key.split('/').next().unwrap_or_default();
+                let linked = key == KUBERNETES || node.service_namespaces.contains_key(namespace);
+                self.services.get(key).filter(|_| linked)
+            }
+            Collection::RuntimeClasses => {
+                let referred = node.references.contains_key(&(*collection, key.clone()));
+                self.runtime_classes.get(key).filter(|_| referred)
+            }
+            Collection::ConfigMaps | Collection::Secrets => {
+                let id = (*collection, key.clone());
+                match self.slots.get(&id).filter(|_| node.references.contains_key(&id)).map(|slot| &slot.value) {
+                    Some(Known::Present(object)) => Some(object),
+                    Some(Known::Failed) => return session.kept.get(&id).cloned().map_or(Truth::Not, Truth::Kept),
+                    _ => None,
+                }
+            }
+            Collection::Tokens => match node.tokens.wanted(key) {
+                Some(Wanted::Object(object)) => return Truth::Is(object),
+                Some(Wanted::Keep(entry)) => return Truth::Kept(entry),
+                None => None,
+            },
+            Collection::Pods => match node.pods.get(key) {
+                Some(pod) if !self.may_start(node, pod) => return Truth::NotYet,
+                pod => pod.map(|pod| &pod.object),
+            },
+            Collection::Unspecified => None,
+        };
+        found.cloned().map_or(Truth::Not, Truth::Is)
+    }
+
+    /// Whether everything a pod refers to has been looked up. One that is being deleted needs nothing any more.
+    fn may_start(&self, node: &Node, pod: &Pod) -> bool {
+        pod.facts.deleting
+            || self.ready.contains(&Source::Services)
+                && self.ready.contains(&Source::RuntimeClasses)
+                && node.tokens.pod_settled(&pod.facts.uid)
+                && pod
+                    .references
+                    .objects
+                    .iter()
+                    .all(|reference| self.slots.get(reference).is_none_or(|slot| !matches!(slot.value, Known::Unknown)))
+    }
+
+    fn complete(&self, node: &Node, session: &Session, collection: Collection) -> bool {
+        let ready = |source| self.ready.contains(&source);
+        let pods = session.begun;
+        match collection {
+            Collection::Settings => !self.configured_dns.is_empty() || ready(Source::Services),
+            Collection::Node => true,
+            Collection::Services => pods && ready(Source::Services),
+            Collection::RuntimeClasses => pods && ready(Source::RuntimeClasses),
+            Collection::ConfigMaps | Collection::Secrets => {
+                let answered = session.answered.contains(&collection);
+                let known = |known: &Known| match known {
+                    Known::Absent | Known::Present(_) => true,
+                    Known::Failed => answered,
+                    Known::Unknown => false,
+                };
+                pods && node.references.keys().filter(|id| id.0 == collection).all(|id| self.is(id, &known))
+            }
+            Collection::Tokens => pods && node.tokens.settled(),
+            Collection::Pods => pods && session.held_back.is_empty(),
+            Collection::Unspecified => false,
+        }
+    }
+
+    /// Whether something of a collection cannot be fetched, and all the rest is known.
+    fn stuck(&self, node: &Node, collection: Collection) -> bool {
+        let ids = || node.references.keys().filter(|id| id.0 == collection);
+        ids().any(|id| self.is(id, &|known| matches!(known, Known::Failed)))
+            && !ids().any(|id| self.is(id, &|known| matches!(known, Known::Unknown)))
+    }
+
+    /// Everything in a node's closure.
+    fn keys(&self, name: &str, node: &Node) -> BTreeSet<(Collection, String)> {
+        let mut keys: BTreeSet<(Collection, String)> = node.references.keys().cloned().collect();
+        keys.insert((Collection::Settings, SETTINGS.to_owned()));
+        keys.insert((Collection::Node, name.to_owned()));
+        keys.insert((Collection::Services, KUBERNETES.to_owned()));
+        for namespace in node.service_namespaces.keys() {
+            keys.extend(services_in(&self.services, namespace).map(|key| (Collection::Services, key.clone())));
+        }
+        keys.extend(node.tokens.keys().map(|key| (Collection::Tokens, key.clone())));
+        keys.extend(node.pods.keys().map(|key| (Collection::Pods, key.clone())));
+        keys
+    }
+}

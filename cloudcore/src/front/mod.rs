@@ -1,0 +1,214 @@
+//! The one port: TLS, and inside it the endpoints for joining and the sessions.
+//!
+//! Whoever connects is a stranger until a certificate of our CA says otherwise: handshakes, requests and their sizes are bounded, and
+//! a client that is slow or sends garbage costs one task and a few kilobytes for some seconds.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::ServerConfig;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::backend::{Backend, NodeCheck, NodeIdentity};
+use crate::metrics::Metrics;
+use crate::pki::{CaError, CertificateAuthority, ServerCertificate};
+use crate::registry::Sessions;
+use crate::retry::{Backoff, chain};
+use crate::secrets::SecretStore;
+use crate::supervise::Tasks;
+use crate::token::JoinTokens;
+
+mod http;
+mod join;
+mod session;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+/// How this program calls itself to edges.
+pub const AGENT: &str = concat!("cloudcore ", env!("CARGO_PKG_VERSION"));
+
+const MAX_SESSIONS: usize = 100_000;
+const MAX_HANDSHAKES: usize = 256;
+/// Connections past the handshake that are not sessions yet.
+const MAX_REQUESTS: usize = 4096;
+const MAX_JOINS: usize = 64;
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Everything that a connection may need.
+pub struct Front<B, S> {
+    backend: B,
+    authority: Arc<CertificateAuthority>,
+    tokens: JoinTokens<S>,
+    sessions: Sessions,
+    metrics: Metrics,
+    joins: Semaphore,
+    stop: CancellationToken,
+}
+
+impl<B: Backend, S: SecretStore> Front<B, S> {
+    /// Ends its sessions when `stop` is cancelled.
+    pub fn new(
+        backend: B,
+        authority: Arc<CertificateAuthority>,
+        tokens: JoinTokens<S>,
+        metrics: Metrics,
+        stop: CancellationToken,
+    ) -> Self {
+        let sessions = Sessions::new(MAX_SESSIONS);
+        Self { backend, authority, tokens, sessions, metrics, joins: Semaphore::new(MAX_JOINS), stop }
+    }
+
+    /// What is behind it.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Serves the port until told to stop, then says goodbye to every session, but for no longer than `drain`.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, tls: Arc<ServerConfig>, drain: Duration) {
+        let acceptor = TlsAcceptor::from(tls);
+        let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        let requests = Arc::new(Semaphore::new(MAX_REQUESTS));
+        let mut connections = Tasks::new("connection");
+        let mut trouble = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+        loop {
+            let accepted = tokio::select! {
+                () = self.stop.cancelled() => break,
+                () = connections.reap() => continue,
+                accepted = accept(&listener, &handshakes) => accepted,
+            };
+            let (stream, permit) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of file descriptors, mostly: connections that end give some back.
+                    warn!("cannot accept a connection: {error}");
+                    tokio::time::sleep(trouble.wait()).await;
+                    continue;
+                }
+            };
+            trouble.reset();
+            let (front, acceptor, requests) = (Arc::clone(&self), acceptor.clone(), Arc::clone(&requests));
+            connections.spawn(async move { front.connection(stream, acceptor, permit, requests).await });
+        }
+        drop(listener);
+        let cut = connections.drain(drain).await;
+        if cut > 0 {
+            info!(connections = cut, "connections that did not end in time were cut");
+        }
+    }
+
+    /// Ends the sessions of nodes that are deleted, until told to stop.
+    pub async fn watch_deletions(self: Arc<Self>) {
+        let mut deletions = self.backend.deletions();
+        loop {
+            let deleted = tokio::select! {
+                () = self.stop.cancelled() => return,
+                deleted = deletions.recv() => deleted,
+            };
+            match deleted {
+                Ok(node) => self.sessions.node_deleted(&node),
+                Err(RecvError::Lagged(_)) => self.check_all().await,
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+
+    /// Asks for every node that has a session, because deletions were missed.
+    async fn check_all(&self) {
+        for node in self.sessions.nodes() {
+            let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
+            loop {
+                match self.backend.check(&node).await {
+                    Ok(NodeCheck::Live) => break,
+                    Ok(NodeCheck::Deleted | NodeCheck::OtherUid) => {
+                        self.sessions.node_deleted(&node);
+                        break;
+                    }
+                    Err(error) => debug!(node = node.name, "cannot check the node: {}", chain(&error)),
+                }
+                tokio::select! {
+                    () = self.stop.cancelled() => return,
+                    () = tokio::time::sleep(backoff.wait()) => {}
+                }
+            }
+        }
+    }
+
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        acceptor: TlsAcceptor,
+        handshake: OwnedSemaphorePermit,
+        requests: Arc<Semaphore>,
+    ) {
+        let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
+        // Small frames go at once; a failure only costs time.
+        let _ = stream.set_nodelay(true);
+        let tls = match tokio::time::timeout(HANDSHAKE_PATIENCE, acceptor.accept(stream)).await {
+            Ok(Ok(tls)) => tls,
+            Ok(Err(error)) => {
+                self.metrics.handshake_failed();
+                debug!(peer, "the TLS handshake failed: {error}");
+                return;
+            }
+            Err(_) => {
+                self.metrics.handshake_failed();
+                debug!(peer, "the TLS handshake took too long");
+                return;
+            }
+        };
+        drop(handshake);
+        let Ok(request) = requests.try_acquire_owned() else {
+            debug!(peer, "too many requests at once, the connection is closed");
+            return;
+        };
+        let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned();
+        // The requests' state is gone before the session begins, which lives long.
+        let upgraded = Box::pin(http::serve(Arc::clone(&self), tls, certificate, peer)).await;
+        if let Some((websocket, node)) = upgraded {
+            Box::pin(session::run(&self, websocket, node, request)).await;
+        }
+    }
+}
+
+/// The TLS side of the port: our certificate, and client certificates of our CA for those who have one.
+pub fn tls(
+    authority: &CertificateAuthority,
+    certificate: Arc<ServerCertificate>,
+) -> Result<Arc<ServerConfig>, CaError> {
+    let broken = |error: &dyn std::fmt::Display| CaError::Damaged(error.to_string());
+    let roots = authority.roots().map_err(|error| broken(&error))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| broken(&error))?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| broken(&error))?
+        .with_client_cert_verifier(clients)
+        .with_cert_resolver(certificate);
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // Every connection proves its certificate anew, and 10,000 edges leave nothing behind.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+async fn accept(listener: &TcpListener, handshakes: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    let permit = Arc::clone(handshakes).acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, permit))
+}
+
+/// What a log line calls a node.
+fn shown(node: &NodeIdentity) -> String {
+    format!("{} ({})", node.name, node.uid)
+}

@@ -1,0 +1,221 @@
+//! A session: one edge node, from its Hello to the end of the connection, as one task that moves inputs into a
+//! [`Hub`](skerry_proto::sync::Hub) and carries out what it answers.
+//!
+//! An edge is told that its Node is deleted only when the apiserver has said so; whatever else goes wrong, it is told to come again.
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+use skerry_proto::sync::{Hub, HubInput, HubOutput, Reason};
+use skerry_proto::wire::frame::Body;
+use skerry_proto::wire::{Frame, Goodbye, Hello};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::TryRecvError;
+use tokio_tungstenite::WebSocketStream;
+use tracing::{debug, info, warn};
+
+use super::join::deleted_message;
+use super::wire::{End, Event, Wire};
+use super::{AGENT, Front, shown};
+use crate::backend::{Backend, Feed, FeedEvent, NodeCheck, NodeIdentity};
+use crate::clock;
+use crate::registry::{BeginError, Eviction, Place};
+use crate::retry::chain;
+use crate::secrets::SecretStore;
+
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
+const CHECK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a session does not begin, for the metrics, and what the edge is told.
+type Refused = (&'static str, Option<Goodbye>);
+
+/// Runs a session to its end. `stranger` is held until it has its place among the sessions, whose number is bounded too.
+pub(super) async fn run<B, S, T>(
+    front: &Front<B, S>,
+    socket: WebSocketStream<T>,
+    node: NodeIdentity,
+    stranger: OwnedSemaphorePermit,
+) where
+    B: Backend,
+    S: SecretStore,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut wire = Wire::new(socket, front.metrics.clone());
+    let (hello, mut place) = match begin(front, &mut wire, &node).await {
+        Ok(begun) => begun,
+        Err((result, goodbye)) => {
+            front.metrics.session_start(result);
+            debug!(node = shown(&node), result, "no session");
+            wire.finish(goodbye).await;
+            return;
+        }
+    };
+    drop(stranger);
+    let epoch = place.epoch();
+    front.metrics.session_start("ok");
+    let standing = front.metrics.session();
+    info!(node = shown(&node), epoch, agent = hello.agent, "connected");
+    let goodbye = drive(front, &mut wire, &node, &hello, &mut place).await;
+    drop(standing);
+    info!(
+        node = shown(&node),
+        epoch,
+        "disconnected: {}",
+        goodbye.as_ref().map_or("the connection ended", |said| &said.message)
+    );
+    drop(place);
+    wire.finish(goodbye).await;
+}
+
+/// Hears the Hello, makes sure that the node is one, and takes its place.
+async fn begin<B, S, T>(front: &Front<B, S>, wire: &mut Wire<T>, node: &NodeIdentity) -> Result<(Hello, Place), Refused>
+where
+    B: Backend,
+    S: SecretStore,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let shutdown = || ("shutdown", Some(goodbye(Reason::Shutdown, "cloudcore is going down")));
+    let heard = tokio::select! {
+        () = front.stop.cancelled() => return Err(shutdown()),
+        heard = tokio::time::timeout(HELLO_PATIENCE, wire.next()) => heard,
+    };
+    let hello = match heard {
+        Ok(Ok(Event::Frame(Frame { body: Some(Body::Hello(hello)) }))) => hello,
+        Ok(Ok(Event::Frame(_) | Event::Drained)) => return Err(protocol("the first frame must be a Hello")),
+        Ok(Err(End::Garbage(what))) => return Err(protocol(&what)),
+        Ok(Err(End::Closed | End::Broken(_))) => return Err(("closed", None)),
+        Err(_) => return Err(protocol("no Hello came in time")),
+    };
+    if hello.node != node.name {
+        let message = format!(
+            "the certificate is the one of node {}, not of {:?}; `edgecore reset` and joining again makes the two agree",
+            node.name, hello.node
+        );
+        warn!(node = shown(node), claimed = hello.node, "a node claims to be another");
+        return Err(("other_name", Some(goodbye(Reason::Refused, message))));
+    }
+    // Deletions from here on are seen, so that none falls between the check and the place taken.
+    let mut deletions = front.backend.deletions();
+    let checked = tokio::select! {
+        () = front.stop.cancelled() => return Err(shutdown()),
+        checked = tokio::time::timeout(CHECK_PATIENCE, front.backend.check(node)) => checked,
+    };
+    match checked {
+        Ok(Ok(NodeCheck::Live)) => {}
+        Ok(Ok(NodeCheck::Deleted | NodeCheck::OtherUid)) => return Err(deleted(node)),
+        Ok(Err(error)) => {
+            debug!(node = shown(node), "cannot check the node: {}", chain(&error));
+            return Err(later("unavailable", "the apiserver cannot be asked about this node now"));
+        }
+        Err(_) => return Err(later("unavailable", "the apiserver does not answer now")),
+    }
+    let place = match front.sessions.begin(node, hello.last_epoch, wall_millis()) {
+        Ok(place) => place,
+        Err(error @ BeginError::Full) => return Err(later("full", &error.to_string())),
+        Err(error @ BeginError::Epoch(_)) => return Err(protocol(&error.to_string())),
+    };
+    match missed(&mut deletions, node) {
+        Some(true) => Err(deleted(node)),
+        Some(false) => Ok((hello, place)),
+        None => Err(later("unavailable", "too much is going on")),
+    }
+}
+
+/// Runs the hub until the session ends; says what the edge should hear.
+async fn drive<B, S, T>(
+    front: &Front<B, S>,
+    wire: &mut Wire<T>,
+    node: &NodeIdentity,
+    hello: &Hello,
+    place: &mut Place,
+) -> Option<Goodbye>
+where
+    B: Backend,
+    S: SecretStore,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch);
+    let (mut hub, outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), wall_millis(), AGENT);
+    let mut outputs = outputs;
+    loop {
+        for output in outputs.drain(..) {
+            match output {
+                HubOutput::Send(frame) => wire.push(&frame),
+                HubOutput::Inventory(collection, entries) => feed.inventory(collection, entries),
+                HubOutput::InSync => {
+                    front.metrics.in_sync();
+                    debug!(node = shown(node), "in sync");
+                }
+                HubOutput::Report(report) => feed.report(report),
+                HubOutput::Close(goodbye) => return goodbye,
+            }
+        }
+        let due = hub.next_timeout().saturating_sub(clock::monotonic());
+        tokio::select! {
+            biased;
+            eviction = place.evicted() => return Some(match eviction {
+                Eviction::Superseded => goodbye(Reason::Superseded, "a newer session of this node took over"),
+                Eviction::NodeDeleted => goodbye(Reason::NodeDeleted, deleted_message(&node.name)),
+            }),
+            () = front.stop.cancelled() => return Some(goodbye(Reason::Shutdown, "cloudcore is going down")),
+            event = wire.next() => match event {
+                Ok(Event::Frame(frame)) => outputs = hub.step(clock::monotonic(), HubInput::Frame(frame)),
+                Ok(Event::Drained) => {}
+                Err(End::Garbage(what)) => return Some(goodbye(Reason::Protocol, what)),
+                Err(end @ (End::Closed | End::Broken(_))) => {
+                    debug!(node = shown(node), "{}", chain(&end));
+                    return None;
+                }
+            },
+            () = tokio::time::sleep(due) => outputs = hub.step(clock::monotonic(), HubInput::Timeout),
+            events = feed.next(), if !wire.is_full() => for event in events {
+                let now = clock::monotonic();
+                outputs.extend(match event {
+                    FeedEvent::Desired(object) => hub.step(now, HubInput::Desired(object)),
+                    FeedEvent::Keep(collection, entry) => hub.step(now, HubInput::Keep(collection, entry)),
+                    FeedEvent::Gone(collection, uid) => hub.step(now, HubInput::Gone(collection, uid)),
+                    FeedEvent::Complete(collection) => hub.step(now, HubInput::Complete(collection)),
+                    FeedEvent::Ask(collection) => hub.ask(collection),
+                    FeedEvent::Reported { id, refused } => hub.step(now, HubInput::Reported { id, refused }),
+                });
+            },
+        }
+    }
+}
+
+/// Whether this node was deleted since the receiver was made; `None` when that cannot be told.
+fn missed(deletions: &mut Receiver<NodeIdentity>, node: &NodeIdentity) -> Option<bool> {
+    loop {
+        match deletions.try_recv() {
+            Ok(gone) if gone == *node => return Some(true),
+            Ok(_) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return Some(false),
+            Err(TryRecvError::Lagged(_)) => return None,
+        }
+    }
+}
+
+fn goodbye(reason: Reason, message: impl Into<String>) -> Goodbye {
+    Goodbye { reason: reason.into(), message: message.into(), retry_after_ms: 0 }
+}
+
+fn protocol(what: &str) -> Refused {
+    ("protocol", Some(goodbye(Reason::Protocol, what)))
+}
+
+fn deleted(node: &NodeIdentity) -> Refused {
+    ("node_deleted", Some(goodbye(Reason::NodeDeleted, deleted_message(&node.name))))
+}
+
+/// Not now; spread out, so that a fleet does not come back as one.
+fn later(result: &'static str, message: &str) -> Refused {
+    let retry_after_ms = rand::rng().random_range(5_000..=15_000);
+    let message = format!("{message}; nothing is lost, the node tries again by itself");
+    (result, Some(Goodbye { retry_after_ms, ..goodbye(Reason::Overloaded, message) }))
+}
+
+fn wall_millis() -> u64 {
+    u64::try_from(clock::wall().as_millisecond()).unwrap_or_default()
+}

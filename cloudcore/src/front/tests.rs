@@ -1,0 +1,690 @@
+//! The port over real sockets, with a backend and Secrets in memory.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use prost::Message as _;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
+use skerry_proto::sync::{Collection, Entry, MAX_FRAME, Object, Reason, Report};
+use skerry_proto::token::JoinToken;
+use skerry_proto::wire::frame::Body;
+use skerry_proto::wire::{Frame, Goodbye, Hello, Inventory, Ping, Welcome};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::{broadcast, mpsc};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::Message;
+
+use super::*;
+use crate::backend::{BackendError, Feed, FeedEvent, RegisterError};
+use crate::clock;
+use crate::pki::node_of;
+use crate::secrets::fake::MemorySecrets;
+use crate::token::TokenSpec;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the fake apiserver says, and what it was told.
+struct Script {
+    nodes: BTreeMap<String, (String, String)>,
+    foreign: Vec<String>,
+    away: bool,
+    /// A deletion that falls between a check and what follows it.
+    deletes_behind_check: bool,
+}
+
+struct FakeBackend {
+    script: Mutex<Script>,
+    deletions: broadcast::Sender<NodeIdentity>,
+    opened: mpsc::Sender<Opened>,
+}
+
+/// The test's end of a feed.
+struct Opened {
+    epoch: u64,
+    events: mpsc::Sender<Vec<FeedEvent>>,
+    reports: mpsc::Receiver<Report>,
+}
+
+struct FakeFeed {
+    events: mpsc::Receiver<Vec<FeedEvent>>,
+    reports: mpsc::Sender<Report>,
+}
+
+fn api_error(code: u16) -> BackendError {
+    let status = kube::core::Status::failure("scripted", "Scripted").with_code(code);
+    BackendError { action: "do it".to_owned(), source: kube::Error::Api(Box::new(status)) }
+}
+
+impl Backend for FakeBackend {
+    type Feed = FakeFeed;
+
+    async fn register(
+        &self,
+        name: &str,
+        machine_id: &str,
+        _: &BTreeMap<String, String>,
+    ) -> Result<NodeIdentity, RegisterError> {
+        let mut script = self.script.lock().unwrap();
+        if script.away {
+            return Err(RegisterError::Api(api_error(500)));
+        }
+        if script.foreign.iter().any(|foreign| foreign == name) {
+            return Err(RegisterError::NotEdge(name.to_owned()));
+        }
+        let uid = format!("uid-of-{name}");
+        let held = script.nodes.entry(name.to_owned()).or_insert_with(|| (uid, machine_id.to_owned()));
+        if held.1 != machine_id {
+            let (name, machine_id, last_seen) = (name.to_owned(), held.1.clone(), "now".to_owned());
+            return Err(RegisterError::NameAlive { name, machine_id, last_seen });
+        }
+        Ok(NodeIdentity { name: name.to_owned(), uid: held.0.clone() })
+    }
+
+    async fn check(&self, node: &NodeIdentity) -> Result<NodeCheck, BackendError> {
+        let script = self.script.lock().unwrap();
+        if script.away {
+            return Err(api_error(503));
+        }
+        if script.deletes_behind_check {
+            let _ = self.deletions.send(node.clone());
+        }
+        Ok(match script.nodes.get(&node.name) {
+            None => NodeCheck::Deleted,
+            Some((uid, _)) if *uid == node.uid => NodeCheck::Live,
+            Some(_) => NodeCheck::OtherUid,
+        })
+    }
+
+    fn open(&self, _: &NodeIdentity, epoch: u64, _: u64) -> FakeFeed {
+        let (events, events_out) = mpsc::channel(16);
+        let (reports, reports_out) = mpsc::channel(64);
+        self.opened.try_send(Opened { epoch, events, reports: reports_out }).expect("the test takes feeds");
+        FakeFeed { events: events_out, reports }
+    }
+
+    fn deletions(&self) -> broadcast::Receiver<NodeIdentity> {
+        self.deletions.subscribe()
+    }
+
+    fn ready(&self) -> bool {
+        true
+    }
+}
+
+impl Feed for FakeFeed {
+    async fn next(&mut self) -> Vec<FeedEvent> {
+        match self.events.recv().await {
+            Some(events) => events,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn inventory(&mut self, _: Collection, _: Vec<Entry>) {}
+
+    fn report(&mut self, report: Report) {
+        self.reports.try_send(report).expect("the test takes reports");
+    }
+}
+
+/// A front on a port of this machine.
+struct Cloud {
+    front: Arc<Front<FakeBackend, MemorySecrets>>,
+    secrets: Arc<MemorySecrets>,
+    opened: mpsc::Receiver<Opened>,
+    address: std::net::SocketAddr,
+    stop: CancellationToken,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+/// A node's key and certificate.
+struct Identity {
+    key: KeyPair,
+    certificate: Option<String>,
+}
+
+impl Identity {
+    fn new() -> Self {
+        Self { key: KeyPair::generate().unwrap(), certificate: None }
+    }
+
+    fn csr(&self) -> String {
+        CertificateParams::default().serialize_request(&self.key).unwrap().pem().unwrap()
+    }
+}
+
+impl Cloud {
+    async fn start() -> Self {
+        let secrets = Arc::new(MemorySecrets::default());
+        let authority = CertificateAuthority::load_or_create(&*secrets, None, clock::wall()).await.unwrap();
+        let authority = Arc::new(authority);
+        let certificate = ServerCertificate::issue(Arc::clone(&authority), &[], clock::wall()).unwrap();
+        let tls = tls(&authority, Arc::new(certificate)).unwrap();
+        let (opened, opened_out) = mpsc::channel(16);
+        let script = Script { nodes: BTreeMap::new(), foreign: Vec::new(), away: false, deletes_behind_check: false };
+        let backend = FakeBackend { script: Mutex::new(script), deletions: broadcast::channel(8).0, opened };
+        let stop = CancellationToken::new();
+        let tokens = JoinTokens::new(Arc::clone(&secrets));
+        let front = Arc::new(Front::new(backend, authority, tokens, Metrics::default(), stop.clone()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = crate::supervise::spawn("port", Arc::clone(&front).serve(listener, tls, Duration::from_secs(5)));
+        drop(crate::supervise::spawn("deletions", Arc::clone(&front).watch_deletions()));
+        Self { front, secrets, opened: opened_out, address, stop, serving }
+    }
+
+    fn script(&self) -> std::sync::MutexGuard<'_, Script> {
+        self.front.backend.script.lock().unwrap()
+    }
+
+    async fn token(&self, spec: TokenSpec) -> JoinToken {
+        self.front.tokens.create(&spec, self.front.authority.hash(), clock::wall()).await.unwrap().0
+    }
+
+    async fn any_token(&self) -> JoinToken {
+        self.token(TokenSpec { ttl: Duration::from_secs(3600), uses: None, node: None }).await
+    }
+
+    /// A joined node.
+    async fn node(&self, name: &str) -> Identity {
+        let mut identity = Identity::new();
+        let token = self.any_token().await;
+        let joined = self.join(&token.to_string(), &request(name, &identity)).await.expect("joining works");
+        identity.certificate = Some(joined.certificate);
+        identity
+    }
+
+    async fn tls(&self, identity: Option<&Identity>) -> TlsStream<TcpStream> {
+        self.try_tls(identity, &self.front.authority).await.unwrap()
+    }
+
+    async fn try_tls(
+        &self,
+        identity: Option<&Identity>,
+        trusted: &CertificateAuthority,
+    ) -> io::Result<TlsStream<TcpStream>> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(trusted.pem().as_bytes()).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let config = config.with_root_certificates(roots);
+        let config = match identity {
+            Some(Identity { key, certificate: Some(pem) }) => {
+                let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+                let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+                config.with_client_auth_cert(vec![certificate], key).unwrap()
+            }
+            _ => config.with_no_client_auth(),
+        };
+        let stream = TcpStream::connect(self.address).await?;
+        let name = ServerName::try_from("localhost").unwrap();
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await
+    }
+
+    /// One HTTP exchange: the status and the body.
+    async fn exchange(&self, identity: Option<&Identity>, head: &str, body: &[u8]) -> (u16, Vec<u8>) {
+        let mut stream = self.tls(identity).await;
+        let length = body.len();
+        let head = format!("{head}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        // A refusal may come before the whole body went.
+        let _ = stream.write_all(body).await;
+        let mut answer = Vec::new();
+        let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer comes");
+        let end = answer.windows(4).position(|window| window == b"\r\n\r\n").expect("a head comes");
+        let status = std::str::from_utf8(&answer[9..12]).unwrap().parse().unwrap();
+        (status, answer.split_off(end + 4))
+    }
+
+    async fn post<T: serde::de::DeserializeOwned>(
+        &self,
+        identity: Option<&Identity>,
+        head: &str,
+        body: &[u8],
+    ) -> Result<T, (u16, Refusal)> {
+        let (status, body) = self.exchange(identity, head, body).await;
+        match status {
+            200 => Ok(serde_json::from_slice(&body).unwrap()),
+            _ => Err((status, serde_json::from_slice(&body).expect("a refusal is JSON"))),
+        }
+    }
+
+    async fn join(&self, token: &str, request: &JoinRequest) -> Result<JoinResponse, (u16, Refusal)> {
+        let head = format!("POST /v1/join HTTP/1.1\r\nAuthorization: Bearer {token}");
+        self.post(None, &head, &serde_json::to_vec(request).unwrap()).await
+    }
+
+    async fn connect(&self, identity: &Identity) -> Edge {
+        let stream = self.tls(Some(identity)).await;
+        let (socket, _) = tokio_tungstenite::client_async("ws://localhost/v1/session", stream).await.unwrap();
+        Edge(socket)
+    }
+
+    /// A session that stands, and the backend's end of it.
+    async fn session(&mut self, identity: &Identity, name: &str, last_epoch: u64) -> (Edge, Opened, Welcome) {
+        let mut edge = self.connect(identity).await;
+        edge.send(hello(name, last_epoch)).await;
+        let Body::Welcome(welcome) = edge.body().await else { panic!("a Welcome comes first") };
+        let opened = tokio::time::timeout(PATIENCE, self.opened.recv()).await.unwrap().unwrap();
+        assert_eq!(opened.epoch, welcome.epoch);
+        (edge, opened, welcome)
+    }
+}
+
+/// A scripted edge.
+struct Edge(WebSocketStream<TlsStream<TcpStream>>);
+
+impl Edge {
+    async fn send(&mut self, body: Body) {
+        self.raw(Message::Binary(Frame { body: Some(body) }.encode_to_vec().into())).await;
+    }
+
+    async fn raw(&mut self, message: Message) {
+        self.0.send(message).await.unwrap();
+    }
+
+    async fn body(&mut self) -> Body {
+        loop {
+            let message = tokio::time::timeout(PATIENCE, self.0.next()).await.expect("something comes");
+            match message.expect("the connection stands").expect("the connection works") {
+                Message::Binary(bytes) => return Frame::decode(bytes).unwrap().body.unwrap(),
+                Message::Close(_) => panic!("closed without a Goodbye"),
+                _ => {}
+            }
+        }
+    }
+
+    async fn goodbye(&mut self) -> (Reason, Goodbye) {
+        loop {
+            if let Body::Goodbye(goodbye) = self.body().await {
+                // What follows is the end of the connection.
+                while let Some(Ok(_)) = self.0.next().await {}
+                return (goodbye.reason(), goodbye);
+            }
+        }
+    }
+}
+
+fn hello(name: &str, last_epoch: u64) -> Body {
+    Body::Hello(Hello {
+        protocol_min: 1,
+        protocol_max: 1,
+        node: name.to_owned(),
+        boot_id: "boot".to_owned(),
+        store_id: "store".to_owned(),
+        last_epoch,
+        digests: Vec::new(),
+        agent: "edgecore 0.0.0".to_owned(),
+    })
+}
+
+fn request(name: &str, identity: &Identity) -> JoinRequest {
+    JoinRequest {
+        node: name.to_owned(),
+        csr: identity.csr(),
+        machine_id: format!("machine-of-{name}"),
+        labels: BTreeMap::new(),
+        time: clock::wall().as_second(),
+    }
+}
+
+#[tokio::test]
+async fn a_box_joins_again_and_renews() {
+    let cloud = Cloud::start().await;
+    let (status, ca) = cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await;
+    assert_eq!((status, ca), (200, cloud.front.authority.pem().as_bytes().to_vec()));
+
+    let token = cloud.token(TokenSpec { ttl: Duration::from_secs(60), uses: Some(1), node: None }).await.to_string();
+    let mut identity = Identity::new();
+    let first = cloud.join(&token, &request("box-1", &identity)).await.unwrap();
+    let node = |pem: &str| node_of(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
+    assert_eq!(node(&first.certificate), NodeIdentity { name: "box-1".to_owned(), uid: "uid-of-box-1".to_owned() });
+    assert_eq!(first.ca, cloud.front.authority.pem());
+    cloud.join(&token, &request("box-1", &identity)).await.expect("the same box, interrupted, joins again");
+
+    identity.certificate = Some(first.certificate.clone());
+    let body = serde_json::json!({ "csr": Identity::new().csr() }).to_string();
+    let renew = "POST /v1/renew HTTP/1.1";
+    let renewed: JoinResponse = cloud.post(Some(&identity), renew, body.as_bytes()).await.unwrap();
+    assert_eq!(node(&renewed.certificate), node(&first.certificate));
+
+    let refused =
+        |answer: Result<JoinResponse, (u16, Refusal)>| answer.map_err(|(status, no)| (status, no.reason)).unwrap_err();
+    assert_eq!(refused(cloud.post(None, renew, body.as_bytes()).await), (401, "certificate_required".to_owned()));
+    cloud.script().away = true;
+    assert_eq!(
+        refused(cloud.post(Some(&identity), renew, body.as_bytes()).await),
+        (503, "apiserver_unavailable".to_owned())
+    );
+    cloud.script().away = false;
+    cloud.script().nodes.clear();
+    assert_eq!(refused(cloud.post(Some(&identity), renew, body.as_bytes()).await), (403, "node_deleted".to_owned()));
+}
+
+#[tokio::test]
+async fn every_refusal_of_a_join_says_what_and_what_to_do() {
+    let cloud = Cloud::start().await;
+    let identity = Identity::new();
+    let good = cloud.any_token().await;
+    let ttl = Duration::from_secs(3600);
+    let used = cloud.token(TokenSpec { ttl, uses: Some(1), node: None }).await;
+    cloud.join(&used.to_string(), &request("box-1", &identity)).await.unwrap();
+    let bound = cloud.token(TokenSpec { ttl, uses: None, node: Some("box-7".to_owned()) }).await;
+    let expired = {
+        let past = clock::wall().checked_sub(Duration::from_secs(7200)).unwrap();
+        let spec = TokenSpec { ttl, uses: None, node: None };
+        cloud.front.tokens.create(&spec, [0; 32], past).await.unwrap().0
+    };
+    let revoked = cloud.any_token().await;
+    cloud.front.tokens.revoke(&revoked.id).await.unwrap();
+    let forged = JoinToken { secret: "0".repeat(32), ..good.clone() };
+    cloud.script().foreign.push("master".to_owned());
+
+    let on = |name: &str| request(name, &identity);
+    let labelled = |key: &str| {
+        let mut request = on("box-2");
+        request.labels.insert(key.to_owned(), String::new());
+        request
+    };
+    let good = good.to_string();
+    let cases = [
+        (401, "token_malformed", "skerry.x".to_owned(), on("box-2"), "copy the whole token"),
+        (401, "token_unknown", forged.to_string(), on("box-2"), "token create"),
+        (401, "token_unknown", revoked.to_string(), on("box-2"), "token create"),
+        (403, "token_expired", expired.to_string(), on("box-2"), "token create"),
+        (403, "token_used_up", used.to_string(), on("box-2"), "token create"),
+        (403, "token_other_node", bound.to_string(), on("box-2"), "--node-name box-7"),
+        (422, "name_invalid", good.clone(), on("Box_2"), "--node-name"),
+        (
+            409,
+            "name_alive",
+            good.clone(),
+            JoinRequest { machine_id: "other".to_owned(), ..on("box-1") },
+            "kubectl delete node",
+        ),
+        (409, "name_not_edge", good.clone(), on("master"), "another name"),
+        (
+            422,
+            "machine_id_invalid",
+            good.clone(),
+            JoinRequest { machine_id: String::new(), ..on("box-2") },
+            "/etc/machine-id",
+        ),
+        (422, "label_refused", good.clone(), labelled("node-role.kubernetes.io/control-plane"), "kubectl label"),
+        (422, "csr_invalid", good.clone(), JoinRequest { csr: "x".to_owned(), ..on("box-2") }, "PEM"),
+    ];
+    for (status, reason, token, request, says) in cases {
+        let (found, no) = cloud.join(&token, &request).await.unwrap_err();
+        assert_eq!((found, no.reason.as_str()), (status, reason), "{}", no.message);
+        assert!(no.message.contains(says), "{reason}: {}", no.message);
+    }
+    assert!(!cloud.script().nodes.contains_key("box-2"), "no refused join has left a Node");
+
+    cloud.secrets.fail(1);
+    let (status, no) = cloud.join(&good, &on("box-2")).await.unwrap_err();
+    assert_eq!((status, no.reason.as_str()), (503, "apiserver_unavailable"));
+    cloud.script().away = true;
+    let (status, no) = cloud.join(&good, &on("box-2")).await.unwrap_err();
+    assert_eq!((status, no.reason.as_str()), (503, "apiserver_unavailable"));
+    assert!(no.message.contains("try again"), "{}", no.message);
+}
+
+#[tokio::test]
+async fn what_is_no_request_is_answered_and_harms_nobody() {
+    let cloud = Cloud::start().await;
+    let reason = |(status, body): (u16, Vec<u8>)| (status, serde_json::from_slice::<Refusal>(&body).unwrap().reason);
+    let (status, body) = cloud.exchange(None, "GET / HTTP/1.1", b"").await;
+    assert!(status == 200 && String::from_utf8(body).unwrap().contains("edgecore join"));
+    assert_eq!(reason(cloud.exchange(None, "GET /nowhere HTTP/1.1", b"").await), (404, "not_found".to_owned()));
+    assert_eq!(reason(cloud.exchange(None, "GET /v1/join HTTP/1.1", b"").await), (405, "method".to_owned()));
+    assert_eq!(
+        reason(cloud.exchange(None, "POST /v1/join HTTP/1.1", b"{}").await),
+        (400, "request_malformed".to_owned())
+    );
+    let large = vec![b' '; (64 << 10) + 1];
+    assert_eq!(
+        reason(cloud.exchange(None, "POST /v1/join HTTP/1.1", &large).await),
+        (413, "request_too_large".to_owned())
+    );
+    let whole = serde_json::to_vec(&request("box-1", &Identity::new())).unwrap();
+    assert_eq!(
+        reason(cloud.exchange(None, "POST /v1/join HTTP/1.1", &whole).await),
+        (401, "token_malformed".to_owned())
+    );
+
+    let mut plain = TcpStream::connect(cloud.address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, plain.read_to_end(&mut answer)).await.expect("garbage is not waited for");
+    let mut garbage = cloud.tls(None).await;
+    garbage.write_all(&[0xff; 4096]).await.unwrap();
+    let _ = tokio::time::timeout(PATIENCE, garbage.read_to_end(&mut answer)).await.expect("garbage is not waited for");
+    assert_eq!(cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_session_needs_a_nodes_certificate_of_this_ca() {
+    let cloud = Cloud::start().await;
+    let upgrade = "GET /v1/session HTTP/1.1\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==";
+    let (status, body) = cloud.exchange(None, upgrade, b"").await;
+    assert_eq!(
+        (status, serde_json::from_slice::<Refusal>(&body).unwrap().reason.as_str()),
+        (401, "certificate_required")
+    );
+
+    let node = cloud.node("box-1").await;
+    let (status, body) = cloud.exchange(Some(&node), "GET /v1/session HTTP/1.1", b"").await;
+    assert_eq!(
+        (status, serde_json::from_slice::<Refusal>(&body).unwrap().reason.as_str()),
+        (426, "websocket_required")
+    );
+
+    let other = Cloud::start().await;
+    let foreign = other.node("box-1").await;
+    // With TLS 1.3 the client hears of it on its first read.
+    if let Ok(mut stream) = cloud.try_tls(Some(&foreign), &cloud.front.authority).await {
+        let _ = stream.write_all(b"GET /v1/ca HTTP/1.1\r\n\r\n").await;
+        let mut answer = Vec::new();
+        assert!(
+            stream.read_to_end(&mut answer).await.is_err() && answer.is_empty(),
+            "a foreign certificate gets nothing"
+        );
+    }
+    assert!(cloud.try_tls(None, &other.front.authority).await.is_err(), "and a client that pins another CA stays away");
+}
+
+#[tokio::test]
+async fn a_session_carries_objects_down_and_reports_up() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (mut edge, mut opened, welcome) = cloud.session(&identity, "box-1", 77).await;
+    assert!(welcome.epoch > 77 && welcome.agent == AGENT);
+
+    let object = Object::new(Collection::Pods, "default/web".to_owned(), "u1".to_owned(), b"{\"kind\":\"Pod\"}");
+    let events = vec![FeedEvent::Desired(object.clone()), FeedEvent::Complete(Collection::Pods)];
+    opened.events.send(events).await.unwrap();
+    let upsert = loop {
+        match edge.body().await {
+            Body::InventoryRequest(asked) => {
+                let inventory = Inventory { collection: asked.collection, last: true, ..Inventory::default() };
+                edge.send(Body::Inventory(inventory)).await;
+            }
+            Body::Upsert(upsert) => break upsert,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((upsert.uid.as_str(), &upsert.full), ("u1", &object.payload));
+
+    let (kind, payload) = (skerry_proto::sync::ReportKind::PodStatus.into(), bytes::Bytes::from_static(b"{}"));
+    let report = skerry_proto::wire::Report { id: 5, kind, uid: "u1".to_owned(), payload, ..Default::default() };
+    edge.send(Body::Report(report)).await;
+    let report = tokio::time::timeout(PATIENCE, opened.reports.recv()).await.unwrap().unwrap();
+    assert_eq!((report.id, report.uid.as_str()), (5, "u1"));
+    opened.events.send(vec![FeedEvent::Reported { id: 5, refused: "no such pod".to_owned() }]).await.unwrap();
+    let acked = loop {
+        if let Body::ReportAck(acked) = edge.body().await {
+            break acked;
+        }
+    };
+    assert_eq!((acked.id, acked.refused.as_str()), (5, "no such pod"));
+
+    edge.send(Body::Ping(Ping { token: 9 })).await;
+    loop {
+        if let Body::Pong(pong) = edge.body().await {
+            assert_eq!(pong.token, 9);
+            break;
+        }
+    }
+    drop(edge);
+    tokio::time::timeout(PATIENCE, opened.events.closed()).await.expect("the feed ends with the connection");
+    assert!(cloud.front.sessions.nodes().is_empty());
+}
+
+#[tokio::test]
+async fn who_may_not_have_a_session_is_told_why() {
+    let cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+
+    let mut edge = cloud.connect(&identity).await;
+    edge.send(hello("box-2", 0)).await;
+    let (reason, said) = edge.goodbye().await;
+    assert!(reason == Reason::Refused && said.message.contains("box-1"), "{said:?}");
+
+    cloud.script().away = true;
+    let mut edge = cloud.connect(&identity).await;
+    edge.send(hello("box-1", 0)).await;
+    let (reason, said) = edge.goodbye().await;
+    assert_eq!(reason, Reason::Overloaded, "uncertainty never says that a node is deleted");
+    assert!((5_000..=15_000).contains(&said.retry_after_ms), "{said:?}");
+    cloud.script().away = false;
+
+    cloud.script().nodes.get_mut("box-1").unwrap().0 = "another".to_owned();
+    let mut edge = cloud.connect(&identity).await;
+    edge.send(hello("box-1", 0)).await;
+    assert_eq!(edge.goodbye().await.0, Reason::NodeDeleted);
+
+    cloud.script().nodes.clear();
+    let mut edge = cloud.connect(&identity).await;
+    edge.send(hello("box-1", 0)).await;
+    let (reason, said) = edge.goodbye().await;
+    assert!(reason == Reason::NodeDeleted && said.message.contains("edgecore reset"), "{said:?}");
+}
+
+#[tokio::test]
+async fn a_deletion_between_check_and_session_is_not_missed() {
+    let cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    cloud.script().deletes_behind_check = true;
+    let mut edge = cloud.connect(&identity).await;
+    edge.send(hello("box-1", 0)).await;
+    assert_eq!(edge.goodbye().await.0, Reason::NodeDeleted);
+    assert!(cloud.front.sessions.nodes().is_empty());
+}
+
+#[tokio::test]
+async fn what_is_no_frame_ends_the_session_with_a_reason() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let frame = |body| Message::Binary(Frame { body: Some(body) }.encode_to_vec().into());
+    let first = [
+        frame(Body::Ping(Ping { token: 1 })),
+        Message::Binary(vec![0xff; 64].into()),
+        Message::Text("hello".into()),
+        frame(hello("box-1", u64::MAX)),
+        Message::Binary(vec![0; MAX_FRAME + 1].into()),
+    ];
+    for message in first {
+        let shown = format!("{message:.40?}");
+        let mut edge = cloud.connect(&identity).await;
+        // A frame that is too large is refused before all of it was sent.
+        let _ = edge.0.send(message).await;
+        assert_eq!(edge.goodbye().await.0, Reason::Protocol, "{shown}");
+    }
+    for message in [Message::Binary(vec![0xff; 64].into()), Message::Text("x".into()), frame(hello("box-1", 0))] {
+        let shown = format!("{message:.40?}");
+        let (mut edge, opened, _) = cloud.session(&identity, "box-1", 0).await;
+        edge.raw(message).await;
+        assert_eq!(edge.goodbye().await.0, Reason::Protocol, "{shown}");
+        opened.events.closed().await;
+    }
+    let mut old = cloud.connect(&identity).await;
+    let Body::Hello(hello) = hello("box-1", 0) else { unreachable!() };
+    old.send(Body::Hello(Hello { protocol_min: 90, protocol_max: 99, ..hello })).await;
+    let (reason, said) = old.goodbye().await;
+    assert!(reason == Reason::Version && said.message.contains("90"), "{said:?}");
+}
+
+#[tokio::test]
+async fn a_newer_session_takes_over_and_the_older_ones_end_leaves_it_alone() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (mut first, first_feed, _) = cloud.session(&identity, "box-1", 0).await;
+    let (mut second, second_feed, _) = cloud.session(&identity, "box-1", 0).await;
+    assert!(second_feed.epoch > first_feed.epoch);
+    assert_eq!(first.goodbye().await.0, Reason::Superseded);
+    tokio::time::timeout(PATIENCE, first_feed.events.closed()).await.unwrap();
+    assert!(!second_feed.events.is_closed());
+    assert_eq!(cloud.front.sessions.nodes().len(), 1);
+
+    let gone = cloud.front.sessions.nodes().remove(0);
+    let other = NodeIdentity { uid: "another".to_owned(), ..gone.clone() };
+    cloud.front.backend.deletions.send(other).unwrap();
+    second.send(Body::Ping(Ping { token: 3 })).await;
+    assert!(
+        matches!(second.body().await, Body::Pong(_)),
+        "the deletion of another Node of that name is none of its business"
+    );
+    cloud.front.backend.deletions.send(gone).unwrap();
+    assert_eq!(second.goodbye().await.0, Reason::NodeDeleted);
+}
+
+#[tokio::test]
+async fn missed_deletions_are_asked_for() {
+    let mut cloud = Cloud::start().await;
+    let (kept, gone) = (cloud.node("box-1").await, cloud.node("box-2").await);
+    let (mut kept, _kept_feed, _) = cloud.session(&kept, "box-1", 0).await;
+    let (mut gone, _gone_feed, _) = cloud.session(&gone, "box-2", 0).await;
+    cloud.script().nodes.remove("box-2");
+    // More at once than the channel holds, none of them of these nodes.
+    for n in 0..64 {
+        let other = NodeIdentity { name: format!("other-{n}"), uid: "x".to_owned() };
+        cloud.front.backend.deletions.send(other).unwrap();
+    }
+    assert_eq!(gone.goodbye().await.0, Reason::NodeDeleted);
+    kept.send(Body::Ping(Ping { token: 3 })).await;
+    assert!(matches!(kept.body().await, Body::Pong(_)));
+}
+
+#[tokio::test]
+async fn an_edge_that_floods_and_does_not_read_gives_way_to_its_next_session() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (mut edge, opened, _) = cloud.session(&identity, "box-1", 0).await;
+    let pings = crate::supervise::spawn("pings", async move {
+        // Every ping asks for a pong that nobody reads; in the end the cloud no longer reads either, and this blocks.
+        let ping = Message::Binary(Frame { body: Some(Body::Ping(Ping { token: u64::MAX })) }.encode_to_vec().into());
+        while edge.0.feed(ping.clone()).await.is_ok() {}
+    });
+    let (_edge, newer, _) = tokio::time::timeout(PATIENCE, cloud.session(&identity, "box-1", 0)).await.unwrap();
+    tokio::time::timeout(PATIENCE, opened.events.closed()).await.expect("the stuck session ends");
+    assert!(newer.epoch > opened.epoch && !newer.events.is_closed());
+    pings.abort();
+}
+
+#[tokio::test]
+async fn at_the_end_every_session_hears_goodbye() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (mut edge, opened, _) = cloud.session(&identity, "box-1", 0).await;
+    cloud.stop.cancel();
+    assert_eq!(edge.goodbye().await.0, Reason::Shutdown);
+    tokio::time::timeout(PATIENCE, cloud.serving).await.expect("the port is given back").unwrap();
+    assert!(opened.events.is_closed());
+    assert!(TcpStream::connect(cloud.address).await.is_err());
+}

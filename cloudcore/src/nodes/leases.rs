@@ -1,0 +1,308 @@
+//! Leases: renewed for a node exactly as long as its newest session lives here.
+//!
+//! [`Wheel`] decides who is due; [`Leases::run`] carries it out. A session only ends the renewals of its own epoch, and stops renewing when
+//! the lease shows that a session of a higher epoch, at another replica, has taken over.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use jiff::Timestamp;
+use kube::api::{DynamicObject, Patch};
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use tracing::{debug, warn};
+
+use crate::apiserver::{Apiserver, Kind, Verdict, verdict};
+use crate::backend::NodeIdentity;
+use crate::clock;
+use crate::retry::chain;
+
+/// Where node leases live.
+pub(crate) const NAMESPACE: &str = "kube-node-lease";
+/// How long a lease is good without renewal.
+pub(crate) const DURATION_SECONDS: i64 = 40;
+/// How often it is renewed.
+const RENEW: Duration = Duration::from_secs(10);
+/// After a failure.
+const RETRY: Duration = Duration::from_secs(2);
+/// Requests under way at once.
+const AT_ONCE: usize = 64;
+const EPOCH_ANNOTATION: &str = "skerry.dev/epoch";
+
+/// One renewal to carry out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Renewal {
+    node: NodeIdentity,
+    epoch: u64,
+    /// The first of its session: it also says whose the lease is.
+    first: bool,
+}
+
+/// How a renewal ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Renewed {
+    Yes,
+    Failed,
+    /// A session of this epoch has the lease.
+    Epoch(u64),
+}
+
+/// Who is due when.
+#[derive(Debug, Default)]
+struct Wheel {
+    nodes: HashMap<String, Spoke>,
+    due: BTreeSet<(Duration, String)>,
+}
+
+#[derive(Debug)]
+struct Spoke {
+    uid: String,
+    epoch: u64,
+    due: Duration,
+    written: bool,
+}
+
+impl Wheel {
+    fn begin(&mut self, node: &NodeIdentity, epoch: u64, now: Duration) {
+        if self.nodes.get(&node.name).is_some_and(|spoke| spoke.epoch > epoch) {
+            return;
+        }
+        self.remove(&node.name);
+        self.due.insert((now, node.name.clone()));
+        self.nodes.insert(node.name.clone(), Spoke { uid: node.uid.clone(), epoch, due: now, written: false });
+    }
+
+    fn end(&mut self, name: &str, epoch: u64) {
+        if self.nodes.get(name).is_some_and(|spoke| spoke.epoch == epoch) {
+            self.remove(name);
+        }
+    }
+
+    /// Takes the next one that is due; it is due again when [`Wheel::renewed`] says so.
+    fn take(&mut self, now: Duration) -> Option<Renewal> {
+        let (due, name) = self.due.first()?;
+        if *due > now {
+            return None;
+        }
+        let name = name.clone();
+        self.due.pop_first();
+        let spoke = self.nodes.get(&name)?;
+        let node = NodeIdentity { name, uid: spoke.uid.clone() };
+        Some(Renewal { node, epoch: spoke.epoch, first: !spoke.written })
+    }
+
+    /// `spread` in 0..1 keeps renewals apart.
+    fn renewed(&mut self, renewal: &Renewal, how: Renewed, now: Duration, spread: f64) {
+        let Some(spoke) = self.nodes.get_mut(&renewal.node.name).filter(|spoke| spoke.epoch == renewal.epoch) else {
+            return;
+        };
+        let wait = match how {
+            Renewed::Epoch(epoch) if epoch > spoke.epoch => return self.remove(&renewal.node.name),
+            Renewed::Yes | Renewed::Epoch(_) => RENEW,
+            Renewed::Failed => RETRY,
+        };
+        spoke.written |= how != Renewed::Failed;
+        spoke.due = now + wait.mul_f64(spread.mul_add(0.2, 0.9));
+        self.due.insert((spoke.due, renewal.node.name.clone()));
+    }
+
+    /// Whoever renewed is gone: all are due.
+    fn abandoned(&mut self, now: Duration) {
+        self.due.clear();
+        for (name, spoke) in &mut self.nodes {
+            spoke.due = now;
+            self.due.insert((now, name.clone()));
+        }
+    }
+
+    fn next(&self) -> Option<Duration> {
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    fn remove(&mut self, name: &str) {
+        if let Some(spoke) = self.nodes.remove(name) {
+            self.due.remove(&(spoke.due, name.to_owned()));
+        }
+    }
+}
+
+/// The leases of all sessions.
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    wheel: Mutex<Wheel>,
+    wake: Notify,
+}
+
+impl Leases {
+    /// A session begins.
+    pub(crate) fn begin(&self, node: &NodeIdentity, epoch: u64) {
+        self.lock().begin(node, epoch, clock::monotonic());
+        self.wake.notify_one();
+    }
+
+    /// A session ends.
+    pub(crate) fn end(&self, node: &NodeIdentity, epoch: u64) {
+        self.lock().end(&node.name, epoch);
+    }
+
+    /// Renews what is due, for ever.
+    pub(crate) async fn run(self: Arc<Self>, api: Apiserver) {
+        self.lock().abandoned(clock::monotonic());
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            while under_way.len() < AT_ONCE {
+                let Some(renewal) = self.lock().take(clock::monotonic()) else { break };
+                let api = &api;
+                under_way.push(async move {
+                    let how = renew(api, &renewal, clock::wall()).await;
+                    (renewal, how)
+                });
+            }
+            let next = self.lock().next();
+            let wait = next.map_or(Duration::from_secs(3600), |due| due.saturating_sub(clock::monotonic()));
+            tokio::select! {
+                Some((renewal, how)) = under_way.next(), if !under_way.is_empty() => {
+                    self.lock().renewed(&renewal, how, clock::monotonic(), rand::random());
+                }
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(wait), if under_way.len() < AT_ONCE => {}
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Wheel> {
+        self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn renew(api: &Apiserver, renewal: &Renewal, now: Timestamp) -> Renewed {
+    let name = &renewal.node.name;
+    let patch = Patch::Merge(body(renewal, now));
+    let mut answer = api.patch(Kind::Lease, NAMESPACE, name, &patch).await;
+    if let Err(error) = &answer
+        && verdict(error) == Verdict::NotFound
+    {
+        answer = api.create(Kind::Lease, NAMESPACE, body(&Renewal { first: true, ..renewal.clone() }, now)).await;
+    }
+    match answer {
+        Ok(lease) => epoch_of(&lease).map_or(Renewed::Yes, Renewed::Epoch),
+        Err(error) => match verdict(&error) {
+            Verdict::Refused(reason) => {
+                warn!(node = name, %reason, "cannot renew the node's lease");
+                Renewed::Failed
+            }
+            // The namespace itself is missing: it is made by the apiserver when it starts.
+            Verdict::NotFound => Renewed::Failed,
+            Verdict::Conflict | Verdict::Later(_) => {
+                debug!(node = name, "the node's lease is not renewed yet: {}", chain(&error));
+                Renewed::Failed
+            }
+        },
+    }
+}
+
+fn body(renewal: &Renewal, now: Timestamp) -> Value {
+    let name = &renewal.node.name;
+    let time = format!("{now:.6}");
+    if !renewal.first {
+        return json!({"spec": {"renewTime": time}});
+    }
+    json!({
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {
+            "name": name,
+            "namespace": NAMESPACE,
+            "annotations": {EPOCH_ANNOTATION: renewal.epoch.to_string()},
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": name, "uid": renewal.node.uid}],
+        },
+        "spec": {"holderIdentity": name, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": time},
+    })
+}
+
+fn epoch_of(lease: &DynamicObject) -> Option<u64> {
+    lease.metadata.annotations.as_ref()?.get(EPOCH_ANNOTATION)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node() -> NodeIdentity {
+        NodeIdentity { name: "e".into(), uid: "u".into() }
+    }
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_session_renews_until_it_ends() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        let first = wheel.take(seconds(0)).unwrap();
+        assert_eq!(first, Renewal { node: node(), epoch: 3, first: true });
+        assert_eq!(wheel.take(seconds(0)), None, "one request at a time");
+        wheel.renewed(&first, Renewed::Epoch(3), seconds(1), 0.5);
+        assert_eq!(wheel.next(), Some(seconds(11)));
+        assert!(!wheel.take(seconds(11)).unwrap().first);
+        wheel.end("e", 3);
+        wheel.renewed(&first, Renewed::Yes, seconds(12), 0.5);
+        assert_eq!(wheel.next(), None, "an answer that comes after the end");
+    }
+
+    #[test]
+    fn a_session_that_ends_leaves_its_successor_alone() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        let old = wheel.take(seconds(0)).unwrap();
+        wheel.begin(&node(), 4, seconds(1));
+        wheel.end("e", 3);
+        wheel.renewed(&old, Renewed::Yes, seconds(2), 0.5);
+        assert_eq!(wheel.take(seconds(2)), Some(Renewal { node: node(), epoch: 4, first: true }));
+        wheel.begin(&node(), 3, seconds(3));
+        assert_eq!(wheel.nodes["e"].epoch, 4, "an older one does not take over");
+    }
+
+    #[test]
+    fn a_higher_epoch_elsewhere_ends_renewal() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        let renewal = wheel.take(seconds(0)).unwrap();
+        wheel.renewed(&renewal, Renewed::Epoch(5), seconds(1), 0.5);
+        assert_eq!((wheel.next(), wheel.nodes.len()), (None, 0));
+    }
+
+    #[test]
+    fn failures_are_tried_again_soon_and_keep_the_first_write_due() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        let renewal = wheel.take(seconds(0)).unwrap();
+        wheel.renewed(&renewal, Renewed::Failed, seconds(1), 0.5);
+        assert_eq!(wheel.next(), Some(seconds(3)));
+        assert!(wheel.take(seconds(3)).unwrap().first);
+    }
+
+    #[test]
+    fn renewals_in_hand_are_due_again_when_their_worker_is_gone() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        wheel.take(seconds(0)).unwrap();
+        wheel.abandoned(seconds(5));
+        assert!(wheel.take(seconds(5)).is_some());
+        assert_eq!(wheel.take(seconds(5)), None);
+    }
+
+    #[test]
+    fn a_renewal_writes_nothing_but_the_time() {
+        let now: Timestamp = "2026-01-01T00:00:00.25Z".parse().unwrap();
+        let renewal = Renewal { node: node(), epoch: 3, first: false };
+        assert_eq!(body(&renewal, now), json!({"spec": {"renewTime": "2026-01-01T00:00:00.250000Z"}}));
+        let first = body(&Renewal { first: true, ..renewal }, now);
+        assert_eq!(first["metadata"]["annotations"][EPOCH_ANNOTATION], "3");
+        assert_eq!(first["metadata"]["ownerReferences"][0]["uid"], "u");
+    }
+}

@@ -1,0 +1,258 @@
+//! Which node has which session, and who may end it.
+//!
+//! A node has at most one session; a newer one evicts the older. Epochs of one node only rise: each is greater than any that this
+//! registry gave to that node, than what the edge says it has seen, and not behind the wall clock. The end of a session removes that
+//! session and no other.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::oneshot;
+
+use crate::backend::NodeIdentity;
+
+/// Epochs beyond this are nobody's: it is 146 million years of milliseconds.
+const LAST_EPOCH: u64 = 1 << 62;
+
+/// Why a session has to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eviction {
+    /// A newer session of the same node.
+    Superseded,
+    /// The apiserver said for certain that the Node is gone.
+    NodeDeleted,
+}
+
+/// Why a session cannot begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BeginError {
+    /// As many as there may be.
+    #[error("this cloudcore serves as many nodes as it may")]
+    Full,
+    /// The edge says it has seen an epoch that cannot have been.
+    #[error("the epoch {0} cannot have been")]
+    Epoch(u64),
+}
+
+/// All sessions of this process; cloning shares them.
+#[derive(Clone, Debug)]
+pub struct Sessions {
+    most: usize,
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    nodes: HashMap<String, Node>,
+    live: usize,
+    /// The wall clock, which here never goes back.
+    now: u64,
+}
+
+/// A node that has a session, or whose last epoch is ahead of the clock.
+#[derive(Debug)]
+struct Node {
+    epoch: u64,
+    session: Option<Session>,
+}
+
+#[derive(Debug)]
+struct Session {
+    uid: String,
+    evict: oneshot::Sender<Eviction>,
+}
+
+/// A session's place; dropping it gives the place up.
+#[derive(Debug)]
+pub struct Place {
+    epoch: u64,
+    name: String,
+    evicted: oneshot::Receiver<Eviction>,
+    sessions: Sessions,
+}
+
+impl Sessions {
+    /// At most so many.
+    pub fn new(most: usize) -> Self {
+        Self { most, inner: Arc::default() }
+    }
+
+    /// Begins a session and evicts the node's older one. `now` is Unix milliseconds.
+    pub fn begin(&self, node: &NodeIdentity, last_epoch: u64, now: u64) -> Result<Place, BeginError> {
+        if last_epoch >= LAST_EPOCH {
+            return Err(BeginError::Epoch(last_epoch));
+        }
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        inner.now = inner.now.max(now);
+        let held = inner.nodes.get(&node.name);
+        let replaces = held.is_some_and(|held| held.session.is_some());
+        if !replaces && inner.live >= self.most {
+            return Err(BeginError::Full);
+        }
+        let epoch = inner.now.max(last_epoch + 1).max(held.map_or(0, |held| held.epoch + 1));
+        let (evict, evicted) = oneshot::channel();
+        let session = Session { uid: node.uid.clone(), evict };
+        let older = inner.nodes.insert(node.name.clone(), Node { epoch, session: Some(session) });
+        match older.and_then(|older| older.session) {
+            // It may have ended by itself just now.
+            Some(older) => {
+                let _ = older.evict.send(Eviction::Superseded);
+            }
+            None => inner.live += 1,
+        }
+        // Epochs of nodes that are gone are remembered for as long as the clock has not passed them, and no more of them than of
+        // sessions: only a clock that was set back far, or an edge that lies, makes any.
+        if inner.nodes.len() > 2 * self.most {
+            inner.nodes.retain(|_, node| node.session.is_some());
+        }
+        Ok(Place { epoch, name: node.name.clone(), evicted, sessions: self.clone() })
+    }
+
+    /// Ends the session of a Node that was deleted; another Node of that name is left alone.
+    pub fn node_deleted(&self, node: &NodeIdentity) {
+        let mut inner = self.lock();
+        let Some(held) = inner.nodes.get_mut(&node.name) else { return };
+        if let Some(session) = held.session.take_if(|session| session.uid == node.uid) {
+            let _ = session.evict.send(Eviction::NodeDeleted);
+            inner.live -= 1;
+        }
+    }
+
+    /// The nodes that have a session.
+    pub fn nodes(&self) -> Vec<NodeIdentity> {
+        let inner = self.lock();
+        let live = inner.nodes.iter().filter_map(|(name, node)| Some((name, node.session.as_ref()?)));
+        live.map(|(name, session)| NodeIdentity { name: name.clone(), uid: session.uid.clone() }).collect()
+    }
+
+    fn end(&self, name: &str, epoch: u64) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let Some(held) = inner.nodes.get_mut(name).filter(|held| held.epoch == epoch) else { return };
+        if held.session.take().is_some() {
+            inner.live -= 1;
+        }
+        if epoch < inner.now {
+            inner.nodes.remove(name);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    /// The session's epoch.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Waits until the session has to end. Cancel safe; not to be asked again after it answered.
+    pub async fn evicted(&mut self) -> Eviction {
+        match (&mut self.evicted).await {
+            Ok(eviction) => eviction,
+            // The registry lets a sender go only by sending, or when a newer session's insertion races with this one's end.
+            Err(_) => Eviction::Superseded,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.sessions.end(&self.name, self.epoch);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn node(name: &str, uid: &str) -> NodeIdentity {
+        NodeIdentity { name: name.to_owned(), uid: uid.to_owned() }
+    }
+
+    fn eviction(place: &mut Place) -> Option<Eviction> {
+        place.evicted.try_recv().ok()
+    }
+
+    #[test]
+    fn a_newer_session_evicts_and_the_older_ones_end_changes_nothing() {
+        let sessions = Sessions::new(10);
+        let a = node("a", "1");
+        let mut first = sessions.begin(&a, 0, 1000).unwrap();
+        let mut second = sessions.begin(&a, 0, 1000).unwrap();
+        assert_eq!((first.epoch(), second.epoch()), (1000, 1001));
+        assert_eq!(eviction(&mut first), Some(Eviction::Superseded));
+        drop(first);
+        assert_eq!(sessions.nodes(), std::slice::from_ref(&a));
+        sessions.node_deleted(&node("a", "2"));
+        assert_eq!(eviction(&mut second), None, "another Node was deleted");
+        sessions.node_deleted(&a);
+        assert_eq!(eviction(&mut second), Some(Eviction::NodeDeleted));
+        assert!(sessions.nodes().is_empty());
+        drop(second);
+        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 1002);
+    }
+
+    #[test]
+    fn epochs_follow_edge_and_clock() {
+        let sessions = Sessions::new(10);
+        let a = node("a", "1");
+        assert_eq!(sessions.begin(&a, 5000, 1000).unwrap().epoch(), 5001);
+        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 5002, "an edge that forgot");
+        assert_eq!(sessions.begin(&a, 0, 9000).unwrap().epoch(), 9000);
+        assert_eq!(sessions.begin(&node("b", "2"), 0, 100).unwrap().epoch(), 9000, "a clock that was set back");
+        assert_eq!(sessions.begin(&a, u64::MAX, 9000).unwrap_err(), BeginError::Epoch(u64::MAX));
+    }
+
+    #[test]
+    fn there_are_no_more_than_there_may_be() {
+        let sessions = Sessions::new(2);
+        let (a, b) = (sessions.begin(&node("a", "1"), 0, 1), sessions.begin(&node("b", "1"), 0, 1));
+        assert_eq!(sessions.begin(&node("c", "1"), 0, 1).unwrap_err(), BeginError::Full);
+        let again = sessions.begin(&node("b", "1"), 0, 1).unwrap();
+        drop((a, b));
+        assert_eq!(sessions.nodes(), [node("b", "1")]);
+        assert!(sessions.begin(&node("c", "1"), 0, 1).is_ok());
+        drop(again);
+    }
+
+    proptest! {
+        #[test]
+        fn one_session_a_node_whatever_the_order(steps in proptest::collection::vec((0u8..3, 0usize..4, 0u64..50, 0u64..50), 1..80)) {
+            let sessions = Sessions::new(3);
+            let mut places: Vec<(String, Place)> = Vec::new();
+            let mut highest: HashMap<String, u64> = HashMap::new();
+            for (step, which, last, now) in steps {
+                let name = ["a", "b", "c", "d"][which];
+                match step {
+                    0 | 1 => if let Ok(place) = sessions.begin(&node(name, "1"), last, now) {
+                        let before = highest.insert(name.to_owned(), place.epoch());
+                        prop_assert!(before.is_none_or(|before| before < place.epoch()));
+                        prop_assert!(place.epoch() > last && place.epoch() >= now);
+                        places.push((name.to_owned(), place));
+                    },
+                    _ => if !places.is_empty() {
+                        drop(places.swap_remove(which % places.len()));
+                    },
+                }
+                let mut standing: Vec<String> = Vec::new();
+                for (name, place) in &mut places {
+                    if place.epoch() == highest[name] {
+                        prop_assert_eq!(eviction(place), None);
+                        standing.push(name.clone());
+                    }
+                }
+                standing.sort();
+                let mut told: Vec<String> = sessions.nodes().into_iter().map(|node| node.name).collect();
+                told.sort();
+                prop_assert_eq!(&told, &standing);
+                prop_assert_eq!(sessions.lock().live, standing.len());
+            }
+        }
+    }
+}

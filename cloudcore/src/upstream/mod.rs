@@ -1,0 +1,431 @@
+//! Reports on their way to the apiserver.
+//!
+//! One queue a session, bounded and coalesced by what is reported; one request at a time for a node, a bounded number for all, first come
+//! first served, so that no node starves another. A report ends when the apiserver took it or refused it for good; anything else is tried
+//! again for as long as the session lives, and holds nothing else up. A node may report for itself and for its own pods: everything else is refused, logged and counted.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use kube::api::Patch;
+use skerry_proto::payload::{NodeReport, PodReport};
+use skerry_proto::sync::{Report, ReportKind};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use tracing::{error, warn};
+
+use self::event::About;
+use self::pod::StatusFacts;
+use self::queue::{Job, Next, State, WAITING, Waiting};
+use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
+use crate::backend::NodeIdentity;
+use crate::backend_k8s::Shared;
+use crate::closure::PodFacts;
+use crate::{clock, supervise};
+
+mod event;
+mod node;
+pub(crate) mod pod;
+mod queue;
+
+/// Requests for reports under way at once, of all nodes.
+const AT_ONCE: usize = 32;
+/// Takes the reports of all sessions.
+pub(crate) struct Upstream {
+    api: Apiserver,
+    shared: Arc<Shared>,
+    permits: Semaphore,
+    queues: Mutex<HashMap<String, Arc<Queue>>>,
+}
+
+/// One session's reports. Dropping it ends what is under way.
+pub(crate) struct Reports {
+    upstream: Arc<Upstream>,
+    queue: Arc<Queue>,
+    ended: mpsc::Receiver<(u64, String)>,
+    task: JoinHandle<()>,
+}
+
+struct Queue {
+    node: NodeIdentity,
+    state: Mutex<State>,
+    wake: tokio::sync::Notify,
+    ended: mpsc::Sender<(u64, String)>,
+}
+
+/// How an attempt ended.
+enum Outcome {
+    Taken,
+    /// It is what the apiserver has already.
+    Unchanged,
+    Refused(String),
+    Later(Option<Duration>),
+}
+
+impl Upstream {
+    pub(crate) fn new(api: Apiserver, shared: Arc<Shared>) -> Arc<Self> {
+        Arc::new(Self { api, shared, permits: Semaphore::new(AT_ONCE), queues: Mutex::default() })
+    }
+
+    /// Begins a session.
+    pub(crate) fn open(self: &Arc<Self>, node: &NodeIdentity) -> Reports {
+        let (sender, ended) = mpsc::channel(WAITING);
+        let queue = Arc::new(Queue {
+            node: node.clone(),
+            state: Mutex::default(),
+            wake: tokio::sync::Notify::new(),
+            ended: sender,
+        });
+        lock(&self.queues).insert(node.name.clone(), queue.clone());
+        let task = supervise::spawn("upstream", self.clone().drive(queue.clone()));
+        Reports { upstream: self.clone(), queue, ended, task }
+    }
+
+    /// The apiserver shows this state of a pod: if it hides what the pod's node reported in this session, the report is applied again.
+    pub(crate) fn pod_seen(&self, node: &str, facts: &PodFacts) {
+        let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
+        if lock(&queue.state).reapply(facts, clock::monotonic()) {
+            queue.wake.notify_one();
+        }
+    }
+
+    /// A Node is shown as unknown although its session lives: what it reported of itself is applied again.
+    pub(crate) fn node_hidden(&self, node: &str) {
+        let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
+        if lock(&queue.state).reapply_node(clock::monotonic()) {
+            queue.wake.notify_one();
+        }
+    }
+
+    /// A pod is gone: what was reported for it is forgotten.
+    pub(crate) fn pod_gone(&self, node: &str, uid: &str) {
+        if let Some(queue) = lock(&self.queues).get(node) {
+            lock(&queue.state).forget(uid);
+        }
+    }
+
+    async fn drive(self: Arc<Self>, queue: Arc<Queue>) {
+        loop {
+            let next = lock(&queue.state).next(clock::monotonic());
+            let ended = match next {
+                Next::Now(waiting) => self.carry_out(&queue, waiting).await,
+                Next::In(wait) => {
+                    // A new report may be due before.
+                    let _ = tokio::time::timeout(wait, queue.wake.notified()).await;
+                    None
+                }
+                Next::Never => {
+                    queue.wake.notified().await;
+                    None
+                }
+            };
+            if let Some(ended) = ended
+                && queue.ended.send(ended).await.is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    /// Tries once. Answers a report that came to its end, and why it was refused or nothing; what is to be tried again waits for it, and
+    /// the others go on.
+    async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<(u64, String)> {
+        let report = match &waiting.job {
+            Job::Report(report) => report.clone(),
+            Job::Reapply(uid) => lock(&queue.state).accepted(uid)?,
+            Job::ReapplyNode => lock(&queue.state).accepted_node()?,
+        };
+        let (kind, acknowledged) = (kind_name(report.kind), matches!(waiting.job, Job::Report(_)));
+        let outcome = match self.permits.acquire().await {
+            Ok(_permit) => AssertUnwindSafe(self.attempt(queue, &report)).catch_unwind().await.unwrap_or_else(|_| {
+                error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
+                Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
+            }),
+            Err(_) => Outcome::Later(None),
+        };
+        let refused = match outcome {
+            Outcome::Taken => {
+                self.api.metrics().report(kind, "taken");
+                String::new()
+            }
+            Outcome::Unchanged => {
+                self.api.metrics().report(kind, "unchanged");
+                String::new()
+            }
+            Outcome::Refused(reason) => {
+                self.api.metrics().report(kind, "refused");
+                let Report { namespace, name, uid, .. } = &report;
+                warn!(node = queue.node.name, kind, %namespace, %name, %uid, %reason, "report refused");
+                if reason.is_empty() { "refused".into() } else { reason }
+            }
+            Outcome::Later(after) => {
+                let wait = backoff(waiting.attempt, rand::random()).max(after.unwrap_or_default());
+                if lock(&queue.state).again(waiting, clock::monotonic() + wait) {
+                    return None;
+                }
+                self.api.metrics().report(kind, "superseded");
+                String::new()
+            }
+        };
+        acknowledged.then_some((report.id, refused))
+    }
+
+    async fn attempt(&self, queue: &Queue, report: &Report) -> Outcome {
+        match report.kind {
+            ReportKind::PodStatus => self.pod_status(queue, report).await,
+            ReportKind::NodeStatus => {
+                let outcome = self.node_status(&queue.node, report).await;
+                if matches!(outcome, Outcome::Taken | Outcome::Unchanged) {
+                    lock(&queue.state).accept_node(report, clock::monotonic());
+                }
+                outcome
+            }
+            ReportKind::Event => self.event(&queue.node, report).await,
+            ReportKind::Unspecified => {
+                Outcome::Refused("cloudcore does not know this kind of report: update it".into())
+            }
+        }
+    }
+
+    async fn pod_status(&self, queue: &Queue, report: &Report) -> Outcome {
+        let content: PodReport = match serde_json::from_slice(&report.payload) {
+            Ok(content) => content,
+            Err(error) => return Outcome::Refused(format!("not a pod report: {error}")),
+        };
+        let key = format!("{}/{}", report.namespace, report.name);
+        let mut facts = match self.own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
+            Ok(facts) => facts,
+            Err(Outcome::Refused(_)) if content.finished && self.pod_is_gone(&key, &report.uid) => {
+                return Outcome::Unchanged;
+            }
+            Err(outcome) => return outcome,
+        };
+        let status = StatusFacts::of(&content.status);
+        let mut unchanged = true;
+        if facts.status.terminal() && status.phase != facts.status.phase {
+            if !content.finished {
+                return Outcome::Refused(format!("the pod's phase {} is final", facts.status.phase));
+            }
+        } else if status.fingerprint != facts.status.fingerprint {
+            let patch = match pod::patch(&report.uid, &content.status) {
+                Ok(patch) => patch,
+                Err(reason) => return Outcome::Refused(reason),
+            };
+            unchanged = false;
+            match self.api.patch_status(Kind::Pod, &report.namespace, &report.name, patch).await {
+                Ok(written) => {
+                    facts = PodFacts::of(&Kind::Pod.json(&written));
+                    self.shared.closures().pod_written(&key, facts.clone());
+                }
+                Err(error) => match verdict(&error) {
+                    Verdict::Later(after) => return Outcome::Later(after),
+                    // The UID guard answers 422, which a status that cannot be does as well: the pod itself is asked.
+                    Verdict::Refused(reason) => {
+                        return self.after_refusal(queue, report, content.finished, Outcome::Refused(reason)).await;
+                    }
+                    Verdict::NotFound | Verdict::Conflict => {
+                        return self.after_refusal(queue, report, content.finished, Outcome::Later(None)).await;
+                    }
+                },
+            }
+        }
+        lock(&queue.state).accept(report, status, &facts.resource_version, clock::monotonic());
+        if !content.finished {
+            return if unchanged { Outcome::Unchanged } else { Outcome::Taken };
+        }
+        if !facts.deleting {
+            facts = match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
+                Ok(facts) => facts,
+                Err(outcome) => return outcome,
+            };
+            if !facts.deleting {
+                return Outcome::Refused("the pod is not being deleted".into());
+            }
+        }
+        match self.api.delete_now(Kind::Pod, &report.namespace, &report.name, &report.uid).await {
+            Ok(()) => Outcome::Taken,
+            Err(error) => match verdict(&error) {
+                Verdict::NotFound | Verdict::Conflict => Outcome::Taken,
+                Verdict::Later(after) => Outcome::Later(after),
+                Verdict::Refused(reason) => Outcome::Refused(reason),
+            },
+        }
+    }
+
+    /// A status patch was not taken: because the pod is another one, or gone, or else for what `otherwise` says.
+    async fn after_refusal(&self, queue: &Queue, report: &Report, finished: bool, otherwise: Outcome) -> Outcome {
+        match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
+            Ok(_) => otherwise,
+            Err(Outcome::Refused(_)) if finished => Outcome::Taken,
+            Err(outcome) => outcome,
+        }
+    }
+
+    fn pod_is_gone(&self, key: &str, uid: &str) -> bool {
+        self.shared.closures().pod(key).is_none_or(|(_, facts)| facts.uid != uid)
+    }
+
+    /// A pod that this node may report for, from the cache if that agrees, else from the apiserver.
+    async fn own_pod(&self, node: &NodeIdentity, namespace: &str, name: &str, uid: &str) -> Result<PodFacts, Outcome> {
+        let known = self
+            .shared
+            .closures()
+            .pod(&format!("{namespace}/{name}"))
+            .map(|(on, facts)| (on == node.name, facts.clone()));
+        match known {
+            Some((true, facts)) if facts.uid == uid => Ok(facts),
+            _ => self.fetch_own_pod(node, namespace, name, uid).await,
+        }
+    }
+
+    async fn fetch_own_pod(
+        &self,
+        node: &NodeIdentity,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<PodFacts, Outcome> {
+        if namespace.is_empty() || name.is_empty() {
+            return Err(Outcome::Refused("the report names no pod".into()));
+        }
+        match self.api.get(Kind::Pod, namespace, name).await {
+            Ok(None) => Err(Outcome::Refused("the pod is gone".into())),
+            Ok(Some(pod)) => {
+                let pod = Kind::Pod.json(&pod);
+                let facts = PodFacts::of(&pod);
+                if facts.uid != uid {
+                    Err(Outcome::Refused("the pod is gone: another one has its name".into()))
+                } else if pod["spec"]["nodeName"] != node.name.as_str() {
+                    Err(Outcome::Refused("the pod belongs to another node".into()))
+                } else {
+                    Ok(facts)
+                }
+            }
+            Err(error) => Err(match verdict(&error) {
+                Verdict::Refused(reason) => Outcome::Refused(reason),
+                Verdict::Later(after) => Outcome::Later(after),
+                Verdict::NotFound | Verdict::Conflict => Outcome::Later(None),
+            }),
+        }
+    }
+
+    async fn node_status(&self, node: &NodeIdentity, report: &Report) -> Outcome {
+        if report.name != node.name {
+            return Outcome::Refused(format!("node {} may not report for node {}", node.name, report.name));
+        }
+        let content: NodeReport = match serde_json::from_slice(&report.payload) {
+            Ok(content) => content,
+            Err(error) => return Outcome::Refused(format!("not a node report: {error}")),
+        };
+        let capacity = self.shared.closures().capacity(&node.name).cloned();
+        let patch = match node::patch(&node.name, &node.uid, &content, capacity.as_ref()) {
+            Ok(patch) => patch,
+            Err(reason) => return Outcome::Refused(reason),
+        };
+        match self.api.patch_status(Kind::Node, "", &node.name, patch).await {
+            Ok(_) => Outcome::Taken,
+            Err(error) => match verdict(&error) {
+                Verdict::NotFound => Outcome::Refused("the Node is gone".into()),
+                // Two causes: another writer, or another Node of this name.
+                Verdict::Conflict if self.shared.closures().node(&node.name).is_some_and(|known| known != *node) => {
+                    Outcome::Refused("the Node is gone: another one has its name".into())
+                }
+                Verdict::Conflict => Outcome::Later(None),
+                Verdict::Later(after) => Outcome::Later(after),
+                Verdict::Refused(reason) => Outcome::Refused(reason),
+            },
+        }
+    }
+
+    async fn event(&self, node: &NodeIdentity, report: &Report) -> Outcome {
+        let event = match event::outgoing(&node.name, report) {
+            Ok(event) => event,
+            Err(reason) => return Outcome::Refused(reason),
+        };
+        if let About::Pod { name, uid } = &event.about
+            && let Err(outcome) = self.own_pod(node, &event.namespace, name, uid).await
+        {
+            return outcome;
+        }
+        let error = match self.api.create(Kind::Event, &event.namespace, event.body.clone()).await {
+            Ok(_) => return Outcome::Taken,
+            Err(error) => verdict(&error),
+        };
+        let error = match (error, event::repetition(&event)) {
+            (Verdict::Conflict, None) => return Outcome::Unchanged,
+            (Verdict::Conflict, Some(patch)) => {
+                match self.api.patch(Kind::Event, &event.namespace, &event.name, &Patch::Merge(patch)).await {
+                    Ok(_) => return Outcome::Taken,
+                    Err(error) => verdict(&error),
+                }
+            }
+            (error, _) => error,
+        };
+        match error {
+            Verdict::Refused(reason) => Outcome::Refused(reason),
+            Verdict::Later(after) => Outcome::Later(after),
+            Verdict::NotFound => Outcome::Refused("the event's namespace is gone".into()),
+            Verdict::Conflict => Outcome::Later(None),
+        }
+    }
+}
+
+impl Reports {
+    /// Takes a report. An older one of the same thing that still waits is replaced, and counts as taken.
+    pub(crate) fn push(&mut self, report: Report) {
+        let ended = {
+            let mut state = lock(&self.queue.state);
+            state.push(report)
+        };
+        if let Some((kind, id, refused)) = ended {
+            let result = if refused.is_empty() { "superseded" } else { "refused" };
+            self.upstream.api.metrics().report(kind_name(kind), result);
+            // Room is certain unless the session stopped reading; then its end is near and the edge will say it again.
+            if self.queue.ended.try_send((id, refused)).is_err() {
+                warn!(node = self.queue.node.name, "a session does not read what became of its reports");
+            }
+        }
+        self.queue.wake.notify_one();
+    }
+
+    /// One that came to its end, if any has.
+    pub(crate) fn try_ended(&mut self) -> Option<(u64, String)> {
+        self.ended.try_recv().ok()
+    }
+
+    /// The next one that came to its end.
+    pub(crate) async fn ended(&mut self) -> (u64, String) {
+        match self.ended.recv().await {
+            Some(ended) => ended,
+            // The queue holds a sender for as long as this lives.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Reports {
+    fn drop(&mut self) {
+        self.task.abort();
+        let mut queues = lock(&self.upstream.queues);
+        if queues.get(&self.queue.node.name).is_some_and(|queue| Arc::ptr_eq(queue, &self.queue)) {
+            queues.remove(&self.queue.node.name);
+        }
+    }
+}
+
+const fn kind_name(kind: ReportKind) -> &'static str {
+    match kind {
+        ReportKind::PodStatus => "pod",
+        ReportKind::NodeStatus => "node",
+        ReportKind::Event => "event",
+        ReportKind::Unspecified => "unknown",
+    }
+}
+
+/// What is guarded is whole between any two statements.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

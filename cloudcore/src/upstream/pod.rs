@@ -1,0 +1,271 @@
+//! Pod status: the patch that carries a report, and what is remembered of a status to tell whether one is needed.
+//!
+//! The edge is the author of what a kubelet writes; conditions of other authors are never touched, for lists of conditions merge by type.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use serde_json::{Map, Value, json};
+
+/// Written whole; those that may vanish are written as null when the report lacks them.
+const FIELDS: [&str; 7] = ["phase", "hostIP", "startTime", "qosClass", "observedGeneration", "reason", "message"];
+const MAY_VANISH: [&str; 2] = ["reason", "message"];
+/// Lists without a merge key.
+const ATOMIC: [&str; 3] = ["initContainerStatuses", "containerStatuses", "ephemeralContainerStatuses"];
+/// Lists that would merge by `ip` and must not.
+const ADDRESSES: [&str; 2] = ["hostIPs", "podIPs"];
+/// Maps that would merge by key and must not.
+const MAPS: [&str; 2] = ["resources", "allocatedResources"];
+/// Conditions of the edge's own that a report may leave out, which ends them.
+const MAY_END: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+/// Conditions that count when a status is compared.
+const OWN_CONDITIONS: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "ContainersReady", "Ready", "PodScheduled"];
+
+/// What is remembered of a status.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct StatusFacts {
+    /// status.phase
+    pub(crate) phase: String,
+    /// Status of the conditions Ready and ContainersReady, which the node lifecycle controller takes away from a node it does not hear.
+    pub(crate) ready: [Option<bool>; 2],
+    /// Of all that the edge is the author of.
+    pub(crate) fingerprint: u64,
+}
+
+impl StatusFacts {
+    /// Reads them off a status.
+    pub(crate) fn of(status: &Value) -> Self {
+        let condition = |kind: &str| {
+            let found = conditions(status).find(|condition| condition["type"] == kind)?;
+            Some(found["status"] == "True")
+        };
+        Self {
+            phase: status["phase"].as_str().unwrap_or_default().to_owned(),
+            ready: [condition("Ready"), condition("ContainersReady")],
+            fingerprint: fingerprint(status),
+        }
+    }
+
+    /// Whether the pod has ended for good.
+    pub(crate) fn terminal(&self) -> bool {
+        matches!(self.phase.as_str(), "Succeeded" | "Failed")
+    }
+
+    /// Whether someone else's write hides this report.
+    pub(crate) fn hidden_by(&self, api: &Self) -> bool {
+        !api.terminal() && (self.ready != api.ready || self.phase != api.phase)
+    }
+}
+
+/// The strategic merge patch that makes the apiserver's status say what the report says; `Err` when the report is no status.
+pub(crate) fn patch(uid: &str, status: &Value) -> Result<Value, String> {
+    let report = status.as_object().ok_or("the status is not an object")?;
+    if !report.get("phase").is_some_and(Value::is_string) {
+        return Err("the status has no phase".into());
+    }
+    let mut patch = Map::new();
+    for field in FIELDS {
+        match report.get(field) {
+            Some(value) => drop(patch.insert(field.into(), value.clone())),
+            None if MAY_VANISH.contains(&field) => drop(patch.insert(field.into(), Value::Null)),
+            None => {}
+        }
+    }
+    patch.insert("podIP".into(), report.get("podIP").cloned().unwrap_or_default());
+    for field in ATOMIC {
+        patch.insert(field.into(), report.get(field).cloned().unwrap_or_default());
+    }
+    for field in ADDRESSES {
+        let mut list = vec![json!({"$patch": "replace"})];
+        list.extend(report.get(field).and_then(Value::as_array).cloned().unwrap_or_default());
+        patch.insert(field.into(), list.into());
+    }
+    for field in MAPS {
+        if let Some(Value::Object(map)) = report.get(field) {
+            let mut map = map.clone();
+            map.insert("$patch".into(), "replace".into());
+            patch.insert(field.into(), map.into());
+        }
+    }
+    let mut list = Vec::new();
+    for condition in conditions(status) {
+        if !condition["type"].is_string() || !condition["status"].is_string() {
+            return Err("a condition lacks its type or status".into());
+        }
+        list.push(condition.clone());
+    }
+    for kind in MAY_END {
+        if !conditions(status).any(|condition| condition["type"] == kind) {
+            list.push(json!({"$patch": "delete", "type": kind}));
+        }
+    }
+    patch.insert("conditions".into(), list.into());
+    Ok(json!({"metadata": {"uid": uid}, "status": patch}))
+}
+
+fn conditions(status: &Value) -> impl Iterator<Item = &Value> {
+    status["conditions"].as_array().into_iter().flatten()
+}
+
+/// Two statuses that mean the same have the same one: what is empty is left out and times count in seconds.
+fn fingerprint(status: &Value) -> u64 {
+    let mut own = Map::new();
+    for field in FIELDS.into_iter().chain(["podIP"]).chain(ATOMIC).chain(ADDRESSES).chain(MAPS) {
+        if let Some(value) = status.get(field).and_then(meaning) {
+            own.insert(field.into(), value);
+        }
+    }
+    let counted =
+        |kind: &Value| kind.as_str().is_some_and(|kind| OWN_CONDITIONS.contains(&kind) || MAY_END.contains(&kind));
+    let mut list: Vec<Value> =
+        conditions(status).filter(|condition| counted(&condition["type"])).filter_map(meaning).collect();
+    list.sort_by_key(|condition| condition["type"].to_string());
+    own.insert("conditions".into(), list.into());
+    let mut hasher = DefaultHasher::new();
+    Value::Object(own).to_string().hash(&mut hasher);
+    hasher.finish()
+}
+
+fn meaning(value: &Value) -> Option<Value> {
+    match value {
+        Value::Null => None,
+        Value::String(text) if text.is_empty() => None,
+        Value::String(text) => Some(match whole_seconds(text) {
+            Some(seconds) => seconds.into(),
+            None => text.as_str().into(),
+        }),
+        Value::Array(items) if items.is_empty() => None,
+        Value::Array(items) => Some(items.iter().map(|item| meaning(item).unwrap_or_default()).collect()),
+        Value::Object(fields) => {
+            let fields: Map<String, Value> =
+                fields.iter().filter_map(|(name, field)| Some((name.clone(), meaning(field)?))).collect();
+            (!fields.is_empty()).then(|| fields.into())
+        }
+        Value::Bool(_) | Value::Number(_) => Some(value.clone()),
+    }
+}
+
+fn whole_seconds(text: &str) -> Option<i64> {
+    let looks_like_a_time = text.len() >= 20 && text.as_bytes().get(10) == Some(&b'T') && text.ends_with('Z');
+    looks_like_a_time.then(|| text.parse::<jiff::Timestamp>().ok().map(jiff::Timestamp::as_second)).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Value {
+        json!({
+            "phase": "Running", "hostIP": "10.0.0.1", "hostIPs": [{"ip": "10.0.0.1"}], "podIP": "10.1.0.2", "podIPs": [{"ip": "10.1.0.2"}],
+            "startTime": "2026-01-01T00:00:00Z", "qosClass": "BestEffort", "observedGeneration": 1,
+            "conditions": [
+                {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:02Z"},
+                {"type": "ContainersReady", "status": "True"},
+            ],
+            "containerStatuses": [{"name": "c", "ready": true, "restartCount": 0, "image": "i", "imageID": "", "state": {"running": {}}}],
+        })
+    }
+
+    #[test]
+    fn the_patch_replaces_what_is_the_edges_and_names_nothing_else() {
+        insta::assert_json_snapshot!(patch("u", &status()).unwrap(), @r#"
+        {
+          "metadata": {
+            "uid": "u"
+          },
+          "status": {
+            "conditions": [
+              {
+                "lastTransitionTime": "2026-01-01T00:00:02Z",
+                "status": "True",
+                "type": "Ready"
+              },
+              {
+                "status": "True",
+                "type": "ContainersReady"
+              },
+              {
+                "$patch": "delete",
+                "type": "PodResizePending"
+              },
+              {
+                "$patch": "delete",
+                "type": "PodResizeInProgress"
+              }
+            ],
+            "containerStatuses": [
+              {
+                "image": "i",
+                "imageID": "",
+                "name": "c",
+                "ready": true,
+                "restartCount": 0,
+                "state": {
+                  "running": {}
+                }
+              }
+            ],
+            "ephemeralContainerStatuses": null,
+            "hostIP": "10.0.0.1",
+            "hostIPs": [
+              {
+                "$patch": "replace"
+              },
+              {
+                "ip": "10.0.0.1"
+              }
+            ],
+            "initContainerStatuses": null,
+            "message": null,
+            "observedGeneration": 1,
+            "phase": "Running",
+            "podIP": "10.1.0.2",
+            "podIPs": [
+              {
+                "$patch": "replace"
+              },
+              {
+                "ip": "10.1.0.2"
+              }
+            ],
+            "qosClass": "BestEffort",
+            "reason": null,
+            "startTime": "2026-01-01T00:00:00Z"
+          }
+        }
+        "#);
+    }
+
+    #[test]
+    fn what_is_no_status_is_refused() {
+        assert!(patch("u", &json!("Running")).is_err());
+        assert!(patch("u", &json!({"conditions": []})).is_err());
+        assert!(patch("u", &json!({"phase": "Running", "conditions": [{"status": "True"}]})).is_err());
+    }
+
+    #[test]
+    fn the_apiservers_rendering_of_a_report_counts_as_equal() {
+        let mut stored = status();
+        stored["startTime"] = "2026-01-01T00:00:00.5Z".into();
+        stored["message"] = "".into();
+        stored["initContainerStatuses"] = json!([]);
+        let conditions = stored["conditions"].as_array_mut().unwrap();
+        conditions[0]["lastProbeTime"] = Value::Null;
+        conditions.reverse();
+        conditions.push(json!({"type": "example.com/gate", "status": "True"}));
+        assert_eq!(StatusFacts::of(&stored), StatusFacts::of(&status()));
+        stored["containerStatuses"][0]["restartCount"] = 1.into();
+        assert_ne!(StatusFacts::of(&stored), StatusFacts::of(&status()));
+    }
+
+    #[test]
+    fn a_controllers_not_ready_hides_a_report_and_an_end_does_not() {
+        let report = StatusFacts::of(&status());
+        let mut stored = status();
+        stored["conditions"][0]["status"] = "False".into();
+        assert!(report.hidden_by(&StatusFacts::of(&stored)));
+        stored["phase"] = "Failed".into();
+        assert!(!report.hidden_by(&StatusFacts::of(&stored)));
+        assert!(!report.hidden_by(&StatusFacts::of(&status())));
+    }
+}

@@ -1,0 +1,495 @@
+//! Watches: what the apiserver says goes into the closures, from six streams that never end.
+//!
+//! Nothing is taken for gone because a list did not show it: a pod or Node that a new list lacks is asked for by name first. ConfigMaps and
+//! Secrets are watched by their metadata only; [`fetch`] gets those that are needed.
+
+use std::collections::HashSet;
+use std::fmt::Debug;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::api::{Api, DynamicObject};
+use kube::core::PartialObjectMeta;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Resource, ResourceExt};
+use serde_json::Value;
+use skerry_proto::EDGE_LABEL;
+use skerry_proto::sync::{Collection, decode};
+use tokio::sync::broadcast;
+use tracing::{debug, info, warn};
+
+use crate::apiserver::{Apiserver, Kind, backoff};
+use crate::backend::NodeIdentity;
+use crate::backend_k8s::Shared;
+use crate::closure::{NodeInput, PodInput, Source, sanitise};
+use crate::nodes;
+use crate::nodes::autonomy::Autonomy;
+use crate::retry::chain;
+use crate::upstream::Upstream;
+use crate::{clock, supervise};
+
+pub(crate) mod fetch;
+
+/// The longest pause of a watch that keeps breaking. There are six of them however many nodes there are, and every edge waits for
+/// them after an outage: they need not be as patient as what nodes cause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Seconds a watch lasts before it is renewed; one that is dead is noticed 5 s later.
+const WATCH_SECONDS: u32 = 60;
+/// Requests under way at once to find out whether something is really gone.
+const CONFIRM_AT_ONCE: usize = 8;
+
+/// Where the streams lead.
+#[derive(Clone)]
+pub(crate) struct Watches {
+    pub(crate) api: Apiserver,
+    pub(crate) client: kube::Client,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) upstream: Arc<Upstream>,
+    pub(crate) autonomy: Arc<Autonomy>,
+    pub(crate) deletions: broadcast::Sender<NodeIdentity>,
+}
+
+/// What a stream's events do.
+trait Sink<K> {
+    /// A new list begins.
+    fn begin(&mut self) {}
+    /// An object is there.
+    fn apply(&mut self, object: K);
+    /// An object is gone.
+    fn delete(&mut self, object: K);
+    /// The list is complete.
+    fn complete(&mut self);
+}
+
+impl Watches {
+    /// Edge nodes, for ever.
+    pub(crate) async fn nodes(self) {
+        let stream = watcher(self.api.api(Kind::Node, ""), config().labels(EDGE_LABEL));
+        let sink = Nodes { watches: self.clone(), seen: HashSet::new() };
+        follow(Kind::Node, &self.api, stream, sink).await;
+    }
+
+    /// Pods that are bound, for ever. Which of them matter is known once the nodes are.
+    pub(crate) async fn pods(self) {
+        self.shared.until_ready(Source::Nodes).await;
+        let stream = watcher(self.api.api(Kind::Pod, ""), config().fields("spec.nodeName!="));
+        let sink = Pods { watches: self.clone(), list: 0, nodes: Vec::new() };
+        follow(Kind::Pod, &self.api, stream, sink).await;
+    }
+
+    /// Services, for ever.
+    pub(crate) async fn services(self) {
+        let stream = watcher(self.api.api(Kind::Service, ""), config());
+        let sink = Whole { shared: self.shared.clone(), kind: Kind::Service, seen: None };
+        follow(Kind::Service, &self.api, stream, sink).await;
+    }
+
+    /// RuntimeClasses, for ever.
+    pub(crate) async fn runtime_classes(self) {
+        let stream = watcher(self.api.api(Kind::RuntimeClass, ""), config());
+        let sink = Whole { shared: self.shared.clone(), kind: Kind::RuntimeClass, seen: None };
+        follow(Kind::RuntimeClass, &self.api, stream, sink).await;
+    }
+
+    /// Metadata of ConfigMaps, for ever.
+    pub(crate) async fn config_maps(self) {
+        let stream = watcher(Api::<PartialObjectMeta<ConfigMap>>::all(self.client.clone()), config());
+        let sink = Metadata::new(&self.shared, Collection::ConfigMaps, Source::ConfigMaps);
+        follow(Kind::ConfigMap, &self.api, stream, sink).await;
+    }
+
+    /// Metadata of Secrets, for ever.
+    pub(crate) async fn secrets(self) {
+        let stream = watcher(Api::<PartialObjectMeta<Secret>>::all(self.client.clone()), config());
+        let sink = Metadata::new(&self.shared, Collection::Secrets, Source::Secrets);
+        follow(Kind::Secret, &self.api, stream, sink).await;
+    }
+
+    fn node_there(&self, node: &DynamicObject, listed_with_pods: bool) {
+        let conditions = node.data["status"]["conditions"].as_array();
+        if conditions.into_iter().flatten().any(|one| one["type"] == "Ready" && one["status"] == "Unknown") {
+            self.upstream.node_hidden(&node.name_any());
+        }
+        let input = NodeInput::of(Kind::Node.json(node));
+        let identity = input.identity.clone();
+        let change = self.shared.closures().node_applied(input);
+        if let Some(gone) = change.replaced {
+            self.node_gone(gone);
+        }
+        if change.new && !listed_with_pods {
+            supervise::spawn("list pods of a new node", self.clone().list_pods(identity));
+        } else if change.now_autonomous {
+            self.look_at_pods(&identity);
+        }
+    }
+
+    fn node_gone(&self, node: NodeIdentity) {
+        info!(node = node.name, uid = node.uid, "the Node was deleted");
+        // Nobody listening is no session to end.
+        drop(self.deletions.send(node));
+    }
+
+    /// Asks whether a Node is really gone, until there is an answer.
+    async fn confirm_node(self, node: NodeIdentity) {
+        let mut attempt = 0;
+        loop {
+            match self.api.get(Kind::Node, "", &node.name).await {
+                Ok(found) if found.as_ref().and_then(ResourceExt::uid).as_deref() != Some(node.uid.as_str()) => {
+                    let known = self.shared.closures().node_removed(&node.name, Some(&node.uid)).is_some();
+                    // One that came and went between two lists was never known, and has a session all the same.
+                    if known || self.shared.closures().has_session(&node) {
+                        self.node_gone(node);
+                    }
+                    return found
+                        .iter()
+                        .filter(|node| node.labels().contains_key(EDGE_LABEL))
+                        .for_each(|node| self.node_there(node, false));
+                }
+                Ok(None) => return,
+                Ok(Some(found)) if found.labels().contains_key(EDGE_LABEL) => return,
+                Ok(Some(_)) => {
+                    warn!(
+                        node = node.name,
+                        "the Node lost its label {EDGE_LABEL}: putting it back; delete the Node to remove it"
+                    );
+                    if nodes::relabel(&self.api, &node).await.is_ok() {
+                        return;
+                    }
+                }
+                Err(error) => debug!(node = node.name, "cannot look whether the Node is gone: {}", chain(&error)),
+            }
+            tokio::time::sleep(backoff(attempt, rand::random())).await;
+            attempt += 1;
+        }
+    }
+
+    /// Lists the pods of a Node that was not known when the watch of pods began.
+    async fn list_pods(self, node: NodeIdentity) {
+        let mut attempt = 0;
+        while self.shared.closures().node(&node.name).as_ref() == Some(&node) {
+            match self.api.list(Kind::Pod, &format!("spec.nodeName={}", node.name)).await {
+                Ok(pods) => {
+                    for pod in pods {
+                        self.pod_there(&pod, 0);
+                    }
+                    self.shared.closures().node_listed(&node);
+                    return;
+                }
+                Err(error) if attempt == 0 => {
+                    warn!(
+                        node = node.name,
+                        "cannot list the node's pods: {}; trying again until it works",
+                        chain(&error)
+                    );
+                }
+                Err(error) => debug!(node = node.name, "cannot list the node's pods yet: {}", chain(&error)),
+            }
+            tokio::time::sleep(backoff(attempt, rand::random())).await;
+            attempt += 1;
+        }
+    }
+
+    fn pod_there(&self, pod: &DynamicObject, list: u64) {
+        // Most pods of a large cluster are not the edge's: they are dropped before any work is done on them.
+        let node = pod.data["spec"]["nodeName"].as_str().unwrap_or_default().to_owned();
+        let ours = self.shared.closures().knows(&node);
+        if !ours {
+            return;
+        }
+        let pod = Kind::Pod.json(pod);
+        let key = sanitise::key(&pod);
+        if self.shared.closures().autonomous(&node) {
+            self.autonomy.look(&key, &pod);
+        }
+        let input = PodInput::of(pod);
+        let facts = input.facts.clone();
+        self.shared.closures().pod_applied(input, list, clock::wall());
+        self.upstream.pod_seen(&node, &facts);
+    }
+
+    fn pod_gone(&self, node: &str, key: &str, uid: &str) {
+        self.shared.closures().pod_removed(node, key, uid);
+        self.upstream.pod_gone(node, uid);
+    }
+
+    /// Asks whether pods that a list did not show are really gone.
+    async fn confirm_pods(self, pods: Vec<(String, String)>, list: u64) {
+        let confirm = |(key, uid): (String, String)| {
+            let watches = self.clone();
+            async move {
+                let Some((namespace, name)) = key.split_once('/') else { return };
+                let mut attempt = 0;
+                loop {
+                    match watches.api.get(Kind::Pod, namespace, name).await {
+                        Ok(Some(pod)) if pod.uid().as_deref() == Some(uid.as_str()) => {
+                            return watches.pod_there(&pod, list);
+                        }
+                        Ok(found) => {
+                            let node = watches.shared.closures().pod(&key).map(|(node, _)| node.to_owned());
+                            watches.pod_gone(node.as_deref().unwrap_or_default(), &key, &uid);
+                            return found.iter().for_each(|pod| watches.pod_there(pod, list));
+                        }
+                        Err(error) => debug!(pod = key, "cannot look whether the pod is gone: {}", chain(&error)),
+                    }
+                    tokio::time::sleep(backoff(attempt, rand::random())).await;
+                    attempt += 1;
+                }
+            }
+        };
+        futures_util::stream::iter(pods).map(confirm).buffer_unordered(CONFIRM_AT_ONCE).collect::<()>().await;
+    }
+
+    /// A node became autonomous: its pods are looked at as they were last seen.
+    fn look_at_pods(&self, node: &NodeIdentity) {
+        let pods = self.shared.closures().pods_of(&node.name);
+        for (key, object, facts) in pods {
+            let json = decode(object.encoding, &object.payload).unwrap_or_default();
+            if let Ok(mut pod) = serde_json::from_slice::<Value>(&json) {
+                pod["metadata"]["resourceVersion"] = facts.resource_version.into();
+                pod["status"] = serde_json::json!({"phase": facts.status.phase});
+                self.autonomy.look(&key, &pod);
+            }
+        }
+    }
+}
+
+struct Nodes {
+    watches: Watches,
+    seen: HashSet<String>,
+}
+
+impl Sink<DynamicObject> for Nodes {
+    fn begin(&mut self) {
+        self.seen.clear();
+    }
+
+    fn apply(&mut self, node: DynamicObject) {
+        self.seen.insert(node.name_any());
+        // Before the first list is through no pod was looked at: those of these nodes come with the watch of pods.
+        let first = !self.watches.shared.closures().is_ready(Source::Nodes);
+        self.watches.node_there(&node, first);
+    }
+
+    fn delete(&mut self, node: DynamicObject) {
+        let identity = NodeIdentity { name: node.name_any(), uid: node.uid().unwrap_or_default() };
+        supervise::spawn("confirm a Node's deletion", self.watches.clone().confirm_node(identity));
+    }
+
+    fn complete(&mut self) {
+        let (known, strangers) = {
+            let closures = self.watches.shared.closures();
+            (closures.nodes(), closures.strangers())
+        };
+        let unseen = known.into_iter().filter(|node| !self.seen.contains(&node.name));
+        for identity in unseen.chain(strangers) {
+            supervise::spawn("confirm a Node's deletion", self.watches.clone().confirm_node(identity));
+        }
+        self.watches.shared.closures().source_ready(Source::Nodes);
+    }
+}
+
+struct Pods {
+    watches: Watches,
+    /// Number of the list under way or last complete.
+    list: u64,
+    /// The nodes that were known when it began.
+    nodes: Vec<NodeIdentity>,
+}
+
+impl Sink<DynamicObject> for Pods {
+    fn begin(&mut self) {
+        let mut closures = self.watches.shared.closures();
+        self.list = closures.list_begins();
+        self.nodes = closures.nodes();
+    }
+
+    fn apply(&mut self, pod: DynamicObject) {
+        self.watches.pod_there(&pod, self.list);
+    }
+
+    fn delete(&mut self, pod: DynamicObject) {
+        let key = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
+        let node = pod.data["spec"]["nodeName"].as_str().unwrap_or_default();
+        self.watches.pod_gone(node, &key, &pod.uid().unwrap_or_default());
+    }
+
+    fn complete(&mut self) {
+        let unseen = {
+            let mut closures = self.watches.shared.closures();
+            for node in self.nodes.drain(..) {
+                closures.node_listed(&node);
+            }
+            closures.source_ready(Source::Pods);
+            closures.pods_unseen(self.list)
+        };
+        if !unseen.is_empty() {
+            supervise::spawn("confirm deletions of pods", self.watches.clone().confirm_pods(unseen, self.list));
+        }
+    }
+}
+
+/// Services and RuntimeClasses: few enough to be held whole, and nothing runs or ends by them.
+struct Whole {
+    shared: Arc<Shared>,
+    kind: Kind,
+    /// While a list is under way: what it showed.
+    seen: Option<HashSet<String>>,
+}
+
+impl Sink<DynamicObject> for Whole {
+    fn begin(&mut self) {
+        self.seen = Some(HashSet::new());
+    }
+
+    fn apply(&mut self, object: DynamicObject) {
+        let value = self.kind.json(&object);
+        if let Some(seen) = &mut self.seen {
+            seen.insert(sanitise::key(&value));
+        }
+        let mut closures = self.shared.closures();
+        match self.kind {
+            Kind::Service => closures.service_applied(value),
+            _ => closures.runtime_class_applied(value),
+        }
+    }
+
+    fn delete(&mut self, object: DynamicObject) {
+        let key = sanitise::key(&self.kind.json(&object));
+        let mut closures = self.shared.closures();
+        match self.kind {
+            Kind::Service => closures.service_removed(&key),
+            _ => closures.runtime_class_removed(&key),
+        }
+    }
+
+    fn complete(&mut self) {
+        let seen = self.seen.take().unwrap_or_default();
+        let mut closures = self.shared.closures();
+        if self.kind == Kind::Service {
+            closures.services_retain(&seen);
+            closures.source_ready(Source::Services);
+        } else {
+            closures.runtime_classes_retain(&seen);
+            closures.source_ready(Source::RuntimeClasses);
+        }
+    }
+}
+
+struct Metadata {
+    shared: Arc<Shared>,
+    collection: Collection,
+    source: Source,
+    /// What was held when the list began and has not been shown since.
+    unseen: HashSet<String>,
+}
+
+impl Metadata {
+    fn new(shared: &Arc<Shared>, collection: Collection, source: Source) -> Self {
+        Self { shared: shared.clone(), collection, source, unseen: HashSet::new() }
+    }
+}
+
+impl<K> Sink<PartialObjectMeta<K>> for Metadata
+where
+    PartialObjectMeta<K>: ResourceExt,
+{
+    fn begin(&mut self) {
+        self.unseen = self.shared.closures().held(self.collection).into_iter().map(|(_, key)| key).collect();
+    }
+
+    fn apply(&mut self, object: PartialObjectMeta<K>) {
+        let key = format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
+        self.unseen.remove(&key);
+        let version = object.resource_version().unwrap_or_default();
+        self.shared.closures().metadata_seen(&(self.collection, key), &version);
+    }
+
+    fn delete(&mut self, object: PartialObjectMeta<K>) {
+        let key = format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
+        self.shared.closures().metadata_gone(&(self.collection, key));
+    }
+
+    fn complete(&mut self) {
+        let mut closures = self.shared.closures();
+        for key in self.unseen.drain() {
+            closures.metadata_gone(&(self.collection, key));
+        }
+        closures.source_ready(self.source);
+    }
+}
+
+/// The most recent state, never an older one from a cache.
+fn config() -> watcher::Config {
+    watcher::Config::default().timeout(WATCH_SECONDS)
+}
+
+async fn follow<K>(
+    kind: Kind,
+    api: &Apiserver,
+    stream: impl Stream<Item = watcher::Result<Event<K>>> + Send,
+    mut sink: impl Sink<K> + Send,
+) where
+    K: Resource + Debug + Clone + Send,
+{
+    let mut stream = pin!(stream.backoff(Pauses::default()));
+    let mut broken = false;
+    while let Some(event) = stream.next().await {
+        if event.is_ok() && std::mem::take(&mut broken) {
+            info!(resource = kind.plural(), "the watch works again");
+        }
+        match event.map(|event| event.modify(|object| object.managed_fields_mut().clear())) {
+            Ok(Event::Init) => {
+                api.metrics().request("watch", kind.plural(), 200);
+                sink.begin();
+            }
+            Ok(Event::InitApply(object) | Event::Apply(object)) => sink.apply(object),
+            Ok(Event::Delete(object)) => sink.delete(object),
+            Ok(Event::InitDone) => sink.complete(),
+            Err(error) => {
+                api.metrics().request("watch", kind.plural(), 0);
+                if !std::mem::replace(&mut broken, true) {
+                    let remedy = if forbidden(&error) { "; apply deploy/rbac.yaml" } else { "" };
+                    warn!(
+                        resource = kind.plural(),
+                        "the watch broke: {}; trying again until it works{remedy}",
+                        chain(&error)
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn forbidden(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => matches!(status.code, 401 | 403),
+        watcher::Error::WatchError(status) => matches!(status.code, 401 | 403),
+        _ => false,
+    }
+}
+
+/// Pauses between tries of a watch, from a quarter of a second to [`LONGEST_PAUSE`].
+#[derive(Debug, Default)]
+struct Pauses(u32);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = backoff(self.0, rand::random()).min(LONGEST_PAUSE);
+        self.0 += 1;
+        Some(pause)
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.0 = 0;
+    }
+}
