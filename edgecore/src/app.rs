@@ -1,0 +1,251 @@
+//! The life of `edgecore run`: what is started in which order, and ended in the reverse.
+//!
+//! | start | why there |
+//! |---|---|
+//! | lock on the data directory | two agents on one store would fight |
+//! | configuration, identity | nothing works without |
+//! | store | everything else reads it |
+//! | pod network | the first pod needs it |
+//! | control socket | a technician can look, whatever comes next |
+//! | link, renewal | waits for nobody, and nobody waits for it |
+//! | kubelet | starts pods from the store alone |
+//!
+//! At the end containers are left running: the next edgecore adopts them. The store is closed last.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::fcntl::{Flock, FlockArg};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::cni::{self, Network};
+use crate::config::Config;
+use crate::control::{self, Control, ResetRequest};
+use crate::identity::{self, Identity};
+use crate::link::{Link, LinkState};
+use crate::store::Store;
+use crate::{clock, supervise};
+
+/// Name of the lock's file in the data directory; it holds the process id.
+pub const LOCK: &str = "edgecore.lock";
+/// How long a module may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// What the kubelet is given. It is given the same again if it has to be started again.
+#[derive(Clone)]
+pub struct KubeletParts {
+    /// The bus: desired state, reports, notes.
+    pub store: Store,
+    /// What the node was told.
+    pub config: Arc<Config>,
+    /// How the link is; a new epoch is a new session.
+    pub link_state: watch::Receiver<LinkState>,
+    /// Requests to end every pod.
+    pub reset: ResetRequests,
+    /// Ends the kubelet; containers go on.
+    pub shutdown: CancellationToken,
+}
+
+/// Requests of `edgecore reset` to the kubelet.
+#[derive(Clone)]
+pub struct ResetRequests(Arc<Mutex<mpsc::Receiver<ResetRequest>>>);
+
+impl ResetRequests {
+    /// The next request: end every pod, start none any more, then answer. Can be dropped at any point.
+    pub async fn next(&self) -> Option<ResetRequest> {
+        self.0.lock().await.recv().await
+    }
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+
+    let config = Arc::new(Config::load(&data_dir)?);
+    let _lock = lock(&data_dir.join(LOCK))?;
+    let identity = Identity::load(&data_dir)?.with_context(|| {
+        format!(
+            "{} has no identity: run the `edgecore join …` line that `cloudcore token create` prints",
+            data_dir.display()
+        )
+    })?;
+    anyhow::ensure!(
+        identity.node == config.node_name,
+        "the certificate is for node {:?}, the configuration says {:?}; correct node_name in {}, or run `edgecore reset` and join again",
+        identity.node,
+        config.node_name,
+        data_dir.join(crate::config::FILE).display()
+    );
+    let server = config.server()?;
+    let store = Store::open(&data_dir, clock::wall())?;
+    network(&config);
+
+    let (link_state, link_seen) = watch::channel(LinkState::Connecting { attempt: 1, last_error: None });
+    let (identity, identity_seen) = watch::channel(Arc::new(identity));
+    let (reset, resets) = mpsc::channel(1);
+    let stop_kubelet = CancellationToken::new();
+    let stop = CancellationToken::new();
+
+    let socket = config.control_socket(&data_dir);
+    let listener =
+        Arc::new(control::bind(&socket).with_context(|| format!("cannot make the socket {}", socket.display()))?);
+    let control = Control {
+        node: config.node_name.clone(),
+        server: config.server.clone(),
+        store: store.clone(),
+        link: link_seen.clone(),
+        identity: identity_seen.clone(),
+        reset,
+    };
+    let control = supervise::module("control", stop.clone(), {
+        let stop = stop.clone();
+        move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
+    });
+    let link = supervise::module("link", stop.clone(), {
+        let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
+        move || {
+            let link = Link {
+                node: node.clone(),
+                server: server.clone(),
+                store: store.clone(),
+                identity: identity_seen.clone(),
+                state: link_state.clone(),
+                shutdown: stop.clone(),
+            };
+            link.run()
+        }
+    });
+    let renewal = supervise::module("renewal", stop.clone(), {
+        let (data_dir, stop) = (data_dir.clone(), stop.clone());
+        move || identity::renew::run(data_dir.clone(), server.clone(), identity.clone(), stop.clone())
+    });
+    let parts = KubeletParts {
+        store: store.clone(),
+        config: Arc::clone(&config),
+        link_state: link_seen,
+        reset: ResetRequests(Arc::new(Mutex::new(resets))),
+        shutdown: stop_kubelet.clone(),
+    };
+    let kubelet = supervise::module("kubelet", stop_kubelet.clone(), move || crate::kubelet::run(parts.clone()));
+
+    info!(node = %config.node_name, server = %config.server, version = env!("CARGO_PKG_VERSION"), "edgecore runs");
+    notify(&[NotifyState::Ready]);
+    let failed = tokio::select! {
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+        () = store.closed() => true,
+        () = watchdog() => true,
+    };
+    notify(&[NotifyState::Stopping]);
+    info!("edgecore ends; containers go on");
+
+    stop_kubelet.cancel();
+    join("kubelet", kubelet).await;
+    stop.cancel();
+    join("link", link).await;
+    join("renewal", renewal).await;
+    join("control", control).await;
+    store.close().await;
+    // Nobody answers on it any more.
+    let _ = crate::files::remove(&socket);
+    anyhow::ensure!(!failed, "the store's thread ended; start edgecore again");
+    Ok(())
+}
+
+/// Takes the lock on a data directory for as long as the result lives.
+pub fn lock(path: &Path) -> anyhow::Result<Flock<File>> {
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut file, errno)| {
+        let mut pid = String::new();
+        // Only for the message.
+        let _ = file.read_to_string(&mut pid);
+        match errno {
+            nix::Error::EWOULDBLOCK => anyhow::anyhow!(
+                "another edgecore works on {} (process {}); stop it first, or give this one another --data-dir",
+                path.parent().unwrap_or(path).display(),
+                if pid.trim().is_empty() { "unknown" } else { pid.trim() }
+            ),
+            errno => anyhow::anyhow!("cannot lock {}: {errno}", path.display()),
+        }
+    })?;
+    lock.set_len(0)?;
+    lock.rewind()?;
+    write!(lock, "{}", std::process::id())?;
+    Ok(lock)
+}
+
+/// The process that holds the lock of a data directory, if any does.
+pub fn running(data_dir: &Path) -> Option<i32> {
+    let mut file = File::open(data_dir.join(LOCK)).ok()?;
+    let mut pid = String::new();
+    file.read_to_string(&mut pid).ok()?;
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Ok(_) => None,
+        Err(_) => pid.trim().parse().ok(),
+    }
+}
+
+fn network(config: &Config) {
+    match cni::ensure(&config.cni_conf_dir, &config.cni_bin_dirs, &config.pod_cidr) {
+        Ok(Network::Present(_)) => {}
+        Ok(Network::Absent) => {
+            info!(dir = %config.cni_conf_dir.display(), pod_cidr = config.pod_cidr, "wrote a network configuration")
+        }
+        Ok(Network::PluginsMissing(missing)) => {
+            warn!(?missing, "no pod network: only pods with hostNetwork start; install containernetworking-plugins");
+        }
+        Err(error) => error!(%error, "the network configuration cannot be written: only pods with hostNetwork start"),
+    }
+}
+
+/// Feeds systemd's watchdog from the main loop: if that hangs, so does this.
+async fn watchdog() {
+    let Some(period) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    let mut tick = tokio::time::interval(period / 3);
+    loop {
+        tick.tick().await;
+        notify(&[NotifyState::Watchdog]);
+    }
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!(%error, "systemd cannot be told");
+    }
+}
+
+async fn join(name: &str, task: tokio::task::JoinHandle<()>) {
+    let abort = task.abort_handle();
+    if tokio::time::timeout(LAST_WORDS, task).await.is_err() {
+        warn!(module = name, "the module did not end in time");
+        abort.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_instance_is_told_who_the_first_is() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(running(dir.path()), None);
+        let held = lock(&dir.path().join(LOCK)).unwrap();
+        let refused = lock(&dir.path().join(LOCK)).unwrap_err().to_string();
+        assert!(refused.contains(&std::process::id().to_string()), "{refused}");
+        assert_eq!(running(dir.path()), Some(std::process::id().cast_signed()));
+        drop(held);
+        assert_eq!(running(dir.path()), None);
+        lock(&dir.path().join(LOCK)).unwrap();
+    }
+}

@@ -1,0 +1,236 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::fixtures::{machine, node, rich_pod};
+use super::*;
+use crate::kubelet::references::References;
+use crate::kubelet::{env, field, hosts, sandbox_config as sandbox};
+
+fn references() -> References {
+    let api = json!({
+        "metadata": {"name": "kubernetes", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "https", "port": 443}]}
+    });
+    References { services: vec![serde_json::from_value(api).unwrap()], ..Default::default() }
+}
+
+fn image() -> cri::Image {
+    cri::Image { id: "sha256:1234".to_owned(), username: "nginx".to_owned(), ..Default::default() }
+}
+
+fn make(pod: &Pod, name: &str, target: Option<&str>) -> Result<cri::ContainerConfig, ConfigError> {
+    let container = ContainerSpec::all(pod.spec.as_ref().unwrap()).find(|container| container.name() == name).unwrap();
+    let ips = ["10.1.2.3".parse().unwrap()];
+    let envs = env::environment(pod, &container.container(), &references(), &node(), &ips)?;
+    container_config(ContainerInput {
+        pod,
+        container,
+        restart_count: 2,
+        image: &image(),
+        image_ref: "sha256:1234".to_owned(),
+        envs,
+        mounts: vec![cri::Mount {
+            container_path: "/etc/hosts".to_owned(),
+            host_path: "/var/lib/kubelet/pods/u/etc-hosts".to_owned(),
+            ..Default::default()
+        }],
+        target_container_id: target.map(str::to_owned),
+        node: &node(),
+        machine: &machine(),
+    })
+}
+
+/// The config without its maps and with readable variables, the maps in order, the variables.
+fn ordered(mut config: cri::ContainerConfig) -> (cri::ContainerConfig, [BTreeMap<String, String>; 3], Vec<String>) {
+    let resources = config.linux.as_mut().unwrap().resources.as_mut().unwrap();
+    let maps = [&mut config.labels, &mut config.annotations, &mut resources.unified];
+    let maps = maps.map(|map| std::mem::take(map).into_iter().collect());
+    let envs = std::mem::take(&mut config.envs).into_iter();
+    let envs = envs.map(|env| format!("{}={}", env.key, String::from_utf8(env.value).unwrap())).collect();
+    (config, maps, envs)
+}
+
+#[test]
+fn a_rich_container() {
+    let pod = serde_json::from_value(rich_pod()).unwrap();
+    insta::assert_debug_snapshot!(ordered(make(&pod, "main", None).unwrap()));
+}
+
+#[test]
+fn a_sidecar() {
+    let pod = serde_json::from_value(rich_pod()).unwrap();
+    insta::assert_debug_snapshot!(ordered(make(&pod, "proxy", None).unwrap()));
+}
+
+#[test]
+fn an_ephemeral_container_sees_its_target() {
+    let mut pod: Pod = serde_json::from_value(rich_pod()).unwrap();
+    let namespaces = |config: cri::ContainerConfig| {
+        let found = config.linux.unwrap().security_context.unwrap().namespace_options.unwrap();
+        (found.pid(), found.target_id)
+    };
+    let found = make(&pod, "debug", Some("id-of-main")).unwrap();
+    assert_eq!(found.command, ["sh"]);
+    assert_eq!(found.labels[label::CONTAINER_NAME], "debug");
+    assert_eq!(namespaces(found), (cri::NamespaceMode::Target, "id-of-main".to_owned()));
+    let error = make(&pod, "debug", None).unwrap_err();
+    assert_eq!(error.to_string(), "unable to find target container \"main\": it must be running");
+    assert_eq!(error.reason(), "CreateContainerConfigError");
+    // Only an ephemeral container has a target.
+    assert_eq!(namespaces(make(&pod, "main", Some("x")).unwrap()), (cri::NamespaceMode::Container, String::new()));
+    pod.spec.as_mut().unwrap().share_process_namespace = Some(true);
+    assert_eq!(namespaces(make(&pod, "debug", Some("x")).unwrap()), (cri::NamespaceMode::Pod, String::new()));
+}
+
+#[test]
+fn field_paths() {
+    let pod: Pod = serde_json::from_value(rich_pod()).unwrap();
+    let paths: Vec<_> = ContainerSpec::all(pod.spec.as_ref().unwrap()).map(ContainerSpec::field_path).collect();
+    assert_eq!(
+        paths,
+        [
+            "spec.initContainers{setup}",
+            "spec.initContainers{proxy}",
+            "spec.containers{main}",
+            "spec.containers{second}",
+            "spec.ephemeralContainers{debug}"
+        ]
+    );
+}
+
+#[test]
+fn the_hash_is_of_name_and_image_and_does_not_change_between_releases() {
+    assert_eq!(container_hash("main", "web:1"), 1_750_664_899_969_743_032);
+    assert_ne!(container_hash("main", "web:1"), container_hash("main", "web:2"));
+    assert_ne!(container_hash("ab", "c"), container_hash("a", "bc"));
+}
+
+#[test]
+fn image_names() {
+    let digest = format!("sha256:{}", "a".repeat(64));
+    for (image, name) in [
+        ("busybox", "busybox:latest"),
+        ("busybox:1", "busybox:1"),
+        ("registry.example:5000/a/b", "registry.example:5000/a/b:latest"),
+        ("registry.example:5000/a/b:V1.2-x_y", "registry.example:5000/a/b:V1.2-x_y"),
+        ("localhost/a__b/c--d.e", "localhost/a__b/c--d.e:latest"),
+        ("REGISTRY.example/a", "REGISTRY.example/a:latest"),
+        ("[fd00::1]:5000/a:1", "[fd00::1]:5000/a:1"),
+        (&format!("a@{digest}"), &format!("a@{digest}")),
+        (&format!("a:1@{digest}"), &format!("a:1@{digest}")),
+    ] {
+        assert_eq!(image_name(image).as_deref(), Ok(name));
+    }
+    for image in [
+        "",
+        "a b",
+        "a:",
+        ":1",
+        "a//b",
+        "/a",
+        "a/",
+        "a..b",
+        "a___b",
+        "-a",
+        "a@sha256:12",
+        "a@",
+        "x.-y/a",
+        "a:é",
+        "a:b:c",
+        "é",
+        "r.io:x/a",
+    ] {
+        let error = image_name(image).unwrap_err();
+        assert_eq!(error.reason(), "InvalidImageName");
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "Failed to apply default image tag {image:?}: couldn't parse image name {image:?}: invalid reference format"
+            )
+        );
+    }
+    assert!(image_name("Busybox").unwrap_err().to_string().ends_with("repository name must be lowercase"));
+}
+
+/// Everything of this area on one pod; only that nothing panics counts.
+fn exercise(pod: &Pod) {
+    let node = node();
+    let ips = ["10.1.2.3".parse().unwrap()];
+    let _ = sandbox::sandbox_config(pod, 0, &node, "nameserver 1.1.1.1\nsearch a\n");
+    let _ = hosts::hosts_file(pod, &node, &ips, "");
+    let _ = resources::pod_cgroup(pod, &node, &machine());
+    let _ = resources::qos_cgroups([pod], &node, &machine());
+    let _ = security::check_sysctls(pod);
+    let _ = field::value(pod, "metadata.annotations", &field::FieldContext::default());
+    for container in pod.spec.iter().flat_map(ContainerSpec::all) {
+        let _ = make(pod, container.name(), Some("target"));
+        let _ = image_name(container.image());
+        for resource in ["limits.cpu", "requests.memory", "limits.ephemeral-storage", "limits.hugepages-2Mi"] {
+            let _ = field::resource_value(pod, container.name(), resource, None, &node);
+        }
+    }
+}
+
+/// Puts `value` in the place of the `index`-th leaf, or takes the leaf away.
+fn disturb(tree: &mut Value, index: &mut usize, value: Option<&Value>) {
+    let children: Vec<&mut Value> = match tree {
+        Value::Object(map) => map.values_mut().collect(),
+        Value::Array(list) => list.iter_mut().collect(),
+        _ => {
+            if *index == 0 {
+                *tree = value.cloned().unwrap_or_default();
+            }
+            *index = index.wrapping_sub(1);
+            return;
+        }
+    };
+    for child in children {
+        disturb(child, index, value);
+    }
+}
+
+fn odd() -> impl Strategy<Value = Option<Value>> {
+    prop_oneof![
+        Just(None),
+        any::<String>().prop_map(|text| Some(json!(text))),
+        "[-+]?[0-9.]{0,25}[eEinumkKMGTP]{0,2}[-+]?[0-9]{0,10}".prop_map(|text| Some(json!(text))),
+        "[$()A-Z./:'\\[\\]-]{0,80}".prop_map(|text| Some(json!(text))),
+        any::<i64>().prop_map(|number| Some(json!(number))),
+        any::<i32>().prop_map(|number| Some(json!(number))),
+        any::<bool>().prop_map(|flag| Some(json!(flag))),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    #[test]
+    fn no_pod_panics(changes in proptest::collection::vec((0_usize..110, odd()), 1..5)) {
+        let mut tree = rich_pod();
+        for (index, value) in changes {
+            let mut next = tree.clone();
+            disturb(&mut next, &mut { index }, value.as_ref());
+            // Keep what is still a pod, so that most cases reach the code.
+            if serde_json::from_value::<Pod>(next.clone()).is_ok() {
+                tree = next;
+            }
+        }
+        exercise(&serde_json::from_value(tree).unwrap());
+    }
+
+    #[test]
+    fn no_image_name_panics(image in any::<String>(), likely in "[a-zA-Z0-9._/:@\\[\\]-]{0,60}") {
+        let _ = image_name(&image);
+        if let Ok(name) = image_name(&likely) {
+            let again = image_name(&name);
+            prop_assert_eq!(again.as_deref(), Ok(name.as_str()));
+        }
+    }
+}
+
+#[test]
+fn an_empty_pod_does_not_panic() {
+    exercise(&Pod::default());
+}

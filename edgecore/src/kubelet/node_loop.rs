@@ -1,0 +1,323 @@
+//! The node's own status: computed every ten seconds, reported when it says something new or is five minutes old; and the facts that
+//! pods see of their node, kept up to date from the store.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
+use k8s_openapi::api::node::v1::RuntimeClass;
+use skerry_proto::cri;
+use skerry_proto::payload::{NodeReport, Settings};
+use skerry_proto::sync::{Collection, Report, ReportKind};
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::context::{Context, blocking};
+use super::gather::parse;
+use super::node::{self, EVERY, Inputs, Load, Machine, Paths, Pressure, Resources, RuntimeVersion};
+use super::quantity::Amount;
+use super::references::{NodeFacts, PodEvent, RuntimeHandler};
+use super::resources;
+use crate::clock;
+use crate::config::Config;
+use crate::link::LinkState;
+use crate::runtime::Cri;
+use crate::runtime::cri::{Health, Setup};
+use crate::store::Store;
+
+/// While the runtime or its network is not ready, it is asked this often.
+const IMPATIENT: Duration = Duration::from_millis(500);
+/// The list of images in the status is as old as this at most.
+const IMAGES_EVERY: Duration = Duration::from_secs(60);
+/// As every kubelet has it.
+const MAX_PODS: u32 = 110;
+
+/// Watches the box and the runtime.
+#[derive(Debug)]
+pub struct NodeLoop {
+    store: Store,
+    cri: Cri,
+    config: Arc<Config>,
+    machine: Machine,
+    capacity: Resources,
+    addresses: Vec<IpAddr>,
+    setup: Option<Setup>,
+    version: Option<RuntimeVersion>,
+    images: Vec<cri::Image>,
+    images_at: Option<Duration>,
+    pressure: Pressure,
+    status: Option<NodeStatus>,
+    sent: Option<Duration>,
+    facts: watch::Sender<Arc<NodeFacts>>,
+    network: watch::Sender<Option<String>>,
+    runtime_up: watch::Sender<bool>,
+}
+
+/// What the loop tells others.
+#[derive(Clone, Debug)]
+pub struct News {
+    /// The node as pods see it.
+    pub facts: watch::Receiver<Arc<NodeFacts>>,
+    /// Why pods cannot have a network now.
+    pub network: watch::Receiver<Option<String>>,
+    /// The runtime has answered once, so that the facts are complete.
+    pub runtime_up: watch::Receiver<bool>,
+}
+
+impl NodeLoop {
+    /// Reads the box. The runtime is asked by [`NodeLoop::run`].
+    pub async fn new(store: Store, cri: Cri, config: Arc<Config>) -> (Self, News) {
+        let pods_root = config.pods_dir.clone();
+        let (machine, capacity, addresses) = blocking(move || {
+            let machine = Machine::read();
+            let capacity = node::capacity(&machine, &pods_root, MAX_PODS);
+            (machine, capacity, node::addresses())
+        })
+        .await;
+        let empty =
+            node::facts(&config.node_name, &capacity, addresses.clone(), paths(&config), &Setup::default(), None);
+        let (facts, facts_receiver) = watch::channel(Arc::new(empty));
+        let (network, network_receiver) = watch::channel(Some("the runtime has not answered yet".to_owned()));
+        let (runtime_up, up_receiver) = watch::channel(false);
+        let news = News { facts: facts_receiver, network: network_receiver, runtime_up: up_receiver };
+        let node = Self {
+            store,
+            cri,
+            config,
+            machine,
+            capacity,
+            addresses,
+            setup: None,
+            version: None,
+            images: Vec::new(),
+            images_at: None,
+            pressure: Pressure::default(),
+            status: None,
+            sent: None,
+            facts,
+            network,
+            runtime_up,
+        };
+        (node, news)
+    }
+
+    /// Runs until shutdown. `context` comes when there is one; before that nothing is recorded.
+    pub async fn run(
+        mut self,
+        mut link: watch::Receiver<LinkState>,
+        context: watch::Receiver<Option<Arc<Context>>>,
+        shutdown: CancellationToken,
+    ) {
+        let mut changes = self.store.changes();
+        let mut online = false;
+        self.update_facts(None).await;
+        loop {
+            let known = context.borrow().clone();
+            let healthy = self.look(known).await;
+            let again = tokio::time::sleep(if healthy { EVERY } else { IMPATIENT });
+            tokio::pin!(again);
+            loop {
+                tokio::select! {
+                    () = shutdown.cancelled() => return,
+                    () = &mut again => break,
+                    change = changes.recv() => match change {
+                        Ok(change) if !is_about_node(change.collection) => {}
+                        Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => self.update_facts(None).await,
+                        Err(broadcast::error::RecvError::Closed) => return,
+                    },
+                    Ok(()) = link.changed() => {
+                        let now_online = matches!(*link.borrow_and_update(), LinkState::Online { .. });
+                        if now_online && !online {
+                            // Controllers may have marked the node unknown meanwhile, and the cloud may be another process.
+                            self.sent = None;
+                            online = true;
+                            break;
+                        }
+                        online = now_online;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One look at the box and the runtime. Whether all is well.
+    async fn look(&mut self, context: Option<Arc<Context>>) -> bool {
+        if self.setup.is_none() {
+            self.meet_runtime().await;
+        }
+        let health = self.cri.health().await;
+        if let (Ok(health), Some(_)) = (&health, &self.setup)
+            && !*self.runtime_up.borrow()
+        {
+            self.update_facts(Some(health)).await;
+            self.runtime_up.send_replace(true);
+        }
+        let trouble = match &health {
+            Ok(health) => health.network.clone(),
+            Err(error) => Some(error.to_string()),
+        };
+        self.network.send_if_modified(|network| {
+            let changed = *network != trouble;
+            if changed {
+                network.clone_from(&trouble);
+            }
+            changed
+        });
+        let now = clock::monotonic();
+        if self.images_at.is_none_or(|at| now.saturating_sub(at) >= IMAGES_EVERY)
+            && let Ok(images) = self.cri.list_images().await
+        {
+            (self.images, self.images_at) = (images, Some(now));
+        }
+        let pods_root = self.config.pods_dir.clone();
+        let load = blocking(move || Load::read(&pods_root, None)).await;
+        let inputs = Inputs {
+            machine: &self.machine,
+            capacity: &self.capacity,
+            pressures: self.pressure.observe(now, &load),
+            health: &health,
+            faults: &[],
+            version: self.version.as_ref(),
+            images: &self.images,
+        };
+        let status = node::status(&inputs, self.status.as_ref(), clock::wall());
+        let is_ready = ready(&status);
+        let changed = self.status.as_ref().map(ready) != Some(is_ready);
+        let due = self.status.as_ref().is_none_or(|old| node::due(self.sent, now, old, &status));
+        if due {
+            self.report(&status, now).await;
+        }
+        self.status = Some(status);
+        if let Some(context) = context.filter(|_| changed) {
+            let reason = if is_ready { "NodeReady" } else { "NodeNotReady" };
+            let message = format!("Node {} status is now: {reason}", self.config.node_name);
+            let event = PodEvent { warning: false, reason, message, field_path: None };
+            context.record(&reference(&self.config.node_name), &event);
+        }
+        health.is_ok() && trouble.is_none()
+    }
+
+    /// Asks the runtime what it is, the first time it answers.
+    async fn meet_runtime(&mut self) {
+        let Ok(version) = self.cri.version().await else { return };
+        let setup = match self.cri.setup().await {
+            Ok(setup) => setup,
+            Err(error) => {
+                warn!(%error, "the runtime does not tell how it is set up");
+                return;
+            }
+        };
+        info!(runtime = version.runtime_name, version = version.runtime_version, "the runtime answers");
+        self.version = Some(RuntimeVersion { name: version.runtime_name, version: version.runtime_version });
+        self.setup = Some(setup);
+    }
+
+    async fn report(&mut self, status: &NodeStatus, now: Duration) {
+        let mut labels = node::labels(&self.machine);
+        labels.extend(self.config.labels.clone());
+        let payload = NodeReport {
+            status: serde_json::to_value(status).unwrap_or_default(),
+            addresses: self.addresses.iter().map(ToString::to_string).collect(),
+            labels,
+        };
+        let report = Report {
+            id: 0,
+            kind: ReportKind::NodeStatus,
+            namespace: String::new(),
+            name: self.config.node_name.clone(),
+            uid: String::new(),
+            payload: serde_json::to_vec(&payload).unwrap_or_default().into(),
+        };
+        match self.store.report(report).await {
+            Ok(()) => self.sent = Some(now),
+            Err(error) => warn!(%error, "the node's status could not be kept"),
+        }
+    }
+
+    /// Computes the facts again, from the box, the runtime and the store.
+    async fn update_facts(&self, health: Option<&Health>) {
+        let setup = self.setup.clone().unwrap_or_default();
+        let name = &self.config.node_name;
+        let mut facts = node::facts(name, &self.capacity, self.addresses.clone(), paths(&self.config), &setup, health);
+        if health.is_none() {
+            facts.runtime_handlers.clone_from(&self.facts.borrow().runtime_handlers);
+        }
+        let rows = |collection| async move { self.store.list(collection).await.unwrap_or_default() };
+        if let Some(node) = rows(Collection::Node).await.first().and_then(parse::<Node>) {
+            facts.labels = node.metadata.labels.unwrap_or_default();
+        }
+        if let Some(settings) = rows(Collection::Settings).await.first().and_then(parse::<Settings>) {
+            facts.settings = settings;
+        }
+        for class in rows(Collection::RuntimeClasses).await.iter().filter_map(parse::<RuntimeClass>) {
+            let overhead = class.overhead.and_then(|overhead| overhead.pod_fixed).unwrap_or_default();
+            let amount =
+                |name: &str| overhead.get(name).and_then(|quantity| Amount::of(quantity).ok()).unwrap_or_default();
+            let handler = RuntimeHandler {
+                handler: class.handler,
+                overhead_cpu_milli: amount("cpu").milli(),
+                overhead_memory: amount("memory").units(),
+            };
+            facts.runtime_classes.insert(class.metadata.name.unwrap_or_default(), handler);
+        }
+        self.facts.send_replace(Arc::new(facts));
+    }
+}
+
+/// What the kernel of this box gives to containers.
+pub fn read_machine() -> resources::Machine {
+    let root = Path::new("/sys/fs/cgroup");
+    let v2 = root.join("cgroup.controllers").exists();
+    let swap_accounting =
+        if v2 { Path::new("/proc/swaps").exists() } else { root.join("memory/memory.memsw.limit_in_bytes").exists() };
+    let names = |directory: &str| -> Vec<String> {
+        let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    };
+    let hugetlb = if v2 {
+        std::fs::read_to_string(root.join("cgroup.controllers"))
+            .is_ok_and(|all| all.split_whitespace().any(|one| one == "hugetlb"))
+    } else {
+        root.join("hugetlb").exists()
+    };
+    let sizes = if hugetlb { names("/sys/kernel/mm/hugepages") } else { Vec::new() };
+    let cpus = "/sys/devices/system/cpu";
+    let throttle = names(cpus).into_iter().map(|cpu| format!("{cpus}/{cpu}/thermal_throttle"));
+    resources::Machine {
+        cgroup_v2: v2,
+        swap_accounting,
+        memory: i64::try_from(Machine::read().memory).unwrap_or(i64::MAX),
+        hugepage_sizes: resources::hugepage_sizes(sizes.iter().map(String::as_str)),
+        thermal_throttle: throttle.filter(|directory| Path::new(directory).is_dir()).collect(),
+        ..resources::Machine::default()
+    }
+}
+
+fn is_about_node(collection: Collection) -> bool {
+    matches!(collection, Collection::Node | Collection::Settings | Collection::RuntimeClasses)
+}
+
+fn paths(config: &Config) -> Paths {
+    Paths {
+        pods_root: config.pods_dir.clone(),
+        logs_root: config.logs_dir.clone(),
+        log_links: config.log_links_dir.clone(),
+    }
+}
+
+fn ready(status: &NodeStatus) -> bool {
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+fn reference(node: &str) -> ObjectReference {
+    ObjectReference {
+        kind: Some("Node".to_owned()),
+        name: Some(node.to_owned()),
+        uid: Some(node.to_owned()),
+        ..ObjectReference::default()
+    }
+}

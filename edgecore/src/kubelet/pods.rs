@@ -1,0 +1,391 @@
+//! All pods of the node: one worker for each UID that the store wants, or that the runtime still holds.
+//!
+//! It only routes: what the store, the runtime and the link have to say goes to the workers whom it concerns. While the store does not know
+//! what is wanted (a new store that has not been in sync yet), nothing is taken for an orphan.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, Pod, PodStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use skerry_proto::sync::Collection;
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::{Id, JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::admission;
+use super::context::{Context, STATUS_NOTE};
+use super::gather::{Needs, parse};
+use super::memory::Memory;
+use super::observed::Observed;
+use super::plan::Life;
+use super::references::NodeFacts;
+use super::spec::Spec;
+use super::worker::{self, Admission, Beginning, Desired};
+use crate::app::ResetRequests;
+use crate::clock;
+use crate::control::ResetRequest;
+use crate::link::LinkState;
+use crate::runtime::events::Wake;
+use crate::store::{Change, Error};
+
+/// How long until a store that could not be read is read again.
+const DOUBT: Duration = Duration::from_secs(5);
+/// When the node's lease has run out, controllers mark its pods unready, so that their statuses have to be reported again. A lease is good
+/// for 40 s, of which the loss of a link may take 28 to be noticed.
+const FORGIVEN: Duration = Duration::from_secs(10);
+
+/// Routes what happens to the workers of pods.
+#[derive(Debug)]
+pub struct Pods {
+    context: Arc<Context>,
+    workers: HashMap<String, Worker>,
+    ended: JoinSet<()>,
+    /// Which pod each task of [`Pods::ended`] is about.
+    tasks: HashMap<Id, String>,
+    /// The store could not be read: all is compared again soon.
+    doubtful: bool,
+    link: watch::Receiver<LinkState>,
+    /// Set once the node is being reset: whom to tell when no pod is left.
+    reset: Option<ResetRequest>,
+    online: bool,
+    /// Since when the link is down, or how long it was; `None`: this process has not seen it up.
+    offline_since: Option<Duration>,
+}
+
+/// What the store wants.
+struct Wanted {
+    pods: Vec<Pod>,
+    /// Also of those that cannot be parsed.
+    uids: BTreeSet<String>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    desired: watch::Sender<Desired>,
+    needs: Needs,
+    over: Arc<AtomicBool>,
+}
+
+impl Pods {
+    /// Nothing runs until [`Pods::run`].
+    pub fn new(context: Arc<Context>, link: watch::Receiver<LinkState>) -> Self {
+        Self {
+            context,
+            workers: HashMap::new(),
+            ended: JoinSet::new(),
+            tasks: HashMap::new(),
+            doubtful: false,
+            link,
+            reset: None,
+            online: false,
+            offline_since: None,
+        }
+    }
+
+    /// Routes until shutdown. Containers go on running.
+    pub async fn run(mut self, mut wakes: mpsc::Receiver<Wake>, reset: ResetRequests, shutdown: CancellationToken) {
+        let mut changes = self.context.store.changes();
+        let mut known = self.context.store.pods_known();
+        self.begin().await;
+        loop {
+            if self.workers.is_empty()
+                && let Some(reset) = self.reset.take()
+            {
+                // Whoever asked may be gone.
+                let _ = reset.send(Ok(()));
+                return shutdown.cancelled().await;
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                Some(request) = reset.next() => self.wind_down(request),
+                change = changes.recv() => match change {
+                    Ok(change) => self.changed(&change).await,
+                    Err(broadcast::error::RecvError::Lagged(_)) => self.compare().await,
+                    Err(broadcast::error::RecvError::Closed) => return,
+                },
+                Some(wake) = wakes.recv() => match wake {
+                    Wake::Pod(uid) => self.woken(&uid).await,
+                    Wake::All | Wake::RuntimeUp => self.look_at_all().await,
+                    Wake::RuntimeDown(reason) => warn!(reason, "the runtime is away; what runs goes on running"),
+                },
+                Ok(()) = known.changed() => {
+                    // What went while the store did not know is only now known to be gone.
+                    self.compare().await;
+                    self.look_at_all().await;
+                }
+                Some(ended) = self.ended.join_next_with_id(), if !self.ended.is_empty() => self.over(ended).await,
+                () = tokio::time::sleep(DOUBT), if self.doubtful => self.compare().await,
+                Ok(()) = self.link.changed() => self.link_changed(),
+            }
+        }
+    }
+
+    /// Takes up everything the store and the runtime hold, all at once.
+    async fn begin(&mut self) {
+        let observed = self.context.cri.observe(None).await;
+        let mut observed = observed.unwrap_or_else(|error| {
+            warn!(%error, "the runtime cannot be asked yet");
+            BTreeMap::new()
+        });
+        let notes = self.notes().await;
+        match self.wanted().await {
+            Ok(wanted) => {
+                for pod in wanted.pods {
+                    let uid = Spec::new(&pod).uid().to_owned();
+                    let memory = Memory::restored(notes.get(&uid).cloned());
+                    let seen = observed.remove(&uid);
+                    self.start(pod, memory, seen, true).await;
+                }
+                info!(pods = self.workers.len(), "pods taken up from the store");
+            }
+            Err(error) => self.doubt(&error),
+        }
+        self.adopt_orphans(observed).await;
+    }
+
+    /// The pods the store wants, oldest first.
+    async fn wanted(&self) -> Result<Wanted, Error> {
+        let rows = self.context.store.list(Collection::Pods).await?;
+        let uids = rows.iter().map(|row| row.entry.uid.clone()).collect();
+        let mut pods: Vec<Pod> = rows.iter().filter_map(parse).collect();
+        pods.sort_by_key(|pod: &Pod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0));
+        Ok(Wanted { pods, uids })
+    }
+
+    fn doubt(&mut self, error: &Error) {
+        warn!(%error, "the pods in the store cannot be read; everything goes on as it is until they can");
+        self.doubtful = true;
+    }
+
+    async fn notes(&self) -> BTreeMap<String, PodStatus> {
+        let notes = self.context.store.notes(STATUS_NOTE).await.unwrap_or_else(|error| {
+            warn!(%error, "the last statuses of pods cannot be read");
+            Vec::new()
+        });
+        notes.into_iter().filter_map(|(uid, json)| Some((uid, serde_json::from_slice(&json).ok()?))).collect()
+    }
+
+    async fn changed(&mut self, change: &Change) {
+        if change.collection != Collection::Pods {
+            for worker in self.workers.values().filter(|worker| worker.needs.concern(change.collection, &change.key)) {
+                worker.desired.send_modify(|desired| desired.references += 1);
+            }
+            return;
+        }
+        match self.context.store.row(Collection::Pods, &change.uid).await {
+            Ok(Some(row)) => {
+                if let Some(pod) = parse(&row) {
+                    self.upsert(pod).await;
+                }
+            }
+            // A row may also be gone because it was damaged. Then what is wanted is not known until it has been fetched again.
+            Ok(None) if *self.context.store.pods_known().borrow() => self.remove(&change.uid),
+            Ok(None) => {}
+            Err(error) => self.doubt(&error),
+        }
+    }
+
+    /// Changes may have been missed: compares all.
+    async fn compare(&mut self) {
+        let wanted = match self.wanted().await {
+            Ok(wanted) => wanted,
+            Err(error) => return self.doubt(&error),
+        };
+        self.doubtful = false;
+        // Asked after the list: a row that was found to be damaged by reading it is not one that is gone.
+        if self.context.store.row(Collection::Pods, "").await.is_ok() && *self.context.store.pods_known().borrow() {
+            let gone = |uid: &&String| !wanted.uids.contains(*uid);
+            for uid in self.workers.keys().filter(gone).cloned().collect::<Vec<_>>() {
+                self.remove(&uid);
+            }
+        }
+        for pod in wanted.pods {
+            self.upsert(pod).await;
+        }
+        for worker in self.workers.values() {
+            worker.desired.send_modify(|desired| desired.references += 1);
+        }
+    }
+
+    /// Every pod ends, and none is started any more.
+    fn wind_down(&mut self, request: ResetRequest) {
+        info!(pods = self.workers.len(), "every pod is stopped, for the node is being reset");
+        self.reset = Some(request);
+        for worker in self.workers.values() {
+            worker.desired.send_modify(|desired| desired.life = Life::Removed);
+        }
+    }
+
+    async fn upsert(&mut self, pod: Pod) {
+        if self.reset.is_some() {
+            return;
+        }
+        let uid = Spec::new(&pod).uid().to_owned();
+        let Some(worker) = self.workers.get_mut(&uid) else {
+            return self.start(pod, Memory::default(), None, false).await;
+        };
+        // A pod that is on its way out and wanted again is taken up anew when it is out.
+        if matches!(worker.desired.borrow().life, Life::Orphan | Life::Removed) {
+            return;
+        }
+        worker.needs = Needs::of(&pod);
+        worker.desired.send_modify(|desired| {
+            desired.life = Life::of(&pod);
+            desired.pod = Arc::new(pod);
+        });
+    }
+
+    fn remove(&mut self, uid: &str) {
+        if let Some(worker) = self.workers.get(uid) {
+            worker.desired.send_modify(|desired| {
+                if desired.life != Life::Orphan {
+                    desired.life = Life::Removed;
+                }
+            });
+        }
+    }
+
+    async fn start(&mut self, pod: Pod, memory: Memory, observed: Option<Observed>, at_start: bool) {
+        let admission = self.admit(&pod, &memory, observed.as_ref()).await;
+        let life = Life::of(&pod);
+        self.spawn(pod, life, admission, memory, observed, at_start);
+    }
+
+    fn spawn(
+        &mut self,
+        pod: Pod,
+        life: Life,
+        admission: Admission,
+        memory: Memory,
+        observed: Option<Observed>,
+        at_start: bool,
+    ) {
+        let uid = Spec::new(&pod).uid().to_owned();
+        let needs = Needs::of(&pod);
+        let desired = Desired { pod: Arc::new(pod), life, admission, references: 0, look: 0, resend: 0 };
+        let (sender, receiver) = watch::channel(desired);
+        let over = Arc::new(AtomicBool::new(false));
+        self.workers.insert(uid.clone(), Worker { desired: sender, needs, over: over.clone() });
+        let beginning = Beginning { memory, observed, at_start, over };
+        let (context, of) = (self.context.clone(), uid.clone());
+        let task = self.ended.spawn(async move {
+            worker::run(context.clone(), receiver, beginning).await;
+            context.remove_rest(&of).await;
+        });
+        self.tasks.insert(task.id(), uid);
+    }
+
+    /// A pod that ran here before, or whose end was reported, is not judged again.
+    async fn admit(&self, pod: &Pod, memory: &Memory, observed: Option<&Observed>) -> Admission {
+        if let Some(unsupported) = admission::unsupported(pod) {
+            return Admission::Unsupported(unsupported);
+        }
+        let is_known = memory.last_status.is_some() || observed.is_some_and(|observed| !observed.sandboxes.is_empty());
+        if is_known || Life::of(pod).is_over() || Spec::new(pod).is_terminal() {
+            return Admission::Admitted;
+        }
+        let mut node = NodeFacts::clone(&self.context.node());
+        // The pod may have come together with the label that it was scheduled by.
+        if let Ok(rows) = self.context.store.list(Collection::Node).await
+            && let Some(labels) = rows.first().and_then(parse::<Node>).and_then(|node| node.metadata.labels)
+        {
+            node.labels = labels;
+        }
+        let others: Vec<Arc<Pod>> = self
+            .workers
+            .values()
+            .filter(|worker| !worker.over.load(Ordering::Relaxed))
+            .map(|worker| worker.desired.borrow())
+            .filter(|desired| desired.admission == Admission::Admitted && desired.life == Life::Wanted)
+            .map(|desired| desired.pod.clone())
+            .collect();
+        let others: Vec<&Pod> = others.iter().map(AsRef::as_ref).collect();
+        match admission::admit(pod, &others, &node) {
+            Ok(()) => Admission::Admitted,
+            Err(rejection) => Admission::Rejected { reason: rejection.reason, message: rejection.message },
+        }
+    }
+
+    async fn woken(&mut self, uid: &str) {
+        match self.workers.get(uid) {
+            Some(worker) => worker.desired.send_modify(|desired| desired.look += 1),
+            None => match self.context.cri.observe(Some(uid)).await {
+                Ok(observed) => self.adopt_orphans(observed).await,
+                Err(error) => warn!(pod = uid, %error, "the runtime cannot be asked"),
+            },
+        }
+    }
+
+    async fn look_at_all(&mut self) {
+        for worker in self.workers.values() {
+            worker.desired.send_modify(|desired| desired.look += 1);
+        }
+        match self.context.cri.observe(None).await {
+            Ok(observed) => self.adopt_orphans(observed).await,
+            Err(error) => warn!(%error, "the runtime cannot be asked"),
+        }
+    }
+
+    /// Winds down what the runtime holds of pods that nobody wants. The store is asked about each: it may know of a pod that has not
+    /// come by here yet.
+    async fn adopt_orphans(&mut self, observed: BTreeMap<String, Observed>) {
+        for (uid, observed) in observed {
+            if self.workers.contains_key(&uid) {
+                continue;
+            }
+            let unwanted = matches!(self.context.store.row(Collection::Pods, &uid).await, Ok(None));
+            if !unwanted || !*self.context.store.pods_known().borrow() {
+                continue;
+            }
+            info!(pod = uid, "nobody wants this pod any more; it is stopped");
+            let metadata = ObjectMeta { uid: Some(uid), ..ObjectMeta::default() };
+            let pod = Pod { metadata, ..Pod::default() };
+            self.spawn(pod, Life::Orphan, Admission::Admitted, Memory::default(), Some(observed), false);
+        }
+    }
+
+    /// Nothing is left of a pod, or its worker panicked. If the store wants it, it is taken up anew.
+    async fn over(&mut self, ended: Result<(Id, ()), JoinError>) {
+        let (id, panicked) = match &ended {
+            Ok((id, ())) => (*id, false),
+            Err(error) => (error.id(), true),
+        };
+        let Some(uid) = self.tasks.remove(&id) else { return };
+        self.workers.remove(&uid);
+        self.context.forget_events(&uid);
+        let row = self.context.store.row(Collection::Pods, &uid).await;
+        if panicked {
+            error!(pod = uid, "the worker of a pod panicked; the pod is taken up anew");
+        } else if let Err(error) = self.context.store.forget(STATUS_NOTE, &uid).await {
+            warn!(pod = uid, %error, "the last status of a pod that is gone cannot be dropped");
+        }
+        match row {
+            Ok(Some(row)) => {
+                if let Some(pod) = parse(&row) {
+                    self.upsert(pod).await;
+                }
+            }
+            Ok(None) if panicked => self.woken(&uid).await,
+            Ok(None) => {}
+            Err(error) => self.doubt(&error),
+        }
+    }
+
+    fn link_changed(&mut self) {
+        let online = matches!(*self.link.borrow_and_update(), LinkState::Online { .. });
+        let now = clock::monotonic();
+        if online && !self.online && self.offline_since.is_none_or(|since| now.saturating_sub(since) >= FORGIVEN) {
+            for worker in self.workers.values() {
+                worker.desired.send_modify(|desired| desired.resend += 1);
+            }
+        }
+        if self.online && !online {
+            self.offline_since = Some(now);
+        }
+        self.online = online;
+    }
+}

@@ -1,0 +1,209 @@
+//! From a server's name to a TLS connection with it, and what went wrong on the way in words that help.
+
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+/// For the whole of name resolution, TCP and TLS.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where cloudcore is: a name or an address, and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// A DNS name or an IP address, an IPv6 one without brackets.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+}
+
+/// Why a text is not a server's address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not the address of a cloudcore: {cause}; write HOST:PORT, for example edge.example.org:10000")]
+pub struct ServerError {
+    text: String,
+    cause: &'static str,
+}
+
+impl FromStr for Server {
+    type Err = ServerError;
+
+    fn from_str(text: &str) -> Result<Self, ServerError> {
+        let error = |cause| ServerError { text: text.to_owned(), cause };
+        let port = |digits: &str| match digits.parse() {
+            Ok(0) | Err(_) => Err(error("its port is not a number from 1 to 65535")),
+            Ok(port) => Ok(port),
+        };
+        let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+            let (host, rest) = rest.split_once(']').ok_or_else(|| error("a bracket is not closed"))?;
+            match rest.strip_prefix(':') {
+                Some(digits) => (host, port(digits)?),
+                None if rest.is_empty() => (host, skerry_proto::DEFAULT_PORT),
+                None => return Err(error("something other than a port follows the bracket")),
+            }
+        } else {
+            match text.split_once(':') {
+                Some((_, rest)) if rest.contains(':') => (text, skerry_proto::DEFAULT_PORT),
+                Some((host, digits)) => (host, port(digits)?),
+                None => (text, skerry_proto::DEFAULT_PORT),
+            }
+        };
+        if text.contains("://") || text.contains('/') {
+            return Err(error("it is a URL"));
+        }
+        ServerName::try_from(host).map_err(|_| error("its host is neither a DNS name nor an IP address"))?;
+        Ok(Self { host: host.to_owned(), port })
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// DNS.
+    #[error("the name {0:?} cannot be resolved; check the spelling and this box's DNS servers")]
+    Name(String, #[source] io::Error),
+    /// Nothing listens.
+    #[error(
+        "{0} refused the connection: nothing listens on that port; check that cloudcore runs and that the port is right"
+    )]
+    Refused(Server),
+    /// No answer.
+    #[error("{0} did not answer within {secs} s; check the network, and that no firewall is in between", secs = CONNECT_TIMEOUT.as_secs())]
+    Timeout(Server),
+    /// Any other failure below TLS.
+    #[error("{0} cannot be reached: {1}")]
+    Network(Server, #[source] io::Error),
+    /// The certificate's validity and this box's clock do not agree.
+    #[error(
+        "the certificate of {server} is not valid at {now}, this box's time; set the clock (or renew the server's certificate)"
+    )]
+    Clock {
+        /// Who.
+        server: Server,
+        /// This box's wall clock.
+        now: jiff::Timestamp,
+    },
+    /// The certificate is for another name.
+    #[error("the certificate of {0} is not for the name {name:?}; start cloudcore with --advertise-address {name}", name = .0.host)]
+    OtherName(Server),
+    /// The certificate is signed by somebody else.
+    #[error("{0} is not signed by this cluster's CA: another cluster answers there, or somebody in between")]
+    UnknownCa(Server),
+    /// The server refused our certificate.
+    #[error(
+        "{0} refused this node's certificate ({1}); if the node was deleted or its certificate has expired, run `edgecore reset` and join again"
+    )]
+    Certificate(Server, String),
+    /// Any other failure of TLS.
+    #[error("no TLS with {0}: {1}; check that this is cloudcore's port")]
+    Tls(Server, #[source] io::Error),
+}
+
+/// Connects, within [`CONNECT_TIMEOUT`].
+pub async fn dial(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, dial_patiently(server, config)).await {
+        Ok(result) => result,
+        Err(_) => Err(DialError::Timeout(server.clone())),
+    }
+}
+
+async fn dial_patiently(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
+    let addresses = tokio::net::lookup_host((server.host.as_str(), server.port))
+        .await
+        .map_err(|error| DialError::Name(server.host.clone(), error))?;
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut connected = None;
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => {
+                connected = Some(stream);
+                break;
+            }
+            Err(error) => last = error,
+        }
+    }
+    let Some(stream) = connected else {
+        return Err(match last.kind() {
+            io::ErrorKind::ConnectionRefused => DialError::Refused(server.clone()),
+            io::ErrorKind::TimedOut => DialError::Timeout(server.clone()),
+            _ => DialError::Network(server.clone(), last),
+        });
+    };
+    stream.set_nodelay(true).map_err(|error| DialError::Network(server.clone(), error))?;
+    let name = ServerName::try_from(server.host.clone())
+        .map_err(|_| DialError::Name(server.host.clone(), io::Error::other("not a host name")))?;
+    TlsConnector::from(config).connect(name, stream).await.map_err(|error| tls_error(server, error))
+}
+
+/// What an error of a TLS stream means, during the handshake or after it: in TLS 1.3 a client learns only with its first read
+/// that its certificate was refused.
+pub fn tls_error(server: &Server, error: io::Error) -> DialError {
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
+    let server = server.clone();
+    let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>()) else {
+        return match error.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => DialError::Network(server, error),
+            _ => DialError::Tls(server, error),
+        };
+    };
+    match tls {
+        Tls::InvalidCertificate(
+            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
+        ) => DialError::Clock { server, now: crate::clock::wall() },
+        Tls::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
+            DialError::OtherName(server)
+        }
+        Tls::InvalidCertificate(_) => DialError::UnknownCa(server),
+        Tls::AlertReceived(
+            alert @ (Alert::BadCertificate
+            | Alert::CertificateExpired
+            | Alert::CertificateRevoked
+            | Alert::CertificateRequired
+            | Alert::CertificateUnknown
+            | Alert::AccessDenied
+            | Alert::UnknownCA
+            | Alert::DecryptError),
+        ) => DialError::Certificate(server, format!("{alert:?}")),
+        _ => DialError::Tls(server, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        for (text, host, port) in [
+            ("edge.example.org:10001", "edge.example.org", 10001),
+            ("edge.example.org", "edge.example.org", 10000),
+            ("10.0.0.1:443", "10.0.0.1", 443),
+            ("[::1]:443", "::1", 443),
+            ("[::1]", "::1", 10000),
+            ("fe80::1", "fe80::1", 10000),
+        ] {
+            let server: Server = text.parse().unwrap();
+            assert_eq!((server.host.as_str(), server.port), (host, port), "{text}");
+            assert_eq!(server.to_string().parse(), Ok(server));
+        }
+        for text in ["", ":1", "host:", "host:0", "host:99999", "https://host:1", "a b:1", "[::1", "[::1]x", "host/x"] {
+            assert!(text.parse::<Server>().is_err(), "{text}");
+        }
+    }
+}

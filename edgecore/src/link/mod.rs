@@ -1,0 +1,304 @@
+//! The link: keeps one session with cloudcore as long as there is a way to it, and carries between it and the store.
+//!
+//! It owns the edge's sync machine and decides nothing about content: what the cloud sends goes to the store and is acknowledged when
+//! it is durable; what the outbox holds goes up. No other module waits for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use skerry_proto::sync::{Edge, Op, Reason};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use self::backoff::Backoff;
+use self::dial::Server;
+use self::session::{Ended, Session};
+use self::ws::{Socket, SocketError};
+use crate::clock;
+use crate::identity::Identity;
+use crate::store::{self, Store};
+
+pub mod backoff;
+pub mod dial;
+mod session;
+#[cfg(test)]
+mod tests;
+mod ws;
+
+/// Kind of the notes about the node itself.
+pub const NODE_NOTES: &str = "node";
+/// Key of the note that says that the Node was deleted in the cloud; its value is a [`Deleted`] as JSON.
+pub const DELETED_NOTE: &str = "deleted";
+
+/// The first wait after a failure, at most.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// The longest wait between attempts.
+const LAST_RETRY: Duration = Duration::from_secs(30);
+/// Between attempts of a node that was deleted in the cloud.
+const DELETED_RETRY: Duration = Duration::from_secs(300);
+
+/// How the link is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// Trying for the first time since the start.
+    Connecting {
+        /// From 1.
+        attempt: u32,
+        /// What came of the attempt before.
+        last_error: Option<String>,
+    },
+    /// A session stands.
+    Online {
+        /// Since when.
+        since: Timestamp,
+        /// Its epoch: another one means another session.
+        epoch: u64,
+    },
+    /// There was a session, there is none now; attempts go on.
+    Offline {
+        /// Since when.
+        since: Timestamp,
+        /// What came of the last attempt, or what ended the session.
+        reason: String,
+    },
+    /// The Node was deleted in the cloud: what ran for it ends.
+    Deleted {
+        /// The cloud's words.
+        message: String,
+    },
+}
+
+/// The note [`DELETED_NOTE`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Deleted {
+    /// The cloud's words.
+    pub message: String,
+    /// When the node heard of it, seconds since the Unix epoch.
+    pub time: i64,
+}
+
+/// What the link is made of.
+pub struct Link {
+    /// Node name.
+    pub node: String,
+    /// Where cloudcore is.
+    pub server: Server,
+    /// What it commits to and drains.
+    pub store: Store,
+    /// Who it is; a renewed identity is used at the next connect.
+    pub identity: watch::Receiver<Arc<Identity>>,
+    /// Where it says how it is.
+    pub state: watch::Sender<LinkState>,
+    /// Ends it.
+    pub shutdown: CancellationToken,
+}
+
+impl Link {
+    /// Until the shutdown.
+    pub async fn run(self) {
+        let mut backoff = Backoff::new(FIRST_RETRY, LAST_RETRY, rand::random());
+        let mut edge: Option<(Edge, u64)> = None;
+        let mut given = session::Given::default();
+        if let Some(deleted) = self.deleted().await {
+            // The end may have come between the note and what follows from it.
+            if let Err(failed) = self.wind_down(&deleted.message).await {
+                error!(error = %failed, "the node was deleted in the cloud, but its pods cannot be ended yet");
+            }
+            self.state.send_replace(LinkState::Deleted { message: deleted.message });
+        }
+        while !self.shutdown.is_cancelled() {
+            // A machine whose rows are not those of the store any more is of no use.
+            let damaged = *self.store.damaged().borrow();
+            if edge.as_ref().is_some_and(|(_, known)| *known != damaged) {
+                edge = None;
+            }
+            let machine = match edge.take() {
+                Some((machine, _)) => machine,
+                None => match self.machine().await {
+                    Ok(machine) => {
+                        given = session::Given::default();
+                        machine
+                    }
+                    Err(failed) => {
+                        error!(error = %failed, "the store cannot be read, there can be no session");
+                        self.rest(backoff.wait()).await;
+                        continue;
+                    }
+                },
+            };
+            let (outcome, machine) = Box::pin(self.attempt(machine, &mut given)).await;
+            edge = machine.map(|machine| (machine, damaged));
+            let wait = self.digest(outcome, &mut backoff).await;
+            if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
+                edge = None;
+            }
+            self.rest(wait).await;
+        }
+    }
+
+    /// One session, from dialling to its end. The machine comes back unless it is ahead of the store.
+    async fn attempt(&self, machine: Edge, given: &mut session::Given) -> (Outcome, Option<Edge>) {
+        let identity = Arc::clone(&self.identity.borrow());
+        let config = match identity.client_config() {
+            Ok(config) => config,
+            Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
+        };
+        let connected = tokio::select! {
+            connected = Socket::connect(&self.server, config) => connected,
+            () = self.shutdown.cancelled() => return (Outcome::Shutdown, Some(machine)),
+        };
+        let socket = match connected {
+            Ok(socket) => socket,
+            Err(SocketError::Refused(refusal)) if refusal.reason == "node_deleted" => {
+                return (Outcome::Deleted(refusal.message), Some(machine));
+            }
+            Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
+        };
+        let (ended, machine) = Session::new(self, machine, socket, given).run().await;
+        let outcome = match ended {
+            Ended::Shutdown => Outcome::Shutdown,
+            Ended::Broken { established, cause } => Outcome::Ended { established, cause, retry_after: None },
+            Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {
+                Outcome::Deleted(goodbye.message)
+            }
+            Ended::Dismissed { goodbye, established } => Outcome::Ended {
+                established,
+                cause: format!("the cloud ended the session ({:?}): {}", goodbye.reason(), goodbye.message),
+                retry_after: (goodbye.retry_after_ms > 0).then(|| Duration::from_millis(goodbye.retry_after_ms.into())),
+            },
+        };
+        (outcome, machine)
+    }
+
+    /// Says what came of an attempt, and how long to wait before the next.
+    async fn digest(&self, outcome: Outcome, backoff: &mut Backoff) -> Duration {
+        match outcome {
+            Outcome::Shutdown => {
+                self.lost("edgecore ends");
+                Duration::ZERO
+            }
+            Outcome::Deleted(message) => {
+                if let Err(failed) = self.wind_down(&message).await {
+                    error!(error = %failed, "the node was deleted in the cloud, which cannot be recorded yet");
+                    return backoff.wait();
+                }
+                self.state.send_replace(LinkState::Deleted { message });
+                backoff.reset();
+                DELETED_RETRY
+            }
+            Outcome::Failed(cause) => {
+                self.lost(&cause);
+                if matches!(*self.state.borrow(), LinkState::Deleted { .. }) { DELETED_RETRY } else { backoff.wait() }
+            }
+            Outcome::Ended { established, cause, retry_after } => {
+                self.lost(&cause);
+                if established {
+                    backoff.reset();
+                }
+                let own = backoff.wait();
+                retry_after.unwrap_or(own)
+            }
+        }
+    }
+
+    fn lost(&self, cause: &str) {
+        let mut told = false;
+        self.state.send_if_modified(|state| match state {
+            LinkState::Online { .. } => {
+                told = true;
+                *state = LinkState::Offline { since: clock::wall(), reason: cause.to_owned() };
+                true
+            }
+            LinkState::Offline { reason, .. } if reason != cause => {
+                told = true;
+                cause.clone_into(reason);
+                true
+            }
+            LinkState::Connecting { attempt, last_error } => {
+                told = last_error.as_deref() != Some(cause);
+                *last_error = Some(cause.to_owned());
+                *attempt = attempt.saturating_add(1);
+                true
+            }
+            LinkState::Offline { .. } | LinkState::Deleted { .. } => false,
+        });
+        if told {
+            warn!(%cause, "no session with the cloud; the pods go on");
+        }
+    }
+
+    /// A machine that knows what the store holds.
+    async fn machine(&self) -> Result<Edge, store::Error> {
+        let rows = self.store.index().await?;
+        let epoch = self.store.epoch().await?;
+        let boot = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.unwrap_or_default();
+        let agent = concat!("edgecore ", env!("CARGO_PKG_VERSION"));
+        Ok(Edge::new(&self.node, boot.trim(), self.store.store_id(), agent, epoch, rows))
+    }
+
+    /// The Node is gone: records it and drops what it wanted, so that the kubelet ends its pods.
+    async fn wind_down(&self, message: &str) -> Result<(), store::Error> {
+        if self.deleted().await.is_none() {
+            error!(message, "this node was deleted in the cloud; its pods are ended");
+            let note = Deleted { message: message.to_owned(), time: clock::wall().as_second() };
+            let note = serde_json::to_vec(&note).unwrap_or_default();
+            self.store.remember(NODE_NOTES, DELETED_NOTE, Bytes::from(note)).await?;
+        }
+        let rows = self.store.index().await?;
+        let gone = rows.into_iter().map(|(collection, entry)| Op::Delete(collection, entry.uid)).collect();
+        self.store.apply(gone).await?;
+        self.store.set_pods_known().await
+    }
+
+    async fn deleted(&self) -> Option<Deleted> {
+        let notes = self.store.notes(NODE_NOTES).await.ok()?;
+        let (_, value) = notes.into_iter().find(|(key, _)| key == DELETED_NOTE)?;
+        serde_json::from_slice(&value).ok()
+    }
+
+    /// The session stands.
+    pub(in crate::link) async fn established(&self, epoch: u64, server_time: u64) -> Result<(), store::Error> {
+        // A disk that is full must not keep the node offline: the cloud's next epoch is greater than its own last one anyway.
+        if let Err(failed) = self.store.set_epoch(epoch).await {
+            warn!(error = %failed, "the session's epoch cannot be kept");
+        }
+        if self.deleted().await.is_some() {
+            self.store.forget(NODE_NOTES, DELETED_NOTE).await?;
+        }
+        let now = clock::wall();
+        let server = i64::try_from(server_time).unwrap_or(i64::MAX);
+        let skew = server.saturating_sub(now.as_millisecond()) / 1000;
+        if skew.abs() > 30 {
+            warn!(
+                seconds = skew,
+                "this box's clock differs from the cloud's; set it, or times in statuses and events are wrong"
+            );
+        }
+        info!(epoch, server = %self.server, "in session with the cloud");
+        self.state.send_replace(LinkState::Online { since: now, epoch });
+        Ok(())
+    }
+
+    async fn rest(&self, wait: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = self.shutdown.cancelled() => {}
+        }
+    }
+}
+
+enum Outcome {
+    Shutdown,
+    /// There was no session.
+    Failed(String),
+    Deleted(String),
+    Ended {
+        established: bool,
+        cause: String,
+        retry_after: Option<Duration>,
+    },
+}

@@ -1,0 +1,372 @@
+//! One session: steps the machine with what the socket, the disk, the outbox and the clock bring, and does what it says.
+//!
+//! Bounds: frames are not read while [`MAX_UNCOMMITTED`] bytes wait for the disk; reports are not taken from the outbox while
+//! [`MAX_GIVEN`] bytes of them are unanswered or [`MAX_UNSENT`] bytes wait for the socket.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use skerry_proto::sync::{Collection, Edge, EdgeInput, EdgeOutput, Op, Reason, Report, is_coalesced};
+use skerry_proto::wire::{self, Frame, frame::Body};
+use tracing::{debug, error, warn};
+
+use super::Link;
+use super::backoff::Backoff;
+use super::ws::{Socket, SocketError};
+use crate::clock;
+use crate::store::{self, Store};
+
+const MAX_UNCOMMITTED: usize = 2 << 20;
+const MAX_GIVEN: usize = 256 << 10;
+const MAX_UNSENT: usize = 256 << 10;
+/// An inventory of the largest store fits; a peer that asks again and again without reading does not.
+const MAX_UNSENT_EVER: usize = 16 << 20;
+/// How long a commit is tried after the connection has gone.
+const LAST_COMMIT: Duration = Duration::from_secs(5);
+
+/// Why a session ended.
+pub(super) enum Ended {
+    Shutdown,
+    Broken { established: bool, cause: String },
+    Dismissed { established: bool, goodbye: wire::Goodbye },
+}
+
+/// Reports that the machine holds: each is given to it once in its life.
+#[derive(Default)]
+pub(super) struct Given {
+    last: u64,
+    waiting: BTreeMap<u64, (usize, Option<(i32, String)>)>,
+    bytes: usize,
+}
+
+impl Given {
+    fn add(&mut self, report: &Report) {
+        self.last = report.id;
+        let subject = is_coalesced(report.kind).then(|| (report.kind as i32, report.uid.clone()));
+        if subject.is_some() {
+            // The machine drops the older one, or an answer to it comes that nobody needs.
+            let replaced = self.waiting.iter().find(|(_, (_, old))| *old == subject).map(|(id, _)| *id);
+            if let Some(id) = replaced {
+                self.remove(id);
+            }
+        }
+        self.bytes += report.payload.len();
+        self.waiting.insert(report.id, (report.payload.len(), subject));
+    }
+
+    fn remove(&mut self, id: u64) {
+        if let Some((bytes, _)) = self.waiting.remove(&id) {
+            self.bytes -= bytes;
+        }
+    }
+}
+
+/// What has to reach the disk, in order.
+enum Job {
+    Apply { ops: Vec<Op>, ticket: u64 },
+    Done { id: u64, refused: String },
+    PodsKnown,
+}
+
+type Commit = Pin<Box<dyn Future<Output = Result<Option<u64>, store::Error>> + Send>>;
+
+pub(super) struct Session<'a> {
+    link: &'a Link,
+    edge: Edge,
+    socket: Socket,
+    given: &'a mut Given,
+    jobs: VecDeque<Job>,
+    job_bytes: usize,
+    /// The batch that is being written, kept until it is durable.
+    writing: Option<(Vec<Job>, Commit)>,
+    backoff: Backoff,
+    established: Option<(u64, u64)>,
+    was_established: bool,
+    ending: Option<Ended>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(link: &'a Link, edge: Edge, socket: Socket, given: &'a mut Given) -> Self {
+        Self {
+            link,
+            edge,
+            socket,
+            given,
+            jobs: VecDeque::new(),
+            job_bytes: 0,
+            writing: None,
+            backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(30), rand::random()),
+            established: None,
+            was_established: false,
+            ending: None,
+        }
+    }
+
+    /// To its end. The machine comes back if the store has all that it has.
+    pub(super) async fn run(mut self) -> (Ended, Option<Edge>) {
+        let outbox = self.link.store.outbox();
+        let mut damaged = self.link.store.damaged();
+        damaged.mark_unchanged();
+        let mut look = true;
+        self.step(EdgeInput::Connected);
+        let ended = loop {
+            if let Some((epoch, server_time)) = self.established.take() {
+                if let Err(failed) = self.link.established(epoch, server_time).await {
+                    break self.broken(format!("the session's epoch cannot be recorded: {failed}"));
+                }
+                self.was_established = true;
+            }
+            if let Some(ended) = self.ending.take() {
+                break ended;
+            }
+            self.start_commit();
+            if look && self.may_take_reports() {
+                match self.take_reports().await {
+                    Ok(all) => look = !all,
+                    Err(failed) => {
+                        warn!(error = %failed, "the outbox cannot be read");
+                        look = false;
+                    }
+                }
+                continue;
+            }
+            let due = self.edge.next_timeout().map(|at| at.saturating_sub(clock::monotonic()));
+            let reading = self.job_bytes < MAX_UNCOMMITTED;
+            let sending = !self.socket.is_idle();
+            let wants = tokio::select! {
+                biased;
+                () = self.link.shutdown.cancelled() => Event::Shutdown,
+                result = write(&mut self.writing) => Event::Written(result),
+                // Both ways at once: a peer that does not read until it has written must not stop us.
+                result = self.socket.exchange(reading, sending) => Event::Exchanged(result),
+                () = outbox.notified() => Event::Outbox,
+                Ok(()) = damaged.changed() => Event::Damaged,
+                () = tokio::time::sleep(due.unwrap_or(Duration::from_secs(3600))), if due.is_some() => Event::Timeout,
+            };
+            match wants {
+                Event::Shutdown => {
+                    self.goodbye(Reason::Shutdown, "edgecore ends or restarts");
+                    break Ended::Shutdown;
+                }
+                Event::Written(Ok(ticket)) => {
+                    if let Some((jobs, _)) = self.writing.take() {
+                        self.job_bytes -= jobs.iter().map(Job::bytes).sum::<usize>();
+                    }
+                    self.backoff.reset();
+                    look = true;
+                    if let Some(ticket) = ticket {
+                        self.step(EdgeInput::Committed { ticket });
+                    }
+                }
+                Event::Written(Err(failed)) => self.write_again(&failed),
+                Event::Exchanged(Ok(Some(frame))) => {
+                    self.step(EdgeInput::Frame(frame));
+                    if self.socket.waiting() > MAX_UNSENT_EVER {
+                        break self.broken("the cloud asks and does not read".to_owned());
+                    }
+                }
+                Event::Exchanged(Err(SocketError::Malformed(cause))) => {
+                    self.goodbye(Reason::Protocol, &cause);
+                    break self.broken(SocketError::Malformed(cause).to_string());
+                }
+                Event::Exchanged(Err(failed)) => break self.broken(failed.to_string()),
+                Event::Exchanged(Ok(None)) => {}
+                Event::Outbox => look = true,
+                Event::Damaged => {
+                    break self.broken("the store lost rows to damage, a new session fetches them".to_owned());
+                }
+                Event::Timeout => self.step(EdgeInput::Timeout),
+            }
+        };
+        self.finish(ended).await
+    }
+
+    /// Commits what was received, for the machine counts on it, and lets the connection go.
+    async fn finish(mut self, ended: Ended) -> (Ended, Option<Edge>) {
+        let store = self.link.store.clone();
+        let commits = async {
+            if let Some((jobs, commit)) = self.writing.take()
+                && commit.await.is_err()
+            {
+                commit_jobs(&store, &jobs).await?;
+            }
+            let rest: Vec<Job> = self.jobs.drain(..).collect();
+            commit_jobs(&store, &rest).await
+        };
+        let durable = matches!(tokio::time::timeout(LAST_COMMIT, commits).await, Ok(Ok(_)));
+        self.edge.step(clock::monotonic(), EdgeInput::Disconnected);
+        self.socket.close().await;
+        (ended, durable.then_some(self.edge))
+    }
+
+    fn step(&mut self, input: EdgeInput) {
+        for output in self.edge.step(clock::monotonic(), input) {
+            match output {
+                EdgeOutput::Send(frame) => self.socket.queue(&frame),
+                EdgeOutput::Established { epoch, server_time } => self.established = Some((epoch, server_time)),
+                EdgeOutput::Apply { ops, ticket } => self.push(Job::Apply { ops, ticket }),
+                EdgeOutput::Reported { id, refused } => {
+                    if !refused.is_empty() {
+                        warn!(report = id, %refused, "the cloud refused a report for good");
+                    }
+                    self.given.remove(id);
+                    self.push(Job::Done { id, refused });
+                }
+                EdgeOutput::InSync(Collection::Pods) => self.push(Job::PodsKnown),
+                EdgeOutput::InSync(collection) => debug!(?collection, "in sync"),
+                EdgeOutput::Dismissed(goodbye) => {
+                    self.ending = Some(Ended::Dismissed { established: self.was_established, goodbye });
+                }
+                EdgeOutput::Close(goodbye) => {
+                    let cause = match &goodbye {
+                        Some(goodbye) => format!("the cloud broke the protocol: {}", goodbye.message),
+                        None => "nothing was heard of the cloud for too long".to_owned(),
+                    };
+                    if let Some(goodbye) = goodbye {
+                        self.socket.queue(&Frame { body: Some(Body::Goodbye(goodbye)) });
+                    }
+                    if self.ending.is_none() {
+                        self.ending = Some(self.broken(cause));
+                    }
+                }
+            }
+        }
+    }
+
+    fn push(&mut self, job: Job) {
+        self.job_bytes += job.bytes();
+        self.jobs.push_back(job);
+    }
+
+    /// Everything that waits, as one batch: what comes while it is written makes up the next.
+    fn start_commit(&mut self) {
+        if self.writing.is_some() || self.jobs.is_empty() {
+            return;
+        }
+        let jobs: Vec<Job> = self.jobs.drain(..).collect();
+        let commit = self.commit(&jobs, Duration::ZERO);
+        self.writing = Some((jobs, commit));
+    }
+
+    fn write_again(&mut self, failed: &store::Error) {
+        let Some((jobs, _)) = self.writing.take() else { return };
+        if self.backoff.failures() == 0 {
+            error!(error = %failed, "what the cloud sent cannot be written; it is tried again and not acknowledged before");
+        }
+        let wait = self.backoff.wait();
+        let commit = self.commit(&jobs, wait);
+        self.writing = Some((jobs, commit));
+    }
+
+    fn commit(&self, jobs: &[Job], after: Duration) -> Commit {
+        let store = self.link.store.clone();
+        let batch = Batch::of(jobs);
+        Box::pin(async move {
+            if !after.is_zero() {
+                tokio::time::sleep(after).await;
+            }
+            batch.commit(&store).await
+        })
+    }
+
+    fn may_take_reports(&self) -> bool {
+        self.was_established && self.given.bytes < MAX_GIVEN && self.socket.waiting() < MAX_UNSENT
+    }
+
+    /// Answers whether that was all there is.
+    async fn take_reports(&mut self) -> Result<bool, store::Error> {
+        let reports = self.link.store.pending_reports(self.given.last, MAX_GIVEN / 4).await?;
+        let all = reports.is_empty();
+        for report in reports {
+            self.given.add(&report);
+            self.step(EdgeInput::Report(report));
+        }
+        Ok(all)
+    }
+
+    fn goodbye(&mut self, reason: Reason, message: &str) {
+        let goodbye = wire::Goodbye { reason: reason.into(), message: message.to_owned(), retry_after_ms: 0 };
+        self.socket.queue(&Frame { body: Some(Body::Goodbye(goodbye)) });
+    }
+
+    fn broken(&self, cause: String) -> Ended {
+        Ended::Broken { established: self.was_established, cause }
+    }
+}
+
+enum Event {
+    Shutdown,
+    Written(Result<Option<u64>, store::Error>),
+    Exchanged(Result<Option<Frame>, SocketError>),
+    Outbox,
+    Damaged,
+    Timeout,
+}
+
+async fn write(writing: &mut Option<(Vec<Job>, Commit)>) -> Result<Option<u64>, store::Error> {
+    match writing {
+        Some((_, commit)) => commit.await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Job {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Apply { ops, .. } => ops
+                .iter()
+                .map(|op| match op {
+                    Op::Upsert(object) => 256 + object.payload.len(),
+                    Op::Delete(..) => 128,
+                })
+                .sum(),
+            Self::Done { refused, .. } => 64 + refused.len(),
+            Self::PodsKnown => 0,
+        }
+    }
+}
+
+/// Jobs, made ready for the store.
+struct Batch {
+    ops: Vec<Op>,
+    ticket: Option<u64>,
+    done: Vec<(u64, String)>,
+    pods_known: bool,
+}
+
+impl Batch {
+    fn of(jobs: &[Job]) -> Self {
+        let mut batch = Self { ops: Vec::new(), ticket: None, done: Vec::new(), pods_known: false };
+        for job in jobs {
+            match job {
+                Job::Apply { ops, ticket } => {
+                    batch.ops.extend(ops.iter().cloned());
+                    batch.ticket = Some(*ticket);
+                }
+                Job::Done { id, refused } => batch.done.push((*id, refused.clone())),
+                Job::PodsKnown => batch.pods_known = true,
+            }
+        }
+        batch
+    }
+
+    async fn commit(self, store: &Store) -> Result<Option<u64>, store::Error> {
+        let Self { ops, ticket, done, pods_known } = self;
+        let (applied, done) =
+            tokio::join!(async { if ops.is_empty() { Ok(()) } else { store.apply(ops).await } }, async {
+                if done.is_empty() { Ok(()) } else { store.reports_done(done).await }
+            },);
+        applied?;
+        done?;
+        if pods_known && !*store.pods_known().borrow() {
+            store.set_pods_known().await?;
+        }
+        Ok(ticket)
+    }
+}
+
+async fn commit_jobs(store: &Store, jobs: &[Job]) -> Result<Option<u64>, store::Error> {
+    if jobs.is_empty() { Ok(None) } else { Batch::of(jobs).commit(store).await }
+}

@@ -1,0 +1,315 @@
+//! The link against a cloud of the test's own: real sockets, real TLS with client certificates, the real hub machine or a script.
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use prost::Message as _;
+use skerry_proto::sync::{COLLECTIONS, Collection, Hub, HubInput, HubOutput, Object, Report, ReportKind};
+use skerry_proto::wire::{self, Frame, frame::Body};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio_rustls::server::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+
+use super::*;
+use crate::identity::tests::{Authority, identity_of};
+use crate::supervise;
+
+type Peer = WebSocketStream<TlsStream<TcpStream>>;
+
+struct Bed {
+    store: Store,
+    state: watch::Receiver<LinkState>,
+    listener: TcpListener,
+    acceptor: tokio_rustls::TlsAcceptor,
+    shutdown: CancellationToken,
+    link: JoinHandle<()>,
+    _dir: tempfile::TempDir,
+}
+
+impl Bed {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::new();
+        let identity = identity_of(&authority, "box", dir.path());
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        for ca in identity.authorities() {
+            roots.add(ca).unwrap();
+        }
+        let clients =
+            rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                .build()
+                .unwrap();
+        let (certificate, key) = authority.server("localhost");
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_client_cert_verifier(clients)
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        let listener = TcpListener::bind("localhost:0").await.unwrap();
+        let server = Server { host: "localhost".to_owned(), port: listener.local_addr().unwrap().port() };
+        let store = Store::open(dir.path(), Timestamp::UNIX_EPOCH).unwrap();
+        let (sender, state) = watch::channel(LinkState::Connecting { attempt: 1, last_error: None });
+        let shutdown = CancellationToken::new();
+        let link = Link {
+            node: "box".to_owned(),
+            server,
+            store: store.clone(),
+            identity: watch::channel(Arc::new(identity)).1,
+            state: sender,
+            shutdown: shutdown.clone(),
+        };
+        let link = supervise::spawn("link", link.run());
+        Self {
+            store,
+            state,
+            listener,
+            acceptor: tokio_rustls::TlsAcceptor::from(Arc::new(config)),
+            shutdown,
+            link,
+            _dir: dir,
+        }
+    }
+
+    async fn accept(&self) -> Peer {
+        loop {
+            let (stream, _) = self.listener.accept().await.unwrap();
+            // The link may have been turned away by a test before.
+            if let Ok(stream) = self.acceptor.accept(stream).await {
+                return tokio_tungstenite::accept_async(stream).await.unwrap();
+            }
+        }
+    }
+
+    async fn state(&mut self, wanted: impl FnMut(&LinkState) -> bool) -> LinkState {
+        self.state.wait_for(wanted).await.unwrap().clone()
+    }
+
+    async fn end(self) {
+        self.shutdown.cancel();
+        self.link.await.unwrap();
+    }
+}
+
+async fn receive(peer: &mut Peer) -> Option<Frame> {
+    loop {
+        match peer.next().await {
+            Some(Ok(Message::Binary(bytes))) => return Some(Frame::decode(bytes).unwrap()),
+            Some(Ok(Message::Close(_))) | Some(Err(_)) | None => return None,
+            Some(Ok(_)) => {}
+        }
+    }
+}
+
+async fn send(peer: &mut Peer, body: Body) {
+    let frame = Frame { body: Some(body) };
+    peer.send(Message::Binary(frame.encode_to_vec().into())).await.unwrap();
+}
+
+async fn hello(peer: &mut Peer) -> wire::Hello {
+    match receive(peer).await.unwrap().body {
+        Some(Body::Hello(hello)) => hello,
+        other => panic!("not a hello: {other:?}"),
+    }
+}
+
+fn object(collection: Collection, name: &str, content: &str) -> Object {
+    let json = format!(r#"{{"name":"{name}","data":"{content}"}}"#);
+    Object::new(collection, format!("default/{name}"), format!("uid-{name}"), json.as_bytes())
+}
+
+/// A hub that wants these objects, driven until it is in sync; answers the reports it got.
+async fn serve(peer: &mut Peer, wanted: &[Object], reports: usize) -> (u64, Vec<Report>) {
+    let hello = hello(peer).await;
+    let epoch = hello.last_epoch + 1;
+    let server_time = u64::try_from(clock::wall().as_millisecond()).unwrap();
+    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), &hello, epoch, server_time, "test");
+    for object in wanted {
+        outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone())));
+    }
+    for collection in COLLECTIONS {
+        outputs.extend(hub.step(clock::monotonic(), HubInput::Complete(collection)));
+    }
+    let (mut in_sync, mut got) = (false, Vec::new());
+    loop {
+        for output in std::mem::take(&mut outputs) {
+            match output {
+                HubOutput::Send(Frame { body: Some(body) }) => send(peer, body).await,
+                HubOutput::Send(_) => {}
+                HubOutput::InSync => in_sync = true,
+                HubOutput::Report(report) => {
+                    outputs.extend(
+                        hub.step(clock::monotonic(), HubInput::Reported { id: report.id, refused: String::new() }),
+                    );
+                    got.push(report);
+                }
+                HubOutput::Inventory(collection, held) => {
+                    for object in wanted.iter().filter(|object| object.collection == collection) {
+                        outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone())));
+                    }
+                    drop(held);
+                }
+                HubOutput::Close(goodbye) => panic!("the hub ends the session: {goodbye:?}"),
+            }
+        }
+        if outputs.is_empty() {
+            if in_sync && got.len() >= reports {
+                return (epoch, got);
+            }
+            let frame = receive(peer).await.expect("the link ended the session");
+            outputs = hub.step(clock::monotonic(), HubInput::Frame(frame));
+        }
+    }
+}
+
+async fn eventually<F: Future<Output = bool>>(mut holds: impl FnMut() -> F) {
+    while !holds().await {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn report(name: &str) -> Report {
+    let payload = Bytes::from(format!(r#"{{"status":"{name}"}}"#));
+    Report {
+        id: 0,
+        kind: ReportKind::PodStatus,
+        namespace: "default".to_owned(),
+        name: name.to_owned(),
+        uid: format!("uid-{name}"),
+        payload,
+    }
+}
+
+#[tokio::test]
+async fn what_the_cloud_wants_reaches_the_disk_and_reports_reach_the_cloud() {
+    let mut bed = Bed::new().await;
+    bed.store.report(report("before")).await.unwrap();
+    let wanted: Vec<Object> = (0..200)
+        .map(|n| {
+            object(
+                if n % 2 == 0 { Collection::Pods } else { Collection::ConfigMaps },
+                &format!("o{n}"),
+                &"x".repeat(n * 100),
+            )
+        })
+        .collect();
+    let mut peer = bed.accept().await;
+    let (epoch, reports) = serve(&mut peer, &wanted, 1).await;
+    assert_eq!(reports[0].name, "before");
+    assert!(
+        matches!(bed.state(|state| matches!(state, LinkState::Online { .. })).await, LinkState::Online { epoch: shown, .. } if shown == epoch)
+    );
+    assert_eq!(bed.store.index().await.unwrap().len(), 200);
+    bed.store.pods_known().wait_for(|known| *known).await.unwrap();
+    let store = bed.store.clone();
+    drop(peer);
+    // Nothing changed but one object and one report: the next session knows.
+    bed.store.report(report("between")).await.unwrap();
+    let mut peer = bed.accept().await;
+    let (next, reports) = serve(&mut peer, &wanted[1..], 1).await;
+    assert!(next > epoch);
+    assert_eq!(reports.iter().map(|report| report.name.as_str()).collect::<Vec<_>>(), ["between"]);
+    assert_eq!(store.index().await.unwrap().len(), 199);
+    eventually(|| async { store.stats().await.unwrap().pending == 0 }).await;
+    assert_eq!(store.epoch().await.unwrap(), next);
+    let (last, ()) = tokio::join!(
+        async {
+            while let Some(frame) = receive(&mut peer).await {
+                if let Some(Body::Goodbye(goodbye)) = frame.body {
+                    return Some(goodbye.reason());
+                }
+            }
+            None
+        },
+        bed.end()
+    );
+    assert_eq!(last, Some(Reason::Shutdown));
+}
+
+#[tokio::test]
+async fn a_deleted_node_is_wound_down_and_comes_back_when_the_cloud_takes_it() {
+    let mut bed = Bed::new().await;
+    let mut peer = bed.accept().await;
+    serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
+    let mut changes = bed.store.changes();
+    let goodbye =
+        wire::Goodbye { reason: Reason::NodeDeleted.into(), message: "deleted by hand".to_owned(), retry_after_ms: 0 };
+    send(&mut peer, Body::Goodbye(goodbye)).await;
+    let state = bed.state(|state| matches!(state, LinkState::Deleted { .. })).await;
+    assert_eq!(state, LinkState::Deleted { message: "deleted by hand".to_owned() });
+    assert_eq!(changes.recv().await.unwrap().uid, "uid-p");
+    assert!(bed.store.index().await.unwrap().is_empty());
+    assert!(*bed.store.pods_known().borrow());
+    assert_eq!(bed.store.notes(NODE_NOTES).await.unwrap().len(), 1);
+    bed.end().await;
+}
+
+#[tokio::test]
+async fn what_is_no_frame_ends_the_session_and_the_next_one_stands() {
+    let mut bed = Bed::new().await;
+    let malformed = [
+        Message::Binary(Bytes::from_static(b"\xff\xff\xff")),
+        Message::Text("hello".into()),
+        Message::Binary(vec![0; 5 << 20].into()),
+    ];
+    for (attempt, message) in malformed.into_iter().enumerate() {
+        let mut peer = bed.accept().await;
+        let hello = hello(&mut peer).await;
+        send(
+            &mut peer,
+            Body::Welcome(wire::Welcome {
+                protocol: 1,
+                epoch: hello.last_epoch + 1,
+                server_time: 0,
+                agent: String::new(),
+            }),
+        )
+        .await;
+        bed.state(|state| matches!(state, LinkState::Online { .. })).await;
+        // A message that is too large is refused while it is still being sent.
+        let _ = peer.send(message).await;
+        while receive(&mut peer).await.is_some() {}
+        bed.state(|state| matches!(state, LinkState::Offline { .. })).await;
+        assert!(attempt < 3);
+    }
+    let mut peer = bed.accept().await;
+    serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
+    assert_eq!(bed.store.index().await.unwrap().len(), 1);
+    bed.end().await;
+}
+
+#[tokio::test]
+async fn a_row_lost_to_damage_comes_again() {
+    let bed = Bed::new().await;
+    let wanted = [object(Collection::Pods, "p", "1"), object(Collection::Pods, "q", "1")];
+    let mut peer = bed.accept().await;
+    serve(&mut peer, &wanted, 0).await;
+    let vandal = rusqlite::Connection::open(bed._dir.path().join(store::FILE)).unwrap();
+    vandal.execute("UPDATE objects SET version = version + 1 WHERE uid = 'uid-p'", []).unwrap();
+    assert_eq!(bed.store.list(Collection::Pods).await.unwrap().len(), 1);
+    assert!(receive(&mut peer).await.is_none(), "the link starts over");
+    let mut peer = bed.accept().await;
+    serve(&mut peer, &wanted, 0).await;
+    assert_eq!(bed.store.list(Collection::Pods).await.unwrap().len(), 2);
+    bed.end().await;
+}
+
+#[tokio::test]
+async fn a_refused_upgrade_is_shown_with_the_clouds_words() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut bed = Bed::new().await;
+    let (stream, _) = bed.listener.accept().await.unwrap();
+    let mut stream = bed.acceptor.accept(stream).await.unwrap();
+    let mut request = [0; 4096];
+    let read = stream.read(&mut request).await.unwrap();
+    assert!(request[..read].starts_with(b"GET /v1/session HTTP/1.1\r\n"));
+    let body = r#"{"reason":"overloaded","message":"too many sessions; wait"}"#;
+    stream
+        .write_all(format!("HTTP/1.1 503 X\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes())
+        .await
+        .unwrap();
+    let state = bed.state(|state| matches!(state, LinkState::Connecting { last_error: Some(_), .. })).await;
+    assert!(format!("{state:?}").contains("too many sessions; wait"), "{state:?}");
+    bed.end().await;
+}

@@ -1,0 +1,416 @@
+//! The thread that owns the connection, and what it does with it.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+use skerry_proto::sync::{Collection, Encoding, Object, Op, Report, ReportKind, encode};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tracing::{error, warn};
+
+use super::db::{COLUMNS, Db, Lost, Opened, StoredObject, StoredReport, note_sum, seal_name};
+use super::schema::{self, meta};
+use super::seal::Sealer;
+use super::{Change, Error, MAX_EVENTS, Signals, migrate, open};
+use crate::clock;
+
+/// Commands taken into one commit at most.
+const BATCH: usize = 256;
+
+/// Asks the database and answers whoever waits; told whether it is the last time, says whether it wants to be asked once more.
+type Query = Box<dyn FnMut(&mut Db, bool) -> bool + Send>;
+/// A write, who waits for it, and its room in the queue.
+type Waiting = (Write, oneshot::Sender<Result<(), Error>>, OwnedSemaphorePermit);
+
+pub(super) enum Command {
+    Write { write: Write, answer: oneshot::Sender<Result<(), Error>>, _room: OwnedSemaphorePermit },
+    Read { run: Query, _room: OwnedSemaphorePermit },
+    Close(oneshot::Sender<()>),
+}
+
+/// A change of the store; done twice it does the same.
+pub(super) enum Write {
+    Apply(Vec<Op>),
+    Report(Report),
+    Done(Vec<(u64, String)>),
+    Remember(&'static str, String, Bytes),
+    Forget(&'static str, String),
+    Epoch(u64),
+    PodsKnown,
+}
+
+impl Write {
+    /// About how much memory it holds while it waits.
+    pub(super) fn bytes(&self) -> usize {
+        128 + match self {
+            Self::Apply(ops) => ops
+                .iter()
+                .map(|op| match op {
+                    Op::Upsert(object) => 128 + object.entry.key.len() + object.entry.uid.len() + object.payload.len(),
+                    Op::Delete(_, uid) => 64 + uid.len(),
+                })
+                .sum(),
+            Self::Report(report) => {
+                report.namespace.len() + report.name.len() + report.uid.len() + report.payload.len()
+            }
+            Self::Done(done) => done.iter().map(|(_, refused)| 32 + refused.len()).sum(),
+            Self::Remember(_, key, value) => key.len() + value.len(),
+            Self::Forget(_, key) => key.len(),
+            Self::Epoch(_) | Self::PodsKnown => 0,
+        }
+    }
+}
+
+/// What a transaction brought about, told after its commit.
+#[derive(Default)]
+struct Effects {
+    wrote: bool,
+    changes: Vec<Change>,
+    reports: bool,
+    pods_known: bool,
+}
+
+pub(super) struct Writer {
+    db: Option<Db>,
+    data_dir: PathBuf,
+    signals: Signals,
+}
+
+impl Writer {
+    pub(super) fn new(db: Db, data_dir: PathBuf, signals: Signals) -> Self {
+        Self { db: Some(db), data_dir, signals }
+    }
+
+    /// Until it is closed or the last handle is dropped.
+    pub(super) fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+        let mut closing = None;
+        while let Some(first) = inbox.blocking_recv() {
+            let mut writes = Vec::new();
+            let mut next = Some(first);
+            let mut taken = 0;
+            while let Some(command) = next {
+                match command {
+                    Command::Write { write, answer, _room } => writes.push((write, answer, _room)),
+                    Command::Read { run, _room } => self.read(run),
+                    Command::Close(answer) => closing = Some(answer),
+                }
+                taken += 1;
+                next = if taken < BATCH { inbox.try_recv().ok() } else { None };
+            }
+            self.commit(writes);
+            if closing.is_some() {
+                break;
+            }
+        }
+        self.db = None;
+        if let Some(answer) = closing {
+            let _ = answer.send(());
+        }
+    }
+
+    fn read(&mut self, mut run: Query) {
+        let Some(db) = self.db() else { return };
+        if run(db, false) {
+            self.replace();
+            if let Some(db) = self.db() {
+                run(db, true);
+            }
+        }
+        self.drop_lost();
+    }
+
+    fn commit(&mut self, writes: Vec<Waiting>) {
+        if writes.is_empty() {
+            return;
+        }
+        if self.db().is_some_and(|db| db.moved()) {
+            warn!("the store's file was moved or deleted while in use, a new one is made of what is in memory");
+            self.replace();
+        }
+        let all: Vec<&Write> = writes.iter().map(|(write, ..)| write).collect();
+        let together = self.transact(&all);
+        drop(all);
+        let alone = together.is_err() && writes.len() > 1;
+        let together = together.map_err(|source| Error::sqlite("write to the store", source));
+        for (write, answer, _room) in writes {
+            // One that cannot be written (too large for what space is left) does not keep the others from the disk.
+            let result = if alone {
+                self.transact(&[&write]).map_err(|source| Error::sqlite("write to the store", source))
+            } else {
+                match &together {
+                    Ok(()) => Ok(()),
+                    Err(Error::DiskFull { action, source }) => Err(Error::DiskFull { action, source: source.clone() }),
+                    Err(Error::ReadOnly { action, source }) => Err(Error::ReadOnly { action, source: source.clone() }),
+                    Err(Error::Sqlite { action, source }) => Err(Error::Sqlite { action, source: source.clone() }),
+                    Err(_) => Err(Error::Closed),
+                }
+            };
+            let _ = answer.send(result);
+        }
+        self.drop_lost();
+        if let Some(db) = self.db() {
+            db.shrink();
+        }
+    }
+
+    fn transact(&mut self, writes: &[&Write]) -> rusqlite::Result<()> {
+        let done = match self.db() {
+            Some(db) => db.transact(writes),
+            None => return Err(closed()),
+        };
+        let effects = match done {
+            Err(damage) if open::is_damage(&damage) => {
+                self.replace();
+                match self.db() {
+                    Some(db) => db.transact(writes)?,
+                    None => return Err(damage),
+                }
+            }
+            done => done?,
+        };
+        for change in effects.changes {
+            // Nobody listening is fine.
+            let _ = self.signals.changes.send(change);
+        }
+        // After the changes, so that who hears it has been told of every row there is.
+        if effects.pods_known {
+            self.signals.pods_known.send_if_modified(|known| !std::mem::replace(known, true));
+        }
+        if effects.reports {
+            self.signals.outbox.notify_one();
+        }
+        Ok(())
+    }
+
+    /// The database; opened again if that failed before.
+    fn db(&mut self) -> Option<&mut Db> {
+        if self.db.is_none() {
+            match open::open(&self.data_dir, clock::wall()) {
+                Ok((db, _)) => self.db = Some(db),
+                Err(failed) => {
+                    error!(error = %failed, cause = ?std::error::Error::source(&failed), "the store cannot be opened")
+                }
+            }
+        }
+        self.db.as_mut()
+    }
+
+    /// Puts a new file in the place of one that turned out damaged or is no longer there, with what can still be read.
+    fn replace(&mut self) {
+        let Some(db) = self.db.take() else { return };
+        let moved = db.moved();
+        let Db { connection, sealer, .. } = db;
+        let kept = moved.then(|| open::salvage(&connection));
+        // Before another connection exists, for closing removes the log by its name.
+        drop((connection, sealer));
+        if let Some(db) = self.db()
+            && let Some(kept) = kept
+            && let Err(failed) = kept.write_into(&mut db.connection)
+        {
+            error!(error = %failed, "what the deleted store held cannot be written to the new one");
+        }
+        let known = self.db().and_then(|db| db.pods_known().ok()).unwrap_or(false);
+        self.signals.pods_known.send_if_modified(|old| std::mem::replace(old, known) != known);
+        self.signals.damaged.send_modify(|count| *count += 1);
+        self.signals.outbox.notify_one();
+    }
+
+    fn drop_lost(&mut self) {
+        let Some(db) = self.db.as_mut() else { return };
+        let lost = std::mem::take(&mut db.lost);
+        if lost.is_empty() {
+            return;
+        }
+        for row in &lost {
+            error!(
+                ?row,
+                "a damaged row was found in the store and dropped; what the cloud wants of it is fetched again"
+            );
+        }
+        let pods = lost.iter().any(|row| matches!(row, Lost::Object(Collection::Pods, _)));
+        if let Err(failed) = db.delete_lost(&lost, pods) {
+            warn!(error = %failed, "damaged rows cannot be removed from the disk yet");
+        }
+        if pods {
+            self.signals.pods_known.send_if_modified(|known| std::mem::replace(known, false));
+        }
+        self.signals.damaged.send_modify(|count| *count += lost.len() as u64);
+    }
+}
+
+fn closed() -> rusqlite::Error {
+    rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CANTOPEN), None)
+}
+
+impl Db {
+    fn transact(&mut self, writes: &[&Write]) -> rusqlite::Result<Effects> {
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let mut effects = Effects::default();
+        for write in writes {
+            perform(&transaction, self.sealer.as_ref(), write, &mut effects)?;
+        }
+        if effects.wrote {
+            transaction.commit()?
+        } else {
+            transaction.rollback()?
+        }
+        Ok(effects)
+    }
+}
+
+fn perform(
+    connection: &Connection,
+    sealer: Option<&Sealer>,
+    write: &Write,
+    effects: &mut Effects,
+) -> rusqlite::Result<()> {
+    match write {
+        Write::Apply(ops) => {
+            for op in ops {
+                let change = match op {
+                    Op::Upsert(object) => upsert(connection, sealer, object)?,
+                    Op::Delete(collection, uid) => delete(connection, *collection, uid)?,
+                };
+                effects.wrote |= change.is_some();
+                effects.changes.extend(change);
+            }
+        }
+        Write::Report(report) => {
+            if put_report(connection, report)? {
+                (effects.wrote, effects.reports) = (true, true);
+            }
+        }
+        Write::Done(done) => {
+            for (id, refused) in done {
+                let id = i64::try_from(*id).unwrap_or(i64::MAX);
+                let gone = connection.prepare_cached("DELETE FROM outbox WHERE id = ?1")?.execute([id])? > 0;
+                effects.wrote |= gone;
+                if gone && !refused.is_empty() {
+                    let count =
+                        migrate::get(connection, meta::REFUSED)?.and_then(|text| text.parse().ok()).unwrap_or(0);
+                    migrate::set(connection, meta::REFUSED, &(count + 1_u64).to_string())?;
+                    migrate::set(connection, meta::LAST_REFUSAL, refused)?;
+                }
+            }
+        }
+        Write::Remember(kind, key, value) => {
+            let old: Option<(i64, Vec<u8>)> = connection
+                .prepare_cached("SELECT checksum, value FROM notes WHERE kind = ?1 AND key = ?2")?
+                .query_row([kind, key.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()?;
+            let sum = note_sum(kind, key, value);
+            if !old.is_some_and(|(old_sum, old)| old_sum == sum && old == value.as_ref()) {
+                connection
+                    .prepare_cached(
+                        "INSERT OR REPLACE INTO notes (kind, key, checksum, value) VALUES (?1, ?2, ?3, ?4)",
+                    )?
+                    .execute(params![kind, key, sum, value.as_ref()])?;
+                effects.wrote = true;
+            }
+        }
+        Write::Forget(kind, key) => {
+            let mut statement = connection.prepare_cached("DELETE FROM notes WHERE kind = ?1 AND key = ?2")?;
+            effects.wrote |= statement.execute([kind, key.as_str()])? > 0;
+        }
+        Write::Epoch(epoch) => effects.wrote |= migrate::set(connection, meta::EPOCH, &epoch.to_string())?,
+        Write::PodsKnown => {
+            effects.wrote |= migrate::set(connection, meta::PODS_KNOWN, "1")?;
+            effects.pods_known = true;
+        }
+    }
+    Ok(())
+}
+
+fn upsert(connection: &Connection, sealer: Option<&Sealer>, object: &Object) -> rusqlite::Result<Option<Change>> {
+    let Object { collection, entry, encoding, payload } = object;
+    let kind = *collection as i32;
+    let (encoding, payload) = match encoding {
+        Encoding::Raw => encode(payload),
+        Encoding::Zstd => (Encoding::Zstd, payload.clone()),
+    };
+    let payload = if schema::is_sealed(*collection) {
+        let sealed =
+            sealer.and_then(|sealer| sealer.seal(&seal_name(kind, &entry.uid, entry.version.cast_signed()), &payload));
+        sealed
+            .ok_or_else(|| rusqlite::Error::ToSqlConversionFailure("no node key to seal a secret with".into()))?
+            .into()
+    } else {
+        payload
+    };
+    let mut stored = StoredObject {
+        collection: kind,
+        uid: entry.uid.clone(),
+        key: entry.key.clone(),
+        version: entry.version.cast_signed(),
+        encoding: encoding as i32,
+        checksum: 0,
+        payload: payload.into(),
+    };
+    stored.checksum = stored.sum();
+    let old = connection
+        .prepare_cached(&format!("{COLUMNS} WHERE collection = ?1 AND uid = ?2"))?
+        .query_row(params![kind, entry.uid], StoredObject::read)
+        .optional()?;
+    if old.is_some_and(|old| {
+        // A seal differs each time.
+        let same = schema::is_sealed(*collection) || old.payload == stored.payload;
+        same && old.checksum == old.sum()
+            && (old.key == stored.key)
+            && (old.version == stored.version)
+            && matches!(old.open(sealer), Opened::Good(_))
+    }) {
+        return Ok(None);
+    }
+    stored.write(connection)?;
+    Ok(Some(Change { collection: *collection, key: entry.key.clone(), uid: entry.uid.clone() }))
+}
+
+fn delete(connection: &Connection, collection: Collection, uid: &str) -> rusqlite::Result<Option<Change>> {
+    let key: Option<String> = connection
+        .prepare_cached("DELETE FROM objects WHERE collection = ?1 AND uid = ?2 RETURNING key")?
+        .query_row(params![collection as i32, uid], |row| row.get(0))
+        .optional()?;
+    Ok(key.map(|key| Change { collection, key, uid: uid.to_owned() }))
+}
+
+/// Answers whether it wrote.
+fn put_report(connection: &Connection, report: &Report) -> rusqlite::Result<bool> {
+    let kind = report.kind as i32;
+    if super::is_coalesced(report.kind) {
+        let old = connection
+            .prepare_cached(
+                "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE kind = ?1 AND uid = ?2 ORDER BY id DESC",
+            )?
+            .query_row(params![kind, report.uid], StoredReport::read)
+            .optional()?;
+        if old.and_then(|old| old.open()).is_some_and(|old| Report { id: report.id, ..old } == *report) {
+            return Ok(false);
+        }
+        connection
+            .prepare_cached("DELETE FROM outbox WHERE kind = ?1 AND uid = ?2")?
+            .execute(params![kind, report.uid])?;
+    }
+    let mut insert = connection.prepare_cached(
+        "INSERT INTO outbox (kind, uid, namespace, name, checksum, payload) VALUES (?1, ?2, ?3, ?4, 0, ?5)",
+    )?;
+    let id = insert.insert(params![kind, report.uid, report.namespace, report.name, report.payload.as_ref()])?;
+    let stored = StoredReport {
+        id,
+        kind,
+        uid: report.uid.clone(),
+        namespace: report.namespace.clone(),
+        name: report.name.clone(),
+        checksum: 0,
+        payload: report.payload.to_vec(),
+    };
+    connection.prepare_cached("UPDATE outbox SET checksum = ?2 WHERE id = ?1")?.execute([id, stored.sum()])?;
+    if report.kind == ReportKind::Event {
+        let bound = i64::try_from(MAX_EVENTS).unwrap_or(i64::MAX);
+        connection
+            .prepare_cached(
+                "DELETE FROM outbox WHERE kind = ?1 AND id <= (SELECT id FROM outbox WHERE kind = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
+            )?
+            .execute(params![kind, bound])?;
+    }
+    Ok(true)
+}
