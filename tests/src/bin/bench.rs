@@ -1,0 +1,342 @@
+//! `bench`: the promised figures, ours and the upstream kubelet's, from one run on one machine.
+//!
+//! Standard output has one line a figure, `figure subject value unit`, separated by tabs; what is being done goes to standard error.
+#![allow(clippy::print_stdout, reason = "its output is its purpose")]
+#![allow(clippy::disallowed_methods, reason = "it measures the time that passes outside")]
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use serde_json::Value;
+use skerry_tests::cloudcore::Cloudcore;
+use skerry_tests::controlplane::ControlPlane;
+use skerry_tests::edge::Edge;
+use skerry_tests::kubectl::{Kubectl, is_ready};
+use skerry_tests::kubelet::Kubelet;
+use skerry_tests::manifests::{list, sleeper};
+use skerry_tests::paths::{self, RunDir};
+use skerry_tests::relay::Relay;
+use skerry_tests::runtime::{Cni, Runtime};
+use skerry_tests::wait::until;
+use skerry_tests::{cleanup, procfs};
+
+/// How many pods the figures with many pods use.
+const MANY: usize = 11;
+/// How often a timing is taken; its median is told.
+const ROUNDS: usize = 5;
+/// What memory is given to settle.
+const SETTLE: Duration = Duration::from_secs(20);
+/// How long processor time is counted.
+const WINDOW: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// Sizes, memory, processor time.
+    Weight,
+    /// How fast pods start, and start again.
+    Pods,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Subject {
+    Edgecore,
+    Kubelet,
+}
+
+#[derive(Parser)]
+struct Arguments {
+    /// Only these figures.
+    group: Option<Group>,
+    /// Only this agent.
+    #[arg(long)]
+    subject: Option<Subject>,
+}
+
+fn main() -> Result<()> {
+    // As a janitor it is called `bench janitor DIR`, which is no group.
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, word, dir] = words.as_slice()
+        && word == "janitor"
+    {
+        std::io::stdin().read_to_end(&mut Vec::new())?;
+        return cleanup::sweep(Path::new(dir));
+    }
+    let arguments = Arguments::parse();
+    if std::env::var_os("KUBECONFIG").is_some_and(|value| !value.is_empty()) {
+        bail!("the benchmark needs a control plane of its own, beside which nothing else runs: unset KUBECONFIG");
+    }
+    let run = RunDir::temporary(&std::env::current_exe()?)?;
+    eprintln!("starting a control plane");
+    let control = ControlPlane::start(&run.path().join("control"))?;
+    for subject in [Subject::Edgecore, Subject::Kubelet] {
+        if arguments.subject.is_none_or(|only| only == subject) {
+            let mut bench = Bench::start(&control, run.path(), subject)?;
+            if arguments.group != Some(Group::Pods) {
+                bench.weight()?;
+            }
+            if arguments.group != Some(Group::Weight) {
+                bench.pods()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One agent on a runtime of its own.
+struct Bench {
+    name: &'static str,
+    agent: Agent,
+    runtime: Runtime,
+    kubectl: Kubectl,
+}
+
+enum Agent {
+    Edgecore { edge: Box<Edge>, cloud: Box<Cloudcore>, relay: Relay },
+    Kubelet(Kubelet),
+}
+
+impl Bench {
+    fn start(control: &ControlPlane, dir: &Path, subject: Subject) -> Result<Self> {
+        let name = match subject {
+            Subject::Edgecore => "edgecore",
+            Subject::Kubelet => "kubelet",
+        };
+        eprintln!("{name}: starting it on a runtime of its own");
+        let runtime = Runtime::start(&dir.join(format!("{name}-runtime")), Cni::Ours)?;
+        let dir = dir.join(name);
+        let mut agent = match subject {
+            Subject::Edgecore => {
+                let cloud = Cloudcore::start(control, &dir.join("cloudcore"), None)?;
+                let relay = Relay::start(cloud.address())?;
+                let edge = Edge::new(&dir.join("edge"), name, &runtime)?;
+                edge.join(&relay.address().to_string(), &cloud.new_token(&[])?.token)?;
+                Agent::Edgecore { edge: Box::new(edge), cloud: Box::new(cloud), relay }
+            }
+            Subject::Kubelet => Agent::Kubelet(Kubelet::new(control, &runtime, &dir, name)?),
+        };
+        agent.start()?;
+        let kubectl = control.kubectl().clone();
+        kubectl.wait("node", name, "Ready", 60, is_ready)?;
+        Ok(Self { name, agent, runtime, kubectl })
+    }
+
+    fn weight(&mut self) -> Result<()> {
+        self.say("agent.binary", megabytes(fs::metadata(self.agent.binary()?)?.len()), "MB");
+        if let Agent::Edgecore { .. } = &self.agent {
+            tell("cloud.binary", "cloudcore", megabytes(fs::metadata(paths::product("cloudcore")?)?.len()), "MB");
+        }
+        eprintln!("{}: idle for {} s", self.name, SETTLE.as_secs());
+        sleep(SETTLE);
+        self.say("agent.rss.idle", rss(self.agent.pid()?)?, "MB");
+        if let Agent::Edgecore { cloud, .. } = &self.agent {
+            tell("cloud.rss.idle", "cloudcore", rss(cloud.pid().context("cloudcore does not run")?)?, "MB");
+        }
+        eprintln!("{}: {MANY} pods, {} s to settle, {} s of counting", self.name, SETTLE.as_secs(), WINDOW.as_secs());
+        self.apply_many()?;
+        sleep(SETTLE);
+        self.say("agent.rss.11pods", rss(self.agent.pid()?)?, "MB");
+        let pid = self.agent.pid()?;
+        let before = procfs::cpu_seconds(pid).context("no processor time")?;
+        let begin = Instant::now();
+        sleep(WINDOW);
+        let used = procfs::cpu_seconds(pid).context("no processor time")? - before;
+        self.say("agent.cpu.11pods", 100.0 * used / begin.elapsed().as_secs_f64(), "%");
+        self.remove_pods()
+    }
+
+    fn pods(&mut self) -> Result<()> {
+        for (figure, count) in [("pods.ready.1", 1), ("pods.ready.10", 10)] {
+            let mut times = Vec::new();
+            for round in 1..=ROUNDS {
+                eprintln!("{}: {count} pods, round {round} of {ROUNDS}", self.name);
+                times.push(self.time_to_ready(count)?);
+                self.remove_pods()?;
+            }
+            times.sort_by(f64::total_cmp);
+            self.say(figure, times[times.len() / 2], "s");
+        }
+        let (mut firsts, mut alls) = (Vec::new(), Vec::new());
+        for round in 1..=3 {
+            eprintln!("{}: power cycle with {MANY} pods, round {round} of 3", self.name);
+            let (first, all) = self.power_cycle()?;
+            firsts.push(first);
+            alls.push(all);
+            self.remove_pods()?;
+        }
+        firsts.sort_by(f64::total_cmp);
+        alls.sort_by(f64::total_cmp);
+        // The kubelet cannot do it without its apiserver, so it is measured with one.
+        let subject = match &self.agent {
+            Agent::Edgecore { .. } => "edgecore",
+            Agent::Kubelet(_) => "kubelet-online",
+        };
+        tell("pods.powercycle.first", subject, firsts[1], "s");
+        tell("pods.powercycle.all", subject, alls[1], "s");
+        Ok(())
+    }
+
+    /// From the call of kubectl apply to the moment a watch says that all are Ready.
+    fn time_to_ready(&self, count: usize) -> Result<f64> {
+        let pods: Vec<Value> = (0..count).map(|number| sleeper(&format!("pod-{number}"), self.name, true)).collect();
+        let manifest = list(&pods);
+        let watch = Watch::start(&self.kubectl)?;
+        let begin = Instant::now();
+        self.kubectl.apply(&manifest)?;
+        let end = watch.all_ready(count)?;
+        Ok((end - begin).as_secs_f64())
+    }
+
+    /// From the agent's start to the start of the first and of the last container, by the runtime's clock.
+    fn power_cycle(&mut self) -> Result<(f64, f64)> {
+        self.apply_many()?;
+        if let Agent::Edgecore { relay, .. } = &self.agent {
+            relay.cut();
+        }
+        self.agent.kill();
+        let pods_dir = self.agent.pods_dir();
+        self.runtime.power_cycle(&[&pods_dir])?;
+        let start = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        self.agent.start()?;
+        until("all pods to run again", 60, || Ok(self.runtime.cri().running()?.len() == MANY))?;
+        let mut times = Vec::new();
+        for (.., id) in self.runtime.cri().running()? {
+            let started = Duration::from_nanos(u64::try_from(self.runtime.cri().status(&id)?.started_at)?);
+            times.push(started.saturating_sub(start).as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        if let Agent::Edgecore { relay, .. } = &self.agent {
+            relay.heal();
+        }
+        self.kubectl.wait("node", self.name, "Ready", 90, is_ready)?;
+        Ok((times[0], times[MANY - 1]))
+    }
+
+    fn apply_many(&self) -> Result<()> {
+        let pods: Vec<Value> = (0..MANY).map(|number| sleeper(&format!("pod-{number}"), self.name, true)).collect();
+        self.kubectl.apply(&list(&pods))?;
+        until("the pods to be ready", 90, || {
+            Ok(self.kubectl.list("pods", "app=sleeper")?.iter().filter(|pod| is_ready(pod)).count() == MANY)
+        })
+    }
+
+    fn remove_pods(&self) -> Result<()> {
+        self.kubectl.run(&["delete", "pods", "-l", "app=sleeper", "--wait=false"])?;
+        until("the pods to be gone", 90, || Ok(self.kubectl.list("pods", "app=sleeper")?.is_empty()))?;
+        until("their containers to be gone", 90, || Ok(self.runtime.cri().running()?.is_empty()))
+    }
+
+    fn say(&self, figure: &str, value: f64, unit: &str) {
+        tell(figure, self.name, value, unit);
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.agent.kill();
+        self.kubectl.delete("node", self.name).ok();
+        self.kubectl.run(&["delete", "pods", "--all", "--force", "--grace-period=0", "--wait=false"]).ok();
+    }
+}
+
+impl Agent {
+    fn start(&mut self) -> Result<()> {
+        match self {
+            Self::Edgecore { edge, .. } => edge.start(),
+            Self::Kubelet(kubelet) => kubelet.start(),
+        }
+    }
+
+    fn kill(&mut self) {
+        match self {
+            Self::Edgecore { edge, .. } => edge.kill(),
+            Self::Kubelet(kubelet) => kubelet.kill(),
+        }
+    }
+
+    fn pid(&self) -> Result<i32> {
+        match self {
+            Self::Edgecore { edge, .. } => edge.pid(),
+            Self::Kubelet(kubelet) => kubelet.pid(),
+        }
+        .context("the agent does not run")
+    }
+
+    fn pods_dir(&self) -> PathBuf {
+        match self {
+            Self::Edgecore { edge, .. } => edge.pods(),
+            Self::Kubelet(kubelet) => kubelet.root(),
+        }
+    }
+
+    fn binary(&self) -> Result<PathBuf> {
+        match self {
+            Self::Edgecore { .. } => paths::product("edgecore"),
+            Self::Kubelet(_) => paths::cached_binary("kubelet"),
+        }
+    }
+}
+
+/// A watch of the test pods whose events carry the time at which they were seen.
+struct Watch {
+    child: Child,
+    events: Receiver<(Instant, String)>,
+}
+
+impl Watch {
+    fn start(kubectl: &Kubectl) -> Result<Self> {
+        let path = r#"jsonpath={.metadata.name} {.status.conditions[?(@.type=="Ready")].status}{"\n"}"#;
+        let mut child = kubectl.stream(&["get", "pods", "-l", "app=sleeper", "--watch-only", "-o", path])?;
+        let output = child.stdout.take().context("the watch has no output")?;
+        let (sender, events) = sync_channel(10_000);
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if sender.send((Instant::now(), line)).is_err() {
+                    return;
+                }
+            }
+        });
+        // kubectl does not say when its watch stands.
+        sleep(Duration::from_secs(2));
+        Ok(Self { child, events })
+    }
+
+    fn all_ready(mut self, count: usize) -> Result<Instant> {
+        let mut ready = std::collections::BTreeSet::new();
+        let last = loop {
+            let (seen, line) = self
+                .events
+                .recv_timeout(Duration::from_secs(120))
+                .context("no more news of the pods for two minutes")?;
+            if let Some(name) = line.strip_suffix(" True") {
+                ready.insert(name.to_owned());
+            }
+            if ready.len() == count {
+                break seen;
+            }
+        };
+        self.child.kill()?;
+        self.child.wait()?;
+        ensure!(ready.len() == count, "other pods than were asked for: {ready:?}");
+        Ok(last)
+    }
+}
+
+fn tell(figure: &str, subject: &str, value: f64, unit: &str) {
+    println!("{figure}\t{subject}\t{value:.2}\t{unit}");
+}
+
+fn rss(pid: i32) -> Result<f64> {
+    Ok(megabytes(u64::from(procfs::rss_kb(pid).context("no memory figures")?) * 1024))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "two digits are told")]
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}

@@ -1,0 +1,262 @@
+//! Removes what a run left: processes, mounts, network, cgroups, files. Everything is found by the run's directory, so nothing
+//! of anybody else's is touched.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::paths::RUN_PREFIX;
+use crate::{network, procfs};
+
+/// Programs that a run starts. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
+const PROGRAMS: [&str; 10] = [
+    "cloudcore",
+    "containerd",
+    "containerd-shim-runc-v2",
+    "edgecore",
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubectl",
+    "kubelet",
+];
+
+/// Removes the directories of runs whose process is gone, and all that belongs to them.
+pub fn stale() {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if entry.file_name().to_string_lossy().starts_with(RUN_PREFIX)
+            && path.is_dir()
+            && !has_owner(&path)
+            && let Err(error) = sweep(&path)
+        {
+            eprintln!("could not remove {}, left by a run that was killed: {error:#}", path.display());
+        }
+    }
+}
+
+/// Removes everything that belongs to a directory, and the directory.
+pub fn sweep(dir: &Path) -> Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    kill_all(dir);
+    let mut owners = container_ids(dir);
+    owners.extend(pod_ids(dir));
+    unmount_below(dir);
+    for conf_dir in directories_called(dir, "cni") {
+        for network in network::networks(&conf_dir) {
+            network::forget(&network);
+        }
+    }
+    remove_cgroups(&owners);
+    remove_empty_tiers();
+    remove_kubelet_socket();
+    remove_shim_sockets(dir);
+    remove_links_into(dir, Path::new("/var/log/containers"));
+    fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+/// Kills the processes of a run and what they started, by their ids.
+pub fn kill_all(dir: &Path) {
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    // Several rounds: whoever is killed last may have started another one.
+    for _ in 0..20 {
+        let all = procfs::processes();
+        let roots: BTreeSet<i32> = all
+            .iter()
+            .filter(|entry| entry.pid != own && entry.mentions(dir) && PROGRAMS.contains(&entry.program()))
+            .map(|entry| entry.pid)
+            .collect();
+        if roots.is_empty() {
+            return;
+        }
+        // The roots first stand still, so that none of them answers to the death of its children.
+        signal_all(&roots, Signal::SIGSTOP);
+        let below = procfs::descendants(&all, &roots);
+        signal_all(&below, Signal::SIGKILL);
+        signal_all(&roots, Signal::SIGKILL);
+        for _ in 0..100 {
+            if !roots.iter().chain(&below).any(|pid| procfs::is_running(*pid)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Unmounts everything inside a directory.
+pub fn unmount_below(dir: &Path) {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    // A mount may hide another one at the same place.
+    for _ in 0..5 {
+        let mounts = procfs::mounts_below(&dir);
+        if mounts.is_empty() {
+            return;
+        }
+        for mount in &mounts {
+            umount2(mount, MntFlags::MNT_DETACH).ok();
+        }
+    }
+}
+
+/// The ids of the containers and sandboxes that the runtimes inside a directory run; asked when all of them are dead.
+pub fn container_ids(dir: &Path) -> BTreeSet<String> {
+    let mut ids = BTreeSet::new();
+    for tasks in directories_called(dir, "io.containerd.runtime.v2.task") {
+        for entry in fs::read_dir(tasks.join("k8s.io")).into_iter().flatten().flatten() {
+            let id = entry.file_name().to_string_lossy().into_owned();
+            remove_loopback_result(&id);
+            ids.insert(id);
+        }
+    }
+    ids
+}
+
+/// The UIDs of the pods that the agents inside a directory had files for, as cgroups of either driver spell them.
+pub fn pod_ids(dir: &Path) -> BTreeSet<String> {
+    let mut ids = BTreeSet::new();
+    let mut places = directories_called(dir, "pods");
+    places.extend(places.clone().iter().map(|place| place.join("pods")));
+    places.extend([dir.to_owned(), dir.join("pods")]);
+    for place in places {
+        for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.len() == 36 && name.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit()) {
+                ids.insert(name.replace('-', "_"));
+                ids.insert(name);
+            }
+        }
+    }
+    ids
+}
+
+/// Removes the cgroups of these pods and containers, and the tiers above that became empty by it.
+pub fn remove_cgroups(owners: &BTreeSet<String>) {
+    // The kernel holds on to the group of a process that it is still burying.
+    for _ in 0..20 {
+        let mut left = false;
+        for hierarchy in hierarchies() {
+            for tier in ["kubepods", "kubepods.slice", "k8s.io"] {
+                remove_cgroup(&hierarchy.join(tier), owners, &mut left);
+            }
+        }
+        if !left {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The upstream kubelet's device plugin socket, which lies here whatever its root directory is, once nobody listens on it.
+pub fn remove_kubelet_socket() {
+    let root = Path::new("/var/lib/kubelet");
+    let socket = root.join("device-plugins/kubelet.sock");
+    if UnixStream::connect(&socket).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
+        fs::remove_file(&socket).ok();
+        fs::remove_dir(root.join("device-plugins")).ok();
+        fs::remove_dir(root).ok();
+    }
+}
+
+/// Shims of containerd 1.x keep their sockets outside the state directory, under a name that is in it.
+pub fn remove_shim_sockets(dir: &Path) {
+    for tasks in directories_called(dir, "io.containerd.runtime.v2.task") {
+        for entry in fs::read_dir(tasks.join("k8s.io")).into_iter().flatten().flatten() {
+            let address = fs::read_to_string(entry.path().join("address")).unwrap_or_default();
+            if let Some(socket) = address.trim().strip_prefix("unix://") {
+                fs::remove_file(socket).ok();
+            }
+        }
+    }
+}
+
+/// Links in `links` that lead into `dir`, such as the kubelet's to its logs.
+fn remove_links_into(dir: &Path, links: &Path) {
+    for entry in fs::read_dir(links).into_iter().flatten().flatten() {
+        if fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(dir)) {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
+/// The levels above pods, once no pod is left: the kernel keeps what is in use.
+fn remove_empty_tiers() {
+    for hierarchy in hierarchies() {
+        for tier in ["kubepods/burstable", "kubepods/besteffort", "kubepods"] {
+            fs::remove_dir(hierarchy.join(tier)).ok();
+        }
+    }
+}
+
+fn has_owner(dir: &Path) -> bool {
+    let owner = fs::read_to_string(dir.join("owner")).unwrap_or_default();
+    let mut words = owner.split_whitespace();
+    let pid: Option<i32> = words.next().and_then(|word| word.parse().ok());
+    let born: Option<u64> = words.next().and_then(|word| word.parse().ok());
+    pid.is_some_and(|pid| procfs::is_running(pid) && procfs::start_time(pid) == born)
+}
+
+/// The CNI library notes each sandbox's loopback in a place of its own, which a sandbox that was not stopped leaves behind.
+fn remove_loopback_result(id: &str) {
+    fs::remove_file(format!("/var/lib/cni/results/cni-loopback-{id}-lo")).ok();
+}
+
+fn signal_all(pids: &BTreeSet<i32>, signal: Signal) {
+    for pid in pids {
+        kill(Pid::from_raw(*pid), signal).ok();
+    }
+}
+
+/// Directories of this name, at most four levels down, without following links.
+fn directories_called(dir: &Path, name: &str) -> Vec<PathBuf> {
+    fn walk(dir: &Path, name: &str, depth: u8, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                if entry.file_name() == name {
+                    found.push(entry.path());
+                } else if depth > 0 {
+                    walk(&entry.path(), name, depth - 1, found);
+                }
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(dir, name, 3, &mut found);
+    found
+}
+
+/// The cgroup hierarchies of this machine: one, or one a controller.
+fn hierarchies() -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.to_owned()];
+    }
+    fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+}
+
+/// Removes below `group` what belongs to `owners`; whether anything was removed, so that the caller removes its own level if that
+/// became empty. The kernel refuses to remove a group that is in use; `left` tells that one of the owners' stayed.
+fn remove_cgroup(group: &Path, owners: &BTreeSet<String>, left: &mut bool) -> bool {
+    let name = group.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let own = owners.iter().any(|id| name.contains(id.as_str()));
+    let mut removed = false;
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            removed |= remove_cgroup(&entry.path(), owners, left);
+        }
+    }
+    let gone = (own || removed) && fs::remove_dir(group).is_ok();
+    *left |= own && !gone;
+    gone || removed
+}

@@ -1,0 +1,180 @@
+//! cloudcore, run under exactly the rights of deploy/rbac.yaml.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::controlplane::ControlPlane;
+use crate::kubectl::Kubectl;
+use crate::process::{self, Output, Process};
+use crate::{paths, ports};
+
+/// Where cloudcore lives in the cluster.
+pub const NAMESPACE: &str = "skerry-system";
+
+/// A cloudcore. Dropping it kills it.
+#[derive(Debug)]
+pub struct Cloudcore {
+    dir: PathBuf,
+    kubeconfig: PathBuf,
+    port: u16,
+    admin: SocketAddr,
+    process: Option<Process>,
+    daemon: bool,
+}
+
+/// What `cloudcore token create` prints, taken apart.
+#[derive(Clone, Debug)]
+pub struct JoinLine {
+    /// `HOST:PORT` to join.
+    pub address: String,
+    /// The token.
+    pub token: String,
+}
+
+impl Cloudcore {
+    /// Applies deploy/rbac.yaml and starts cloudcore as its ServiceAccount. `front` is a proxy to use instead of the apiserver:
+    /// its URL and the PEM of its CA.
+    pub fn start(control: &ControlPlane, dir: &Path, front: Option<(&str, &str)>) -> Result<Self> {
+        Self::launch(control, dir, front, false)
+    }
+
+    /// As [`Self::start`]; it lives on after [`Self::detach`].
+    pub fn start_daemon(control: &ControlPlane, dir: &Path) -> Result<Self> {
+        Self::launch(control, dir, None, true)
+    }
+
+    /// Where edges join and hold their sessions.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
+    /// Its process id, while it runs.
+    pub fn pid(&self) -> Option<i32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    /// Starts it on the same ports; waits until it is ready.
+    pub fn boot(&mut self) -> Result<()> {
+        self.spawn()?;
+        let admin = self.admin;
+        let process = self.process.as_mut().context("it was just started")?;
+        process.wait_ready(60, || get(admin, "/readyz").is_ok_and(|(status, _)| status == 200))
+    }
+
+    /// Starts it without waiting.
+    pub fn spawn(&mut self) -> Result<()> {
+        let mut command = Command::new(paths::product("cloudcore")?);
+        command
+            .args(["run", "--advertise-address", "127.0.0.1", "--namespace", NAMESPACE])
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .arg("--port")
+            .arg(self.port.to_string())
+            .arg("--admin-address")
+            .arg(self.admin.to_string());
+        let log = self.dir.join("cloudcore.log");
+        let process = if self.daemon {
+            Process::spawn_daemon("cloudcore", &command, &log)?
+        } else {
+            Process::spawn("cloudcore", &mut command, &log)?
+        };
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// SIGTERM.
+    pub fn stop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.stop(Duration::from_secs(15));
+        }
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(Process::is_running)
+    }
+
+    /// An answer of its admin endpoint: status and body.
+    pub fn admin(&self, path: &str) -> Result<(u16, String)> {
+        get(self.admin, path)
+    }
+
+    /// Runs `cloudcore token …`.
+    pub fn token(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(paths::product("cloudcore")?);
+        command.arg("token").args(arguments).arg("--kubeconfig").arg(&self.kubeconfig).args(["--namespace", NAMESPACE]);
+        process::run(&mut command, 30)
+    }
+
+    /// A new token; `options` are those of `token create`.
+    pub fn new_token(&self, options: &[&str]) -> Result<JoinLine> {
+        let output = self.token(&[&["create"], options].concat())?;
+        ensure!(output.success, "cloudcore token create failed: {}", output.text());
+        parse_join_line(&output.stdout)
+    }
+
+    /// Lets it live on.
+    pub fn detach(mut self) {
+        if let Some(process) = self.process.take() {
+            process.detach();
+        }
+    }
+
+    fn launch(control: &ControlPlane, dir: &Path, front: Option<(&str, &str)>, daemon: bool) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let account = install_rights(control.kubectl())?;
+        let kubeconfig = control.service_account_kubeconfig(NAMESPACE, &account, front)?;
+        let admin = SocketAddr::from(([127, 0, 0, 1], ports::free()?));
+        let mut this = Self { dir: dir.to_owned(), kubeconfig, port: ports::free()?, admin, process: None, daemon };
+        this.boot()?;
+        Ok(this)
+    }
+}
+
+/// Applies deploy/rbac.yaml; the name of the ServiceAccount it brings.
+fn install_rights(kubectl: &Kubectl) -> Result<String> {
+    let manifest = paths::repository().join("deploy/rbac.yaml");
+    let text = fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+    if kubectl.find("namespace", NAMESPACE)?.is_none() {
+        kubectl.run(&["create", "namespace", NAMESPACE])?;
+    }
+    kubectl.apply(&text)?;
+    let accounts = kubectl.in_namespace(NAMESPACE).list("serviceaccounts", "")?;
+    let names = accounts.iter().filter_map(|account| account["metadata"]["name"].as_str());
+    let name =
+        names.into_iter().find(|name| *name != "default").context("deploy/rbac.yaml brings no ServiceAccount")?;
+    Ok(name.to_owned())
+}
+
+fn parse_join_line(text: &str) -> Result<JoinLine> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let after = |word: &str| words.iter().position(|other| *other == word).and_then(|at| words.get(at + 1));
+    let address = after("join").with_context(|| format!("no `edgecore join HOST:PORT` in: {text}"))?;
+    let token = after("--token").with_context(|| format!("no `--token` in: {text}"))?;
+    Ok(JoinLine { address: (*address).to_owned(), token: (*token).to_owned() })
+}
+
+/// A plain HTTP GET: status and body.
+pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let status = answer.split(' ').nth(1).and_then(|word| word.parse().ok()).context("no HTTP status in the answer")?;
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    Ok((status, body.to_owned()))
+}

@@ -1,0 +1,258 @@
+//! A client of the link that has no manners: it joins and opens sessions as an edge does, and sends what it likes.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use futures_util::{SinkExt as _, StreamExt as _};
+use rcgen::{CertificateParams, DnType, KeyPair};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
+use skerry_proto::wire::{self, Frame, frame::Body};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::runtime::Runtime;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::Message;
+
+/// Where sessions are opened.
+const SESSION_PATH: &str = "/v1/session";
+
+/// What a node proves itself with.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// PEM certificate chain.
+    pub certificate: String,
+    /// PEM key.
+    pub key: String,
+}
+
+/// Joins with a token as `node` on the box `machine_id`; the inner error is what cloudcore refused it with.
+pub fn join(address: SocketAddr, token: &str, node: &str, machine_id: &str) -> Result<Result<Identity, Refusal>> {
+    let key = KeyPair::generate()?;
+    let mut params = CertificateParams::new(Vec::new())?;
+    // More than is its due: cloudcore must write the subject itself.
+    params.distinguished_name.push(DnType::CommonName, "system:node:somebody-else");
+    params.distinguished_name.push(DnType::OrganizationName, "system:masters");
+    let request = JoinRequest {
+        node: node.to_owned(),
+        csr: params.serialize_request(&key)?.pem()?,
+        machine_id: machine_id.to_owned(),
+        labels: std::collections::BTreeMap::new(),
+        time: time::OffsetDateTime::now_utc().unix_timestamp(),
+    };
+    let body = serde_json::to_vec(&request)?;
+    let (status, answer) = post(address, None, "/v1/join", &format!("Authorization: Bearer {token}\r\n"), &body)?;
+    if status == 200 {
+        let response: JoinResponse = serde_json::from_slice(&answer)?;
+        return Ok(Ok(Identity { certificate: response.certificate, key: key.serialize_pem() }));
+    }
+    let text = String::from_utf8_lossy(&answer).into_owned();
+    Ok(Err(serde_json::from_str(&text).with_context(|| format!("a refusal ({status}) that is no Refusal: {text}"))?))
+}
+
+/// POSTs to cloudcore's port: status and body.
+pub fn post(
+    address: SocketAddr,
+    identity: Option<&Identity>,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> Result<(u16, Vec<u8>)> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let exchange = async {
+            let mut stream = connect(address, identity).await?;
+            let length = body.len();
+            let head = format!("POST {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Content-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+            stream.write_all(head.as_bytes()).await?;
+            stream.write_all(body).await.ok();
+            let mut answer = Vec::new();
+            // A server that closes without close_notify has still answered.
+            stream.read_to_end(&mut answer).await.ok();
+            let end = answer.windows(4).position(|window| window == b"\r\n\r\n").context("no complete answer")?;
+            let body = answer.split_off(end + 4);
+            let status = String::from_utf8_lossy(&answer).split(' ').nth(1).and_then(|word| word.parse().ok());
+            Ok((status.context("no status in the answer")?, body))
+        };
+        tokio::time::timeout(Duration::from_secs(30), exchange).await.context("cloudcore did not answer within 30 s")?
+    })
+}
+
+/// A session, driven frame by frame.
+#[derive(Debug)]
+pub struct Session {
+    runtime: Runtime,
+    socket: WebSocketStream<TlsStream<TcpStream>>,
+}
+
+impl Session {
+    /// Opens a WebSocket with this identity; without a certificate where `identity` is `None`.
+    pub fn open(address: SocketAddr, identity: Option<&Identity>) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let socket = runtime.block_on(async {
+            let open = async {
+                let stream = connect(address, identity).await?;
+                let (socket, _) =
+                    tokio_tungstenite::client_async(format!("wss://{address}{SESSION_PATH}"), stream).await?;
+                Ok::<_, anyhow::Error>(socket)
+            };
+            tokio::time::timeout(Duration::from_secs(30), open).await.context("no session within 30 s")?
+        })?;
+        Ok(Self { runtime, socket })
+    }
+
+    /// Opens one and says Hello as `node`, whose store is empty.
+    pub fn establish(address: SocketAddr, identity: &Identity, node: &str) -> Result<Self> {
+        let mut session = Self::open(address, Some(identity))?;
+        session.send(Body::Hello(hello(node)))?;
+        Ok(session)
+    }
+
+    /// Sends a frame.
+    pub fn send(&mut self, body: Body) -> Result<()> {
+        self.send_bytes(prost::Message::encode_to_vec(&Frame { body: Some(body) }))
+    }
+
+    /// Sends a binary message, whatever it is.
+    pub fn send_bytes(&mut self, bytes: Vec<u8>) -> Result<()> {
+        let sending = self.socket.send(Message::Binary(bytes.into()));
+        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), sending).await })??;
+        Ok(())
+    }
+
+    /// Sends a text message, which the link has no use for.
+    pub fn send_text(&mut self, text: &str) -> Result<()> {
+        let sending = self.socket.send(Message::Text(text.into()));
+        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), sending).await })??;
+        Ok(())
+    }
+
+    /// The next frame, `None` when the session is over; an error after `seconds` of silence.
+    pub fn receive(&mut self, seconds: u64) -> Result<Option<Body>> {
+        let socket = &mut self.socket;
+        self.runtime.block_on(async {
+            let next = async {
+                loop {
+                    match socket.next().await {
+                        Some(Ok(Message::Binary(bytes))) => {
+                            let frame: Frame =
+                                prost::Message::decode(bytes.as_ref()).context("cloudcore sent no frame")?;
+                            return Ok(frame.body);
+                        }
+                        Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(None),
+                        Some(Ok(_)) => {}
+                    }
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(seconds), next)
+                .await
+                .with_context(|| format!("no frame within {seconds} s"))?
+        })
+    }
+
+    /// Reads until `wanted` finds what it looks for; fails when the session ends before.
+    pub fn receive_until<T>(&mut self, what: &str, mut wanted: impl FnMut(&Body) -> Option<T>) -> Result<T> {
+        for _ in 0..10_000 {
+            let Some(body) = self.receive(30).with_context(|| format!("waiting for {what}"))? else {
+                bail!("the session ended before {what}");
+            };
+            if let Some(found) = wanted(&body) {
+                return Ok(found);
+            }
+        }
+        bail!("10000 frames and no {what}")
+    }
+
+    /// Reads until cloudcore ends the session; the Goodbye it said, if any.
+    pub fn receive_end(&mut self) -> Result<Option<wire::Goodbye>> {
+        let mut goodbye = None;
+        while let Some(body) = self.receive(60)? {
+            if let Body::Goodbye(said) = body {
+                goodbye = Some(said);
+            }
+        }
+        Ok(goodbye)
+    }
+}
+
+/// The Hello of an edge with an empty store.
+pub fn hello(node: &str) -> wire::Hello {
+    wire::Hello {
+        protocol_min: *skerry_proto::sync::PROTOCOL.start(),
+        protocol_max: *skerry_proto::sync::PROTOCOL.end(),
+        node: node.to_owned(),
+        boot_id: "00000000-0000-0000-0000-000000000000".to_owned(),
+        store_id: "empty".to_owned(),
+        last_epoch: 0,
+        digests: skerry_proto::sync::COLLECTIONS
+            .iter()
+            .map(|collection| wire::Digest { collection: (*collection).into(), count: 0, sum: vec![0; 16].into() })
+            .collect(),
+        agent: "tests".to_owned(),
+    }
+}
+
+async fn connect(address: SocketAddr, identity: Option<&Identity>) -> Result<TlsStream<TcpStream>> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let trust = Arc::new(TrustAnyone(provider.clone()));
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    let config = config.dangerous().with_custom_certificate_verifier(trust);
+    let config = match identity {
+        Some(identity) => {
+            let chain =
+                CertificateDer::pem_slice_iter(identity.certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+            config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(identity.key.as_bytes())?)?
+        }
+        None => config.with_no_client_auth(),
+    };
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::IpAddress(address.ip().into());
+    Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
+}
+
+/// A verifier for a client with nothing to lose.
+#[derive(Debug)]
+struct TrustAnyone(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for TrustAnyone {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

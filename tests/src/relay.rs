@@ -1,0 +1,273 @@
+//! A TCP relay between an edge and its cloud that does what bad networks do, on command.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::Result;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// What happens to bytes of one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flow {
+    /// They arrive.
+    #[default]
+    Pass,
+    /// They wait and arrive when the flow passes again, as TCP's own retransmission would do after a short cut.
+    Hold,
+    /// They are lost while the sockets stay open. A connection that lost bytes never passes again, as when a NAT forgot it.
+    Swallow,
+}
+
+/// The state of the line.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Line {
+    /// From the edge to the cloud.
+    pub up: Flow,
+    /// From the cloud to the edge.
+    pub down: Flow,
+    /// New connections are reset at once.
+    pub refuse: bool,
+    /// Added to each direction.
+    pub latency: Duration,
+    /// Bytes a second in each direction of each connection; 0 is no limit.
+    pub bandwidth: u64,
+    /// Connections from before the last reset are gone.
+    generation: u64,
+}
+
+/// A relay. Dropping it closes everything.
+#[derive(Debug)]
+pub struct Relay {
+    address: SocketAddr,
+    line: watch::Sender<Line>,
+    counters: Arc<Counters>,
+    _runtime: Runtime,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    up: AtomicU64,
+    down: AtomicU64,
+    connections: AtomicU64,
+}
+
+impl Relay {
+    /// Listens on a free loopback port and passes to `target`.
+    pub fn start(target: SocketAddr) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let port = crate::ports::free()?;
+        let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, port)))?;
+        let address = listener.local_addr()?;
+        let (line, seen) = watch::channel(Line::default());
+        let counters = Arc::new(Counters::default());
+        runtime.spawn(accept(listener, target, seen, counters.clone()));
+        Ok(Self { address, line, counters, _runtime: runtime })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Changes the line.
+    pub fn set(&self, change: impl FnOnce(&mut Line)) {
+        self.line.send_modify(change);
+    }
+
+    /// Silence both ways; the sockets stay open.
+    pub fn cut(&self) {
+        self.set(|line| (line.up, line.down) = (Flow::Swallow, Flow::Swallow));
+    }
+
+    /// The line as it was at the start. Connections that lost bytes stay dead.
+    pub fn heal(&self) {
+        self.set(|line| *line = Line { generation: line.generation, ..Line::default() });
+    }
+
+    /// Resets every connection; new ones pass.
+    pub fn reset(&self) {
+        self.set(|line| line.generation += 1);
+    }
+
+    /// Bytes that went up and down since the start.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.counters.up.load(Ordering::Relaxed), self.counters.down.load(Ordering::Relaxed))
+    }
+
+    /// Connections accepted since the start.
+    pub fn connections(&self) -> u64 {
+        self.counters.connections.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Direction {
+    Up,
+    Down,
+}
+
+async fn accept(listener: TcpListener, target: SocketAddr, line: watch::Receiver<Line>, counters: Arc<Counters>) {
+    while let Ok((near, _)) = listener.accept().await {
+        counters.connections.fetch_add(1, Ordering::Relaxed);
+        if line.borrow().refuse {
+            near.set_zero_linger().ok();
+            continue;
+        }
+        tokio::spawn(connection(near, target, line.clone(), counters.clone()));
+    }
+}
+
+async fn connection(near: TcpStream, target: SocketAddr, mut line: watch::Receiver<Line>, counters: Arc<Counters>) {
+    let generation = line.borrow().generation;
+    // A cut network swallows the handshake too: the far side learns of the connection when the line passes.
+    if line
+        .wait_for(|line| line.generation != generation || (line.up == Flow::Pass && line.down == Flow::Pass))
+        .await
+        .is_err()
+    {
+        return;
+    }
+    if line.borrow().generation != generation {
+        near.set_zero_linger().ok();
+        return;
+    }
+    let Ok(far) = TcpStream::connect(target).await else {
+        near.set_zero_linger().ok();
+        return;
+    };
+    near.set_nodelay(true).ok();
+    far.set_nodelay(true).ok();
+    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+    let reset = async {
+        let mut line = line.clone();
+        line.wait_for(|line| line.generation != generation).await.ok();
+    };
+    let both = async {
+        tokio::join!(
+            pump(near_in, far_out, Direction::Up, line.clone(), counters.clone()),
+            pump(far_in, near_out, Direction::Down, line.clone(), counters.clone()),
+        )
+    };
+    // Dropping the halves closes both sockets; unread data makes that a reset.
+    tokio::select! { () = reset => {} _ = both => {} }
+}
+
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    direction: Direction,
+    mut line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+) {
+    let mut buffer = vec![0; 16 << 10];
+    let mut lost = false;
+    loop {
+        let count = match from.read(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(count) => count,
+        };
+        let arrived = Instant::now();
+        let now = *line.borrow();
+        lost |= flow(&now, direction) == Flow::Swallow;
+        if lost {
+            continue;
+        }
+        if line.wait_for(|line| flow(line, direction) != Flow::Hold).await.is_err() {
+            break;
+        }
+        if flow(&line.borrow(), direction) == Flow::Swallow {
+            lost = true;
+            continue;
+        }
+        sleep_until(arrived + now.latency).await;
+        if let Some(nanos) = (count as u64 * 1_000_000_000).checked_div(now.bandwidth) {
+            sleep(Duration::from_nanos(nanos)).await;
+        }
+        match direction {
+            Direction::Up => counters.up.fetch_add(count as u64, Ordering::Relaxed),
+            Direction::Down => counters.down.fetch_add(count as u64, Ordering::Relaxed),
+        };
+        if to.write_all(&buffer[..count]).await.is_err() {
+            break;
+        }
+    }
+    // An end of stream is a packet like any other: on a dead line nobody hears it.
+    if lost || line.wait_for(|line| flow(line, direction) == Flow::Pass).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    to.shutdown().await.ok();
+}
+
+fn flow(line: &Line, direction: Direction) -> Flow {
+    match direction {
+        Direction::Up => line.up,
+        Direction::Down => line.down,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// A server that sends back what it gets, and a connection to it through a relay.
+    fn echo() -> (Relay, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                std::thread::spawn(move || std::io::copy(&mut stream.try_clone().unwrap(), &mut &stream).ok());
+            }
+        });
+        let relay = Relay::start(address).unwrap();
+        let stream = TcpStream::connect(relay.address()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        (relay, stream)
+    }
+
+    fn say(stream: &mut TcpStream, text: &str) -> Option<String> {
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut buffer = [0; 64];
+        let count = stream.read(&mut buffer).ok()?;
+        Some(String::from_utf8_lossy(&buffer[..count]).into_owned())
+    }
+
+    #[test]
+    fn held_bytes_arrive_after_the_cut_and_swallowed_ones_never() {
+        let (relay, mut stream) = echo();
+        assert_eq!(say(&mut stream, "a").as_deref(), Some("a"));
+        relay.set(|line| line.up = Flow::Hold);
+        assert_eq!(say(&mut stream, "b"), None);
+        relay.heal();
+        let mut buffer = [0; 1];
+        stream.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"b");
+        relay.cut();
+        assert_eq!(say(&mut stream, "c"), None);
+        relay.heal();
+        assert_eq!(say(&mut stream, "d"), None, "a connection that lost bytes is dead");
+    }
+
+    #[test]
+    fn a_reset_ends_connections_and_refusing_ends_new_ones() {
+        let (relay, mut stream) = echo();
+        assert_eq!(say(&mut stream, "a").as_deref(), Some("a"));
+        relay.reset();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+        relay.set(|line| line.refuse = true);
+        let mut refused = TcpStream::connect(relay.address()).unwrap();
+        refused.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let answer = refused.read(&mut [0; 1]);
+        assert!(matches!(&answer, Ok(0)) || answer.is_err_and(|error| error.kind() != std::io::ErrorKind::WouldBlock));
+    }
+}

@@ -1,0 +1,186 @@
+//! Processes die at any moment; containers do not.
+
+use std::fs::{self, OpenOptions};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use serde_json::json;
+use skerry_tests::manifests::{list, sleeper};
+use skerry_tests::wait::until;
+
+use crate::world::{World, story};
+
+#[test]
+fn edgecore_is_killed_while_nothing_happens() -> Result<()> {
+    story("crash-edge-idle", |world| {
+        three_pods(world)?;
+        let before = world.running()?;
+        let mut random = seeded()?;
+        for _ in 0..8 {
+            world.edge.kill();
+            world.edge.start()?;
+            std::thread::sleep(Duration::from_millis(random.random_range(0..1500)));
+            ensure!(world.running()? == before, "a crash touched containers: {before:?} {:?}", world.running());
+        }
+        world.wait_connected()?;
+        world.nothing_changes(3, "containers after the last crash")?;
+        ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+        world.wait_ready("app=sleeper", 3).map(drop)
+    })
+}
+
+#[test]
+fn edgecore_is_killed_while_pods_come_and_go() -> Result<()> {
+    story("crash-edge-busy", |world| {
+        let node = world.edge.name().to_owned();
+        let mut random = seeded()?;
+        for round in 0..6 {
+            let name = format!("pod-{round}");
+            world.kubectl.apply(&sleeper(&name, &node, round % 2 == 0).to_string())?;
+            if round >= 2 {
+                world.kubectl.delete("pod", &format!("pod-{}", round - 2))?;
+            }
+            std::thread::sleep(Duration::from_millis(random.random_range(0..900)));
+            world.edge.kill();
+            world.running()?;
+            world.edge.start()?;
+        }
+        for gone in 0..4 {
+            world.kubectl.wait_gone("pod", &format!("pod-{gone}"), 60)?;
+        }
+        world.wait_ready("app=sleeper", 2)?;
+        until("exactly the two pods to run", 30, || Ok(world.running()?.len() == 2))?;
+        let sandboxes = || Ok(world.runtime.cri().ready_sandboxes()?.len() == 2);
+        until("no sandbox to be left over", 30, sandboxes)
+    })
+}
+
+#[test]
+fn cloudcore_is_killed() -> Result<()> {
+    story("crash-cloud", |world| {
+        let node = world.edge.name().to_owned();
+        three_pods(world)?;
+        let before = world.running()?;
+        let mut random = seeded()?;
+        for round in 0..4 {
+            world.cloud.kill();
+            let name = format!("meanwhile-{round}");
+            world
+                .kubectl
+                .apply(&json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}}).to_string())?;
+            std::thread::sleep(Duration::from_millis(random.random_range(0..1000)));
+            world.cloud.spawn()?;
+            std::thread::sleep(Duration::from_millis(random.random_range(0..2000)));
+            ensure!(world.running()? == before, "a crash of cloudcore touched containers");
+        }
+        world.cloud.kill();
+        world.kubectl.delete("pod", "two")?;
+        world.kubectl.apply(&sleeper("four", &node, true).to_string())?;
+        world.cloud.boot()?;
+        world.kubectl.wait_gone("pod", "two", 90)?;
+        world.wait_ready("app=sleeper", 3)?;
+        let mut after = world.running()?;
+        after.remove(&("four".to_owned(), "main".to_owned()));
+        let mut expected = before;
+        expected.remove(&("two".to_owned(), "main".to_owned()));
+        ensure!(after == expected, "containers changed: {expected:?} {after:?}");
+        world.wait_node_ready()
+    })
+}
+
+#[test]
+fn the_store_is_deleted_under_running_pods() -> Result<()> {
+    story("crash-store-deleted", |world| {
+        three_pods(world)?;
+        let before = world.running()?;
+        world.edge.kill();
+        let files = world.edge.data_files("store");
+        ensure!(!files.is_empty(), "no store in {}", world.edge.data().display());
+        for file in files {
+            fs::remove_file(file)?;
+        }
+        world.edge.start()?;
+        back_in_step(world, &before)
+    })
+}
+
+#[test]
+fn the_store_is_damaged_under_running_pods() -> Result<()> {
+    for (name, harm) in [("crash-store-cut", Harm::Truncate), ("crash-store-noise", Harm::Overwrite)] {
+        story(name, |world| {
+            three_pods(world)?;
+            let before = world.running()?;
+            world.edge.kill();
+            for file in world.edge.data_files("store").iter().filter(|file| file.is_file()) {
+                let length = fs::metadata(file)?.len();
+                let open = OpenOptions::new().write(true).open(file)?;
+                match harm {
+                    Harm::Truncate => open.set_len(length / 2 + 100)?,
+                    Harm::Overwrite => {
+                        use std::os::unix::fs::FileExt as _;
+                        let noise: Vec<u8> = (0..length).map(|at| u8::try_from(at * 31 % 251).unwrap_or(0)).collect();
+                        open.write_all_at(&noise, 0)?;
+                    }
+                }
+            }
+            world.edge.start()?;
+            back_in_step(world, &before)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_runtime_is_restarted_and_killed() -> Result<()> {
+    story("crash-runtime", |world| {
+        three_pods(world)?;
+        let before = world.running()?;
+        world.runtime.restart()?;
+        world.nothing_changes(3, "containers after the runtime's restart")?;
+        world.runtime.kill();
+        std::thread::sleep(Duration::from_secs(3));
+        ensure!(world.edge.is_running(), "edgecore ended because the runtime did");
+        world.runtime.boot()?;
+        world.nothing_changes(3, "containers after the runtime's crash")?;
+        ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+        world.wait_node_ready()?;
+        // It works again, too.
+        let node = world.edge.name().to_owned();
+        world.kubectl.apply(&sleeper("after", &node, false).to_string())?;
+        world.wait_ready("app=sleeper", 4).map(drop)
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Harm {
+    Truncate,
+    Overwrite,
+}
+
+fn three_pods(world: &World) -> Result<()> {
+    let node = world.edge.name();
+    let pods = [sleeper("one", node, true), sleeper("two", node, false), sleeper("three", node, true)];
+    world.run_pods(&list(&pods), "app=sleeper", 3).map(drop)
+}
+
+/// The edge is connected again, has the same containers, and follows the cloud.
+fn back_in_step(world: &World, before: &std::collections::BTreeMap<(String, String), String>) -> Result<()> {
+    world.wait_connected()?;
+    world.nothing_changes(5, "containers after the resync")?;
+    ensure!(&world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+    world.wait_ready("app=sleeper", 3)?;
+    world.kubectl.delete("pod", "three")?;
+    world.kubectl.wait_gone("pod", "three", 60)
+}
+
+/// A generator whose seed is printed and can be given as `SEED`.
+fn seeded() -> Result<StdRng> {
+    let seed = match std::env::var("SEED") {
+        Ok(text) => text.parse()?,
+        Err(_) => rand::rng().random(),
+    };
+    eprintln!("SEED={seed}");
+    Ok(StdRng::seed_from_u64(seed))
+}

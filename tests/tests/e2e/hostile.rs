@@ -1,0 +1,257 @@
+//! A node's certificate in the wrong hands: it sees and says nothing that is not that node's.
+
+use std::net::SocketAddr;
+
+use anyhow::{Result, bail, ensure};
+use serde_json::json;
+use skerry_proto::payload::{NodeReport, PodReport};
+use skerry_proto::sync::MAX_FRAME;
+use skerry_proto::wire::{self, frame::Body};
+use skerry_tests::manifests::sleeper;
+use skerry_tests::peer::{self, Identity, Session, hello};
+
+use crate::world::{World, story};
+
+/// The hostile node's name.
+const NODE: &str = "hostile";
+
+#[test]
+fn it_cannot_read_what_other_nodes_use() -> Result<()> {
+    story("hostile-read", |world| {
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "others"}, "stringData": {"key": "hunter2"}});
+        world.kubectl.apply(&secret.to_string())?;
+        let mut pod = sleeper("others", world.edge.name(), true);
+        pod["spec"]["volumes"] = json!([{"name": "s", "secret": {"secretName": "others"}}]);
+        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        let (address, identity) = enter(world)?;
+        let mut session = Session::establish(address, &identity, NODE)?;
+        let seen = answer_until_quiet(&mut session)?;
+        for upsert in &seen {
+            ensure!(
+                !upsert.key.contains("others") && !upsert.key.starts_with(world.kubectl.namespace()),
+                "it was sent {}",
+                upsert.key
+            );
+        }
+        // Under another name, its certificate opens nothing.
+        let mut session = Session::open(address, Some(&identity))?;
+        session.send(Body::Hello(hello(world.edge.name())))?;
+        expect_refusal(&mut session)?;
+        world.wait_connected()
+    })
+}
+
+#[test]
+fn it_cannot_report_for_others() -> Result<()> {
+    story("hostile-report", |world| {
+        let pods = world.run_pods(&sleeper("victim", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
+        let uid = pods[0]["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+        let node_uid = world.node()?["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+        let (address, identity) = enter(world)?;
+        let mut session = Session::establish(address, &identity, NODE)?;
+        answer_until_quiet(&mut session)?;
+        let failed = PodReport { status: json!({"phase": "Failed", "reason": "Hacked"}), finished: true };
+        let not_ready = NodeReport {
+            status: json!({"conditions": [{"type": "Ready", "status": "False", "reason": "Hacked"}]}),
+            addresses: Vec::new(),
+            labels: std::collections::BTreeMap::new(),
+        };
+        let event = json!({
+            "apiVersion": "v1", "kind": "Event", "metadata": {"name": "lie.1", "namespace": world.kubectl.namespace()},
+            "involvedObject": {"kind": "Pod", "namespace": world.kubectl.namespace(), "name": "victim", "uid": uid},
+            "reason": "Hacked", "message": "lies", "type": "Normal", "source": {"component": "kubelet", "host": world.edge.name()},
+        });
+        let lies = [
+            (
+                wire::ReportKind::PodStatus,
+                world.kubectl.namespace(),
+                "victim",
+                uid.as_str(),
+                serde_json::to_vec(&failed)?,
+            ),
+            (wire::ReportKind::NodeStatus, "", world.edge.name(), node_uid.as_str(), serde_json::to_vec(&not_ready)?),
+            (wire::ReportKind::Event, world.kubectl.namespace(), "lie.1", "", serde_json::to_vec(&event)?),
+        ];
+        for (id, (kind, namespace, name, uid, payload)) in (1..).zip(lies) {
+            session.send(Body::Report(wire::Report {
+                id,
+                kind: kind.into(),
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+                uid: uid.to_owned(),
+                encoding: wire::Encoding::Raw.into(),
+                payload: payload.into(),
+            }))?;
+            let refused = session.receive_until("the answer to a lie", |body| match body {
+                Body::ReportAck(ack) if ack.id == id => Some(ack.refused.clone()),
+                _ => None,
+            })?;
+            ensure!(!refused.is_empty(), "the lie about {name} was taken");
+        }
+        let pod = world.kubectl.get("pod", "victim")?;
+        ensure!(
+            pod["status"]["phase"] == "Running" && pod["metadata"].get("deletionTimestamp").is_none(),
+            "the lie worked: {}",
+            pod["status"]
+        );
+        ensure!(world.kubectl.find("event", "lie.1")?.is_none(), "the false event is there");
+        world.wait_node_ready()
+    })
+}
+
+#[test]
+fn garbage_ends_its_session_and_nobody_else_s() -> Result<()> {
+    story("hostile-garbage", |world| {
+        let (address, identity) = enter(world)?;
+        let frames: [(&str, Vec<u8>); 4] = [
+            ("noise", (0..2000_u32).map(|at| u8::try_from(at * 7 % 251).unwrap_or(0)).collect()),
+            ("an empty frame", Vec::new()),
+            ("an oversized frame", vec![0x2a; MAX_FRAME + 1]),
+            ("a frame cut short", vec![0x0a, 0xff, 0xff, 0x03, 0x01]),
+        ];
+        for (what, bytes) in frames {
+            for greeted in [false, true] {
+                let mut session = Session::open(address, Some(&identity))?;
+                if greeted {
+                    session.send(Body::Hello(hello(NODE)))?;
+                    welcome(&mut session)?;
+                }
+                // The far side may close while the rest of it is still being sent.
+                session.send_bytes(bytes.clone()).ok();
+                if !(what == "an empty frame" && greeted) {
+                    session
+                        .receive_end()
+                        .map_err(|error| error.context(format!("{what} (greeted: {greeted}) was put up with")))?;
+                }
+            }
+        }
+        let mut session = Session::open(address, Some(&identity))?;
+        session.send_text("{}").ok();
+        session.receive_end()?;
+        still_well(world)
+    })
+}
+
+#[test]
+fn frames_out_of_order_end_its_session() -> Result<()> {
+    story("hostile-order", |world| {
+        let (address, identity) = enter(world)?;
+        let report = Body::Report(wire::Report { id: 1, ..wire::Report::default() });
+        let mut session = Session::open(address, Some(&identity))?;
+        session.send(report)?;
+        session.receive_end()?;
+        for body in [
+            Body::Ack(wire::Ack { seq: u64::MAX }),
+            Body::Hello(hello(NODE)),
+            Body::Inventory(wire::Inventory { collection: 999, entries: Vec::new(), last: true, seq: 0 }),
+            Body::Welcome(wire::Welcome::default()),
+        ] {
+            let mut session = Session::establish(address, &identity, NODE)?;
+            welcome(&mut session)?;
+            let what = format!("{body:?}");
+            session.send(body)?;
+            let goodbye = session.receive_end().map_err(|error| error.context(format!("put up with {what}")))?;
+            ensure!(goodbye.is_some_and(|said| !said.message.is_empty()), "it was not told what was wrong with {what}");
+        }
+        still_well(world)
+    })
+}
+
+#[test]
+fn versions_out_of_reach_are_told_both() -> Result<()> {
+    story("hostile-version", |world| {
+        let (address, identity) = enter(world)?;
+        let mut session = Session::open(address, Some(&identity))?;
+        session.send(Body::Hello(wire::Hello { protocol_min: 70, protocol_max: 71, ..hello(NODE) }))?;
+        let Some(goodbye) = session.receive_end()? else { bail!("no Goodbye") };
+        ensure!(goodbye.reason() == wire::goodbye::Reason::Version, "another reason: {goodbye:?}");
+        ensure!(
+            goodbye.message.contains("70") && goodbye.message.contains('1'),
+            "it does not name both: {}",
+            goodbye.message
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn no_certificate_no_session() -> Result<()> {
+    story("hostile-nobody", |world| {
+        let address = world.cloud.address();
+        if let Ok(mut session) = Session::open(address, None) {
+            expect_refusal(&mut session)?;
+        }
+        let stranger = skerry_tests::pki::Authority::new(world.dir(), "stranger-ca")?;
+        let pair = stranger.client(
+            world.dir(),
+            "stranger",
+            &format!("system:node:{}", world.edge.name()),
+            &["system:nodes"],
+        )?;
+        let identity = Identity {
+            certificate: std::fs::read_to_string(&pair.certificate)?,
+            key: std::fs::read_to_string(&pair.key)?,
+        };
+        if let Ok(mut session) = Session::establish(address, &identity, world.edge.name()) {
+            expect_refusal(&mut session)?;
+        }
+        let (status, _) = peer::post(address, None, "/v1/renew", "", br#"{"csr": ""}"#)?;
+        ensure!((400..500).contains(&status), "a renewal without a certificate got {status}");
+        world.wait_connected()
+    })
+}
+
+/// Joins as the hostile node, past the relay.
+fn enter(world: &World) -> Result<(SocketAddr, Identity)> {
+    let token = world.cloud.new_token(&[])?.token;
+    match peer::join(world.cloud.address(), &token, NODE, "machine-of-the-hostile-one")? {
+        Ok(identity) => Ok((world.cloud.address(), identity)),
+        Err(refusal) => bail!("cloudcore does not let it join: {}", refusal.message),
+    }
+}
+
+fn welcome(session: &mut Session) -> Result<()> {
+    session.receive_until("Welcome", |body| matches!(body, Body::Welcome(_)).then_some(()))
+}
+
+/// Plays an edge with an empty store until the cloud has sent all; what it was sent.
+fn answer_until_quiet(session: &mut Session) -> Result<Vec<wire::Upsert>> {
+    let mut seen = Vec::new();
+    welcome(session)?;
+    while let Ok(Some(body)) = session.receive(3) {
+        match body {
+            Body::InventoryRequest(request) => {
+                session.send(Body::Inventory(wire::Inventory {
+                    collection: request.collection,
+                    entries: Vec::new(),
+                    last: true,
+                    seq: seen.last().map_or(0, |upsert: &wire::Upsert| upsert.seq),
+                }))?;
+            }
+            Body::Upsert(upsert) => {
+                session.send(Body::Ack(wire::Ack { seq: upsert.seq }))?;
+                seen.push(upsert);
+            }
+            Body::Ping(ping) => session.send(Body::Pong(wire::Pong { token: ping.token }))?,
+            _ => {}
+        }
+    }
+    Ok(seen)
+}
+
+/// The session ends, with a refusal if with anything, and without a Welcome.
+fn expect_refusal(session: &mut Session) -> Result<()> {
+    while let Some(body) = session.receive(30)? {
+        match body {
+            Body::Goodbye(goodbye) => ensure!(!goodbye.message.is_empty(), "a refusal without a word"),
+            other => bail!("it was let in: {other:?}"),
+        }
+    }
+    Ok(())
+}
+
+fn still_well(world: &mut World) -> Result<()> {
+    ensure!(world.cloud.is_running(), "cloudcore is gone");
+    world.wait_connected()?;
+    world.wait_node_ready()
+}

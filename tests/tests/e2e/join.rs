@@ -1,0 +1,146 @@
+//! A box becomes a node.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use skerry_proto::{ADDRESSES_ANNOTATION, EDGE_LABEL};
+use skerry_tests::kubectl::{container_ids, is_ready};
+use skerry_tests::manifests::sleeper;
+use skerry_tests::paths;
+use skerry_tests::runtime::Cni;
+
+use crate::world::{Setup, alone, story};
+
+#[test]
+fn a_joined_node_is_ready_and_says_what_it_is() -> Result<()> {
+    story("join-node", |world| {
+        let node = world.node()?;
+        ensure!(is_ready(&node), "the node is not Ready: {}", node["status"]["conditions"]);
+        ensure!(node["metadata"]["labels"].get(EDGE_LABEL).is_some(), "no role: {}", node["metadata"]["labels"]);
+        let info = &node["status"]["nodeInfo"];
+        for key in [
+            "kubeletVersion",
+            "containerRuntimeVersion",
+            "kernelVersion",
+            "osImage",
+            "architecture",
+            "bootID",
+            "machineID",
+        ] {
+            ensure!(info[key].as_str().is_some_and(|value| !value.is_empty()), "nodeInfo.{key} is empty: {info}");
+        }
+        for of in ["capacity", "allocatable"] {
+            for key in ["cpu", "memory", "pods", "ephemeral-storage"] {
+                ensure!(node["status"][of][key].is_string(), "no {of}.{key}: {}", node["status"][of]);
+            }
+        }
+        let addresses = node["status"]["addresses"].as_array().context("no addresses")?;
+        ensure!(addresses.iter().any(|address| address["type"] == "InternalIP"), "no InternalIP: {addresses:?}");
+        let boxes = node["metadata"]["annotations"][ADDRESSES_ANNOTATION].as_str().unwrap_or("");
+        ensure!(!boxes.is_empty(), "the box's own addresses are not told: {}", node["metadata"]["annotations"]);
+        let table = world.admin().run(&["get", "node", world.edge.name()])?;
+        ensure!(table.contains("edge") && table.contains(" Ready"), "kubectl shows: {table}");
+        Ok(())
+    })
+}
+
+#[test]
+fn joining_again_changes_nothing() -> Result<()> {
+    story("join-again", |world| {
+        let pods = world.run_pods(&sleeper("stays", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
+        let before = (world.node()?["metadata"]["uid"].clone(), container_ids(&pods[0]));
+        for _ in 0..3 {
+            let token = world.cloud.new_token(&["--uses", "1"])?.token;
+            let output = world.edge.try_join(&world.address().to_string(), &token, &[])?;
+            ensure!(output.success, "the second join failed: {}", output.text());
+        }
+        world.restart_edge()?;
+        world.wait_connected()?;
+        let pods = world.wait_ready("app=sleeper", 1)?;
+        let after = (world.node()?["metadata"]["uid"].clone(), container_ids(&pods[0]));
+        ensure!(before == after, "joining again changed something: {before:?} {after:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_join_may_be_interrupted_anywhere() -> Result<()> {
+    alone("join-interrupted", Setup { joined: false, ..Setup::default() }, |world| {
+        // A slow line, so that there is something to interrupt.
+        world.relay.set(|line| line.latency = Duration::from_millis(60));
+        let token = world.cloud.new_token(&["--uses", "1"])?.token;
+        for moment in 0..12_u64 {
+            let mut join = Command::new(paths::product("edgecore")?)
+                .args([
+                    "join",
+                    &world.address().to_string(),
+                    "--token",
+                    &token,
+                    "--no-start",
+                    "--node-name",
+                    world.edge.name(),
+                ])
+                .arg("--runtime-endpoint")
+                .arg(world.runtime.endpoint())
+                .arg("--data-dir")
+                .arg(world.edge.data())
+                .arg("--pods-dir")
+                .arg(world.edge.pods())
+                .arg("--cni-conf-dir")
+                .arg(world.runtime.cni_conf_dir())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()?;
+            std::thread::sleep(Duration::from_millis(40 * moment));
+            join.kill()?;
+            join.wait()?;
+        }
+        // The token was good for one use: an interrupted join of the same box has not used it up.
+        world.edge.join(&world.address().to_string(), &token)?;
+        world.relay.heal();
+        world.edge.start()?;
+        world.wait_node_ready()
+    })
+}
+
+#[test]
+fn a_box_without_a_pod_network_gets_one() -> Result<()> {
+    alone("join-network", Setup { cni: Cni::Empty, ..Setup::default() }, |world| {
+        ensure!(
+            !world.runtime.networks().is_empty(),
+            "no conflist was installed in {}",
+            world.runtime.cni_conf_dir().display()
+        );
+        let pods = world.run_pods(&sleeper("first", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
+        let ip = pods[0]["status"]["podIP"].as_str().context("no pod IP")?;
+        let shown = world.inside("first", &["ip", "-4", "-o", "addr", "show", "eth0"])?;
+        ensure!(shown.contains(ip), "the pod has {shown}, its status says {ip}");
+        Ok(())
+    })
+}
+
+#[test]
+fn the_technician_sees_what_runs() -> Result<()> {
+    story("join-technician", |world| {
+        world.run_pods(&sleeper("seen", world.edge.name(), true).to_string(), "app=sleeper", 1)?;
+        for (what, word) in [
+            (&["get", "pods"][..], "seen"),
+            (&["get", "nodes"], world.edge.name()),
+            (&["get", "configmaps"], "kube-root-ca.crt"),
+        ] {
+            let output = world.edge.cli(what)?;
+            ensure!(
+                output.success && output.stdout.contains(word),
+                "edgecore {what:?} does not show {word}: {}",
+                output.text()
+            );
+        }
+        ensure!(
+            world.edge.status()?.contains(world.edge.name()),
+            "edgecore status does not name the node: {}",
+            world.edge.status()?
+        );
+        Ok(())
+    })
+}

@@ -1,0 +1,177 @@
+//! The link fails; the node does not.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use skerry_proto::AUTONOMY_ANNOTATION;
+use skerry_tests::kubectl::container_ids;
+use skerry_tests::manifests::{container, list, sleeper};
+use skerry_tests::relay::Flow;
+use skerry_tests::wait::until;
+
+use crate::world::{World, story};
+
+#[test]
+fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Result<()> {
+    story("linkcut-silent", |world| {
+        let node = world.edge.name().to_owned();
+        world.kubectl.apply(&config("blue"))?;
+        let mut reader = sleeper("reader", &node, false);
+        reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
+        reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
+        let pods =
+            [reader, sleeper("goes", &node, false), sleeper("stays-1", &node, true), sleeper("stays-2", &node, false)];
+        world.run_pods(&list(&pods), "app=sleeper", 4)?;
+        let before = world.running()?;
+
+        world.relay.cut();
+        world.wait_node_lost()?;
+        ensure!(world.running()? == before, "the cut touched pods: {before:?} {:?}", world.running());
+        world.kubectl.delete("pod", "goes")?;
+        world.kubectl.apply(&config("green"))?;
+        world.kubectl.apply(&sleeper("comes", &node, false).to_string())?;
+        world.nothing_changes(5, "pods of a node that hears nothing")?;
+        ensure!(world.inside("reader", &["cat", "/config/colour"])? == "blue", "the ConfigMap changed without a link");
+        let offline = world.edge.cli(&["get", "pods"])?;
+        ensure!(
+            offline.success && offline.stdout.contains("stays-1"),
+            "edgecore get pods needs the cloud: {}",
+            offline.text()
+        );
+
+        world.relay.heal();
+        world.kubectl.wait_gone("pod", "goes", 60)?;
+        until("the new ConfigMap in the mount", 60, || {
+            Ok(world.inside("reader", &["cat", "/config/colour"])? == "green")
+        })?;
+        world.wait_ready("app=sleeper", 4)?;
+        world.wait_node_ready()?;
+        let mut expected = before;
+        expected.remove(&("goes".to_owned(), "main".to_owned()));
+        let mut after = world.running()?;
+        ensure!(
+            after.remove(&("comes".to_owned(), "main".to_owned())).is_some(),
+            "the new pod does not run: {after:?}"
+        );
+        ensure!(after == expected, "other containers changed too: {expected:?} {after:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn silence_is_noticed_within_thirty_seconds_in_any_direction() -> Result<()> {
+    story("linkcut-one-way", |world| {
+        for (name, up, down) in [("up", Flow::Swallow, Flow::Pass), ("down", Flow::Pass, Flow::Swallow)] {
+            world.wait_connected()?;
+            let begin = Instant::now();
+            world.relay.set(|line| (line.up, line.down) = (up, down));
+            until(&format!("edgecore to notice that nothing goes {name}"), 35, || Ok(!world.is_connected()?))?;
+            let took = begin.elapsed();
+            ensure!(took < Duration::from_secs(33), "it took {took:?} to notice that nothing goes {name}");
+            world.relay.heal();
+            world.wait_connected()?;
+        }
+        world.wait_node_ready()
+    })
+}
+
+#[test]
+fn a_flapping_link_rebuilds_nothing() -> Result<()> {
+    story("linkcut-flapping", |world| {
+        let node = world.edge.name().to_owned();
+        world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
+        let before = world.running()?;
+        for round in 0..20_u64 {
+            world.relay.reset();
+            std::thread::sleep(Duration::from_millis(100 + 37 * round));
+        }
+        world.relay.set(|line| line.refuse = true);
+        world.relay.reset();
+        std::thread::sleep(Duration::from_secs(3));
+        world.relay.heal();
+        world.wait_connected()?;
+        world.wait_ready("app=sleeper", 2)?;
+        ensure!(world.running()? == before, "a flapping link touched containers: {before:?} {:?}", world.running());
+        Ok(())
+    })
+}
+
+#[test]
+fn what_happens_offline_is_told_later() -> Result<()> {
+    story("linkcut-later", |world| {
+        let node = world.edge.name().to_owned();
+        let mut pod = sleeper("falls", &node, false);
+        let script = "until test -e /flag/die; do sleep 0.2; done; rm /flag/die; exit 7";
+        pod["spec"]["containers"][0] = container("main", &["sh", "-c", script]);
+        pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "flag", "mountPath": "/flag"}]);
+        pod["spec"]["volumes"] = json!([{"name": "flag", "emptyDir": {}}]);
+        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        world.relay.cut();
+        world.wait_node_lost()?;
+        let first = world.runtime.cri().container("falls", "main")?;
+        world.inside("falls", &["touch", "/flag/die"])?;
+        until("the container to be restarted offline", 60, || {
+            Ok(world.runtime.cri().container("falls", "main").is_ok_and(|id| id != first))
+        })?;
+        let second = world.runtime.cri().container("falls", "main")?;
+        world.relay.heal();
+        let told = world.kubectl.wait("pod", "falls", "the restart to be told", 60, |pod| {
+            container_ids(pod).get("main") == Some(&second)
+                && pod["status"]["containerStatuses"][0]["restartCount"] == 1
+        })?;
+        let last = &told["status"]["containerStatuses"][0]["lastState"]["terminated"];
+        ensure!(last["exitCode"] == 7, "the end of the first one is lost: {last}");
+        Ok(())
+    })
+}
+
+#[test]
+fn pods_of_an_autonomous_node_are_not_evicted() -> Result<()> {
+    story("linkcut-eviction", |world| {
+        let node = world.edge.name().to_owned();
+        ensure!(
+            world.node()?["metadata"]["annotations"].get(AUTONOMY_ANNOTATION).is_none_or(|value| value != "false"),
+            "autonomy is off"
+        );
+        world.run_pods(&sleeper("kept", &node, false).to_string(), "app=sleeper", 1)?;
+        let tolerates = |world: &World| -> Result<bool> {
+            let pod = world.kubectl.get("pod", "kept")?;
+            let all = pod["spec"]["tolerations"].as_array().cloned().unwrap_or_default();
+            let unlimited = |key: &str| {
+                all.iter().any(|toleration| {
+                    toleration["key"] == key
+                        && toleration["effect"] == "NoExecute"
+                        && toleration.get("tolerationSeconds").is_none()
+                })
+            };
+            Ok(unlimited("node.kubernetes.io/unreachable") && unlimited("node.kubernetes.io/not-ready"))
+        };
+        until("the unlimited tolerations", 30, || tolerates(world))?;
+        let uid = world.kubectl.get("pod", "kept")?["metadata"]["uid"].clone();
+        world.relay.cut();
+        world.wait_node_lost()?;
+        // Nobody is evicted while every node of a zone is lost, so there is one more, kept alive by hand.
+        let neighbour = world.neighbour()?;
+        until("the unreachable taint", 150, || {
+            neighbour.beat()?;
+            let taints = world.node()?["spec"]["taints"].as_array().cloned().unwrap_or_default();
+            Ok(taints
+                .iter()
+                .any(|taint| taint["key"] == "node.kubernetes.io/unreachable" && taint["effect"] == "NoExecute"))
+        })?;
+        let pod = world.kubectl.get("pod", "kept").context("it was evicted")?;
+        ensure!(
+            pod["metadata"]["uid"] == uid && pod["metadata"].get("deletionTimestamp").is_none(),
+            "it is being evicted: {}",
+            pod["metadata"]
+        );
+        world.relay.heal();
+        world.wait_node_ready()
+    })
+}
+
+fn config(colour: &str) -> String {
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "colour"}, "data": {"colour": colour}})
+        .to_string()
+}

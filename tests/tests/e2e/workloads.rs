@@ -1,0 +1,400 @@
+//! What workloads get: everything a kubelet gives them.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use skerry_proto::EDGE_LABEL;
+use skerry_tests::images::{BUSYBOX, BUSYBOX_NEXT, SERVER};
+use skerry_tests::kubectl::{container_ids, is_ready, restarts};
+use skerry_tests::manifests::{container, sleeper};
+use skerry_tests::wait::{eventually, until};
+
+use crate::world::{World, story};
+
+#[test]
+fn a_deployment_gets_its_settings_secrets_tokens_and_probes() -> Result<()> {
+    story("work-deployment", |world| {
+        settings(world, "blue")?;
+        let pods = world.run_pods(&deployment(BUSYBOX).to_string(), "app=web", 3)?;
+        ensure!(pods.iter().all(|pod| pod["spec"]["nodeName"] == world.edge.name()), "they run elsewhere");
+        let name = name_of(&pods[0]);
+        let environment = world.inside(&name, &["env"])?;
+        for line in [
+            "COLOUR=blue",
+            "PASSWORD=hunter2",
+            "FROM_size=large",
+            &format!("POD={name}"),
+            "KUBERNETES_SERVICE_HOST=10.96.0.1",
+        ] {
+            ensure!(environment.lines().any(|have| have == line), "no {line} in: {environment}");
+        }
+        ensure!(world.inside(&name, &["cat", "/config/colour"])? == "blue");
+        ensure!(world.inside(&name, &["cat", "/secret/password"])? == "hunter2");
+        let token = world.inside(&name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/token"])?;
+        let review =
+            json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token.trim()}});
+        let verdict = world.admin().create_and_get(&review)?;
+        ensure!(
+            verdict["status"]["authenticated"] == true,
+            "the apiserver does not know the token: {}",
+            verdict["status"]
+        );
+        let bound = &verdict["status"]["user"]["extra"]["authentication.kubernetes.io/pod-name"][0];
+        ensure!(bound == &json!(name), "the token is not bound to the pod: {}", verdict["status"]["user"]);
+        ensure!(
+            world
+                .inside(&name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"])?
+                .contains("BEGIN CERTIFICATE")
+        );
+        let namespace = world.inside(&name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/namespace"])?;
+        ensure!(namespace == world.kubectl.namespace(), "another namespace: {namespace}");
+        ensure!(world.inside(&name, &["hostname"])?.trim() == name, "another hostname");
+        let ip = pods[0]["status"]["podIP"].as_str().context("no pod IP")?;
+        ensure!(world.inside(&name, &["cat", "/etc/hosts"])?.contains(ip), "/etc/hosts lacks {ip}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_changed_configmap_is_in_the_mount_within_two_seconds() -> Result<()> {
+    story("work-configmap", |world| {
+        settings(world, "blue")?;
+        let pods = world.run_pods(&deployment(BUSYBOX).to_string(), "app=web", 3)?;
+        let name = name_of(&pods[0]);
+        let mut slowest = Duration::ZERO;
+        for colour in ["green", "red", "grey"] {
+            world.kubectl.patch("configmap", "settings", &json!({"data": {"colour": colour}}))?;
+            let written = Instant::now();
+            until("the new value in the mount", 20, || Ok(world.inside(&name, &["cat", "/config/colour"])? == colour))?;
+            slowest = slowest.max(written.elapsed());
+        }
+        ensure!(slowest < Duration::from_secs(2), "it took {slowest:?}");
+        ensure!(
+            world.inside(&name, &["sh", "-c", "echo $COLOUR"])?.trim() == "blue",
+            "a running process's environment changed"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_new_image_rolls_out() -> Result<()> {
+    story("work-rollout", |world| {
+        settings(world, "blue")?;
+        world.run_pods(&deployment(BUSYBOX).to_string(), "app=web", 3)?;
+        world.kubectl.apply(&deployment(BUSYBOX_NEXT).to_string())?;
+        world.kubectl.run(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
+        let pods = world.wait_ready("app=web", 3)?;
+        for pod in &pods {
+            ensure!(pod["spec"]["containers"][0]["image"] == BUSYBOX_NEXT, "an old pod is left: {}", name_of(pod));
+        }
+        until("only the new containers to run", 60, || Ok(world.running()?.len() == 3))
+    })
+}
+
+#[test]
+fn a_job_completes() -> Result<()> {
+    story("work-job", |world| {
+        let job = json!({
+            "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "sum"},
+            "spec": {"completions": 3, "parallelism": 2, "template": {"spec": {
+                "restartPolicy": "Never",
+                "nodeSelector": {EDGE_LABEL: ""},
+                "containers": [container("main", &["sh", "-c", "echo done > /dev/termination-log"])],
+            }}},
+        });
+        world.kubectl.apply(&job.to_string())?;
+        let complete = |job: &Value| job["status"]["succeeded"] == 3;
+        world.kubectl.wait("job", "sum", "3 successes", 90, complete)?;
+        let pods = world.kubectl.list("pods", "job-name=sum")?;
+        for pod in &pods {
+            ensure!(pod["status"]["phase"] == "Succeeded", "{} is {}", name_of(pod), pod["status"]["phase"]);
+            let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
+            ensure!(ended["exitCode"] == 0 && ended["message"] == "done\n", "it ended otherwise: {ended}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_crashing_container_backs_off_and_counts() -> Result<()> {
+    story("work-crash", |world| {
+        let mut pod = sleeper("falls", world.edge.name(), false);
+        pod["spec"]["containers"][0] = container("main", &["sh", "-c", "exit 3"]);
+        world.kubectl.apply(&pod.to_string())?;
+        let backing_off = |pod: &Value| {
+            restarts(pod) >= 2
+                && pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CrashLoopBackOff"
+        };
+        let pod = world.kubectl.wait("pod", "falls", "CrashLoopBackOff after two restarts", 90, backing_off)?;
+        let last = &pod["status"]["containerStatuses"][0]["lastState"]["terminated"];
+        ensure!(last["exitCode"] == 3 && last["reason"] == "Error", "its last end: {last}");
+        ensure!(pod["status"]["phase"] == "Running", "its phase is {}", pod["status"]["phase"]);
+        until("the BackOff event", 30, || has_event(world, "falls", "BackOff"))
+    })
+}
+
+#[test]
+fn deleting_is_graceful_and_forcing_is_not() -> Result<()> {
+    story("work-delete", |world| {
+        let scratch = world.dir().join("goodbyes");
+        std::fs::create_dir_all(&scratch)?;
+        let polite = |name: &str| {
+            let mut pod = sleeper(name, world.edge.name(), false);
+            let script = format!(
+                "trap 'echo term > /out/{name}; sleep 1; echo left >> /out/{name}; exit 0' TERM; while :; do sleep 0.1; done"
+            );
+            pod["spec"]["terminationGracePeriodSeconds"] = json!(20);
+            pod["spec"]["volumes"] = json!([{"name": "out", "hostPath": {"path": scratch}}]);
+            pod["spec"]["containers"][0] = container("main", &["sh", "-c", &script]);
+            pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "out", "mountPath": "/out"}]);
+            pod.to_string()
+        };
+        world.kubectl.apply(&polite("graceful"))?;
+        world.kubectl.apply(&polite("forced"))?;
+        world.wait_ready("app=sleeper", 2)?;
+        let begin = Instant::now();
+        world.kubectl.run(&["delete", "pod", "graceful"])?;
+        ensure!(
+            begin.elapsed() < Duration::from_secs(15),
+            "it took {:?}, though the process left after one second",
+            begin.elapsed()
+        );
+        let words = std::fs::read_to_string(scratch.join("graceful"))?;
+        ensure!(words == "term\nleft\n", "it was not left time: {words:?}");
+        world.kubectl.run(&["delete", "pod", "forced", "--force", "--grace-period=0"])?;
+        until("the forced one's container to end", 30, || Ok(world.running()?.is_empty()))
+    })
+}
+
+#[test]
+fn probes_take_pods_out_of_service_and_restart_them() -> Result<()> {
+    story("work-probes", |world| {
+        let probe = |kind: &Value, threshold: u8| {
+            let mut probe = json!({"periodSeconds": 1, "failureThreshold": threshold});
+            if let (Some(to), Some(from)) = (probe.as_object_mut(), kind.as_object()) {
+                to.extend(from.clone());
+            }
+            probe
+        };
+        let server = |name: &str, readiness: Value, liveness: Value| {
+            let mut pod = sleeper(name, world.edge.name(), false);
+            pod["spec"]["containers"][0] = json!({
+                "name": "main", "image": SERVER, "imagePullPolicy": "Never",
+                "startupProbe": probe(&json!({"tcpSocket": {"port": 8080}}), 30),
+                "readinessProbe": probe(&readiness, 1),
+                "livenessProbe": probe(&liveness, 4),
+            });
+            pod.to_string()
+        };
+        world.kubectl.apply(&server(
+            "http",
+            json!({"httpGet": {"path": "/healthz", "port": 8080}}),
+            json!({"httpGet": {"path": "/healthz", "port": 8080}}),
+        ))?;
+        world.kubectl.apply(&server("grpc", json!({"grpc": {"port": 9090}}), json!({"grpc": {"port": 9090}})))?;
+        let mut exec = sleeper("exec", world.edge.name(), false);
+        exec["spec"]["containers"][0]["readinessProbe"] =
+            probe(&json!({"exec": {"command": ["test", "-e", "/tmp/ready"]}}), 1);
+        world.kubectl.apply(&exec.to_string())?;
+        for name in ["http", "grpc"] {
+            world.kubectl.wait("pod", name, "Ready", 60, is_ready)?;
+            let pod = world.kubectl.get("pod", name)?;
+            let address = format!("{}:8080", pod["status"]["podIP"].as_str().unwrap_or_default()).parse()?;
+            skerry_tests::cloudcore::get(address, "/fail")?;
+            world.kubectl.wait("pod", name, "not Ready", 20, |pod| !is_ready(pod))?;
+            world.kubectl.wait("pod", name, "restarted and Ready", 60, |pod| restarts(pod) == 1 && is_ready(pod))?;
+        }
+        ensure!(!is_ready(&world.kubectl.get("pod", "exec")?), "Ready although its probe fails");
+        world.inside("exec", &["touch", "/tmp/ready"])?;
+        world.kubectl.wait("pod", "exec", "Ready", 20, is_ready).map(drop)
+    })
+}
+
+#[test]
+fn init_containers_hooks_and_volumes_work_together() -> Result<()> {
+    story("work-init", |world| {
+        settings(world, "blue")?;
+        let mounts = json!([{"name": "work", "mountPath": "/scratch"}]);
+        let mut first = container("first", &["sh", "-c", "echo first >> /scratch/order"]);
+        let mut second = container("second", &["sh", "-c", "echo second >> /scratch/order"]);
+        first["volumeMounts"] = mounts.clone();
+        second["volumeMounts"] = mounts;
+        let mut pod = sleeper("whole", world.edge.name(), false);
+        pod["metadata"]["annotations"] = json!({"note": "from the pod"});
+        pod["spec"]["initContainers"] = json!([first, second]);
+        pod["spec"]["securityContext"] = json!({"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000});
+        pod["spec"]["volumes"] = json!([
+            {"name": "work", "emptyDir": {}},
+            {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
+            {"name": "about", "downwardAPI": {"items": [{"path": "note", "fieldRef": {"fieldPath": "metadata.annotations['note']"}}]}},
+            {"name": "all", "projected": {"sources": [
+                {"configMap": {"name": "settings", "items": [{"key": "colour", "path": "c/colour"}]}},
+                {"secret": {"name": "password"}},
+            ]}},
+            {"name": "config", "configMap": {"name": "settings"}},
+        ]);
+        let main = &mut pod["spec"]["containers"][0];
+        main["lifecycle"] = json!({"postStart": {"exec": {"command": ["sh", "-c", "echo hook >> /scratch/order"]}}});
+        main["resources"] = json!({"limits": {"memory": "32Mi", "cpu": "200m"}});
+        main["env"] = json!([{"name": "LIMIT", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory"}}}]);
+        main["volumeMounts"] = json!([
+            {"name": "work", "mountPath": "/scratch"},
+            {"name": "memory", "mountPath": "/memory"},
+            {"name": "about", "mountPath": "/about"},
+            {"name": "all", "mountPath": "/all", "readOnly": true},
+            {"name": "config", "mountPath": "/etc/colour.conf", "subPath": "colour"},
+        ]);
+        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        let shown = |command: &[&str]| world.inside("whole", command);
+        ensure!(
+            shown(&["cat", "/scratch/order"])? == "first\nsecond\nhook\n",
+            "order: {}",
+            shown(&["cat", "/scratch/order"])?
+        );
+        ensure!(shown(&["cat", "/about/note"])? == "from the pod");
+        ensure!(shown(&["cat", "/all/c/colour"])? == "blue" && shown(&["cat", "/all/password"])? == "hunter2");
+        ensure!(shown(&["cat", "/etc/colour.conf"])? == "blue");
+        ensure!(shown(&["sh", "-c", "echo $LIMIT"])?.trim() == "33554432");
+        ensure!(shown(&["id", "-u"])?.trim() == "1000" && shown(&["id", "-G"])?.contains("2000"));
+        ensure!(shown(&["stat", "-c", "%g", "/scratch"])?.trim() == "2000", "the volume is not the group's");
+        ensure!(shown(&["sh", "-c", "mount"])?.lines().any(|line| line.contains("/memory") && line.contains("tmpfs")));
+        let limit = world.runtime.cri().status(&world.runtime.cri().container("whole", "main")?)?;
+        let linux = limit.resources.and_then(|resources| resources.linux).unwrap_or_default();
+        ensure!(linux.memory_limit_in_bytes == 33_554_432 && linux.cpu_quota > 0, "limits: {linux:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn pods_share_what_they_ask_of_the_host() -> Result<()> {
+    story("work-host", |world| {
+        let mut pod = sleeper("on-host", world.edge.name(), false);
+        pod["spec"]["hostNetwork"] = json!(true);
+        pod["spec"]["hostPID"] = json!(true);
+        let pods = world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        ensure!(
+            pods[0]["status"]["podIP"] == pods[0]["status"]["hostIP"],
+            "podIP differs from hostIP: {}",
+            pods[0]["status"]
+        );
+        let edgecore = world.edge.pid().context("edgecore does not run")?;
+        world.inside("on-host", &["test", "-d", &format!("/proc/{edgecore}")])?;
+        ensure!(
+            world.inside("on-host", &["cat", "/proc/net/route"])? == std::fs::read_to_string("/proc/net/route")?,
+            "not the host's network"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn logs_are_files_where_collectors_look() -> Result<()> {
+    story("work-logs", |world| {
+        let mut pod = sleeper("talks", world.edge.name(), false);
+        pod["spec"]["containers"][0] = container("main", &["sh", "-c", "echo hello; echo oops >&2; sleep 1000000"]);
+        let pods = world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        let uid = pods[0]["metadata"]["uid"].as_str().unwrap_or_default();
+        let log = world.edge.logs().join(format!("{}_talks_{uid}/main/0.log", world.kubectl.namespace()));
+        let text = eventually("both lines in the log", 10, || {
+            let text = std::fs::read_to_string(&log)?;
+            Ok((text.lines().count() == 2).then_some(text))
+        })?;
+        ensure!(text.contains(" stdout F hello") && text.contains(" stderr F oops"), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_not_supported_says_so() -> Result<()> {
+    story("work-unsupported", |world| {
+        let claim = json!({
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "disk"},
+            "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}},
+        });
+        world.kubectl.apply(&claim.to_string())?;
+        let mut pod = sleeper("wants-disk", world.edge.name(), false);
+        pod["spec"]["volumes"] = json!([{"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}}]);
+        pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "disk", "mountPath": "/disk"}]);
+        world.kubectl.apply(&pod.to_string())?;
+        until("an event that says what is not supported", 30, || {
+            let events = world.kubectl.list("events", "")?;
+            Ok(events.iter().any(|event| {
+                event["involvedObject"]["name"] == "wants-disk"
+                    && event["message"].as_str().unwrap_or_default().contains("not supported")
+            }))
+        })?;
+        ensure!(world.running()?.is_empty(), "it runs without its disk: {:?}", world.running());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_missing_reference_waits_and_then_runs() -> Result<()> {
+    story("work-missing", |world| {
+        let mut pod = sleeper("waits", world.edge.name(), false);
+        pod["spec"]["containers"][0]["envFrom"] = json!([{"configMapRef": {"name": "later"}}]);
+        world.kubectl.apply(&pod.to_string())?;
+        let waiting = |pod: &Value| {
+            pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
+        };
+        world.kubectl.wait("pod", "waits", "CreateContainerConfigError", 30, waiting)?;
+        let later =
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "later"}, "data": {"KEY": "value"}});
+        world.kubectl.apply(&later.to_string())?;
+        world.kubectl.wait("pod", "waits", "Ready", 30, is_ready)?;
+        ensure!(world.inside("waits", &["sh", "-c", "echo $KEY"])?.trim() == "value");
+        ensure!(container_ids(&world.kubectl.get("pod", "waits")?).len() == 1);
+        Ok(())
+    })
+}
+
+fn settings(world: &World, colour: &str) -> Result<()> {
+    let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"colour": colour, "size": "large"}});
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "password"}, "stringData": {"password": "hunter2"}});
+    world.kubectl.apply(&config.to_string())?;
+    world.kubectl.apply(&secret.to_string()).map(drop)
+}
+
+fn deployment(image: &str) -> Value {
+    let probe = json!({"exec": {"command": ["test", "-e", "/config/colour"]}, "periodSeconds": 1});
+    json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"},
+        "spec": {
+            "replicas": 3,
+            "selector": {"matchLabels": {"app": "web"}},
+            "template": {
+                "metadata": {"labels": {"app": "web"}},
+                "spec": {
+                    "nodeSelector": {EDGE_LABEL: ""},
+                    "terminationGracePeriodSeconds": 1,
+                    "volumes": [
+                        {"name": "config", "configMap": {"name": "settings"}},
+                        {"name": "secret", "secret": {"secretName": "password"}},
+                    ],
+                    "containers": [{
+                        "name": "main", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["sleep", "1000000"],
+                        "env": [
+                            {"name": "COLOUR", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "colour"}}},
+                            {"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "password", "key": "password"}}},
+                            {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+                        ],
+                        "envFrom": [{"prefix": "FROM_", "configMapRef": {"name": "settings"}}],
+                        "volumeMounts": [{"name": "config", "mountPath": "/config"}, {"name": "secret", "mountPath": "/secret"}],
+                        "readinessProbe": probe, "livenessProbe": probe,
+                    }],
+                },
+            },
+        },
+    })
+}
+
+fn name_of(pod: &Value) -> String {
+    pod["metadata"]["name"].as_str().unwrap_or_default().to_owned()
+}
+
+fn has_event(world: &World, pod: &str, reason: &str) -> Result<bool> {
+    let events = world.kubectl.list("events", "")?;
+    Ok(events.iter().any(|event| event["involvedObject"]["name"] == pod && event["reason"] == reason))
+}
