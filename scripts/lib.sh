@@ -1,0 +1,32 @@
+# Shared by the scripts of this directory; sourced, not run.
+# shellcheck shell=bash
+
+# shellcheck disable=SC2034 # the scripts that source this use it
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+SKERRY_CACHE=${SKERRY_CACHE:-$HOME/.cache/skerry}
+export SKERRY_CACHE
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$SKERRY_CACHE/target}
+
+say() { printf '%s %s\n' "$(date +%T)" "$*" >&2; }
+
+# fail WHAT REMEDY
+fail() {
+  printf '\nfailed: %s\nwhat to do: %s\n' "$1" "$2" >&2
+  exit 1
+}
+
+need_root() {
+  [ "$(id -u)" = 0 ] || fail "this starts containers, bridges and mounts" "run it as root (sudo -E $0)"
+}
+
+# with_clock WHAT COMMAND…: runs a long silent command and shows every ten seconds that it still moves.
+with_clock() {
+  local what=$1 begin=$SECONDS clock status=0
+  shift
+  (while sleep 10; do say "$what: $((SECONDS - begin)) s so far"; done) &
+  clock=$!
+  "$@" || status=$?
+  kill "$clock" 2>/dev/null || true
+  wait "$clock" 2>/dev/null || true
+  return "$status"
+}
