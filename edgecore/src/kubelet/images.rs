@@ -299,11 +299,6 @@ pub fn failed(reason: &str, field_path: Option<&str>) -> PodEvent {
     warning("Failed", format!("Error: {reason}"), field_path)
 }
 
-/// Event: a pull has to wait.
-pub fn back_off(image: &str, field_path: Option<&str>) -> PodEvent {
-    normal("BackOff", format!("Back-off pulling image {image:?}"), field_path)
-}
-
 /// Event: a secret that the pod names is not there or of no use.
 pub fn secret_missing(names: &[String]) -> PodEvent {
     let message = format!(

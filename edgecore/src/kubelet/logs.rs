@@ -61,11 +61,6 @@ pub fn pod_dir(logs_root: &Path, namespace: &str, name: &str, uid: &str) -> Path
     logs_root.join(format!("{namespace}_{name}_{uid}"))
 }
 
-/// A container's log below its pod's directory, as CRI takes it.
-pub fn relative_path(container: &str, attempt: u32) -> String {
-    format!("{container}/{attempt}.log")
-}
-
 /// Makes the directory of a container's logs, and its pod's.
 pub fn make_container_dir(pod_dir: &Path, container: &str) -> Result<PathBuf, PathError> {
     let dir = pod_dir.join(container);

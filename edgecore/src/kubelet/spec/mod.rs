@@ -243,11 +243,6 @@ impl<'a> Spec<'a> {
         self.pod.metadata.deletion_grace_period_seconds
     }
 
-    /// Somebody asked for the pod's deletion.
-    pub fn is_deleting(&self) -> bool {
-        self.pod.metadata.deletion_timestamp.is_some()
-    }
-
     /// The object itself says that the pod is over.
     pub fn is_terminal(&self) -> bool {
         self.pod.status.as_ref().and_then(|status| status.phase.as_deref()).is_some_and(is_terminal_phase)
