@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
-use skerry_proto::sync::{Collection, Entry, Object, Report};
+use skerry_proto::sync::{Collection, Entry, Object, Report, ReportKind};
 
 /// Identity of a registered node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +41,8 @@ pub enum FeedEvent {
     Complete(Collection),
     /// Ask the edge for its inventory of this collection, whatever its digest says, and pass it to [`Feed::inventory`].
     Ask(Collection),
+    /// The apiserver does not show what the edge reports of the pod or Node of this UID: have it report once more.
+    ReportWanted(ReportKind, String),
     /// A report given to [`Feed::report`] came to its end.
     Reported {
         /// The report's id.

@@ -194,11 +194,15 @@ impl Backend for K8sBackend {
     fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> K8sFeed {
         let session = self.shared.closures().open(node, epoch, last_epoch);
         self.leases.begin(node, epoch);
+        let reports = self.upstream.open(node);
+        for (_, _, facts) in self.shared.closures().pods_of(&node.name) {
+            self.upstream.pod_seen(&node.name, &facts);
+        }
         K8sFeed {
             shared: self.shared.clone(),
             wake: session.wake(),
             session,
-            reports: self.upstream.open(node),
+            reports,
             leases: self.leases.clone(),
             node: node.clone(),
             epoch,
@@ -230,15 +234,15 @@ impl Feed for K8sFeed {
         loop {
             let mut events = self.shared.closures().drain(&mut self.session);
             // However much changes, what became of reports does not wait for it.
-            while let Some((id, refused)) = self.reports.try_ended() {
-                events.push(FeedEvent::Reported { id, refused });
+            while let Some(event) = self.reports.try_next() {
+                events.push(event);
             }
             if !events.is_empty() {
                 return events;
             }
             tokio::select! {
                 () = self.wake.notified() => {}
-                (id, refused) = self.reports.ended() => return vec![FeedEvent::Reported { id, refused }],
+                event = self.reports.next() => return vec![event],
             }
         }
     }

@@ -22,7 +22,7 @@ use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -30,12 +30,14 @@ use crate::cni::{self, Network};
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
 use crate::identity::{self, Identity};
-use crate::link::{Link, LinkState};
+use crate::link::{Link, LinkState, ReportWanted};
 use crate::store::Store;
 use crate::{clock, supervise};
 
 /// Name of the lock's file in the data directory; it holds the process id.
 pub const LOCK: &str = "edgecore.lock";
+/// Reports wanted once more that the kubelet may fall behind; beyond it, it reports all.
+const WANTED: usize = 256;
 /// How long a module may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
@@ -48,6 +50,8 @@ pub struct KubeletParts {
     pub config: Arc<Config>,
     /// How the link is; a new epoch is a new session.
     pub link_state: watch::Receiver<LinkState>,
+    /// What the cloud asks to be reported once more.
+    pub wanted: broadcast::Sender<ReportWanted>,
     /// Requests to end every pod.
     pub reset: ResetRequests,
     /// Ends the kubelet; containers go on.
@@ -91,6 +95,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     let (link_state, link_seen) = watch::channel(LinkState::Connecting { attempt: 1, last_error: None });
     let (identity, identity_seen) = watch::channel(Arc::new(identity));
+    let (wanted, _) = broadcast::channel(WANTED);
     let (reset, resets) = mpsc::channel(1);
     let stop_kubelet = CancellationToken::new();
     let stop = CancellationToken::new();
@@ -112,12 +117,14 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     });
     let link = supervise::module("link", stop.clone(), {
         let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
+        let wanted = wanted.clone();
         move || {
             let link = Link {
                 node: node.clone(),
                 server: server.clone(),
                 store: store.clone(),
                 identity: identity_seen.clone(),
+                wanted: wanted.clone(),
                 state: link_state.clone(),
                 shutdown: stop.clone(),
             };
@@ -132,6 +139,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         store: store.clone(),
         config: Arc::clone(&config),
         link_state: link_seen,
+        wanted,
         reset: ResetRequests(Arc::new(Mutex::new(resets))),
         shutdown: stop_kubelet.clone(),
     };

@@ -83,6 +83,7 @@ fn told(events: &[FeedEvent]) -> Vec<String> {
             FeedEvent::Gone(collection, uid) => format!("- {} {uid}", name(collection)),
             FeedEvent::Complete(collection) => format!("complete {}", name(collection)),
             FeedEvent::Ask(collection) => format!("ask {}", name(collection)),
+            FeedEvent::ReportWanted(kind, uid) => format!("wanted {kind:?} {uid}"),
             FeedEvent::Reported { id, .. } => format!("reported {id}"),
         })
         .collect()
@@ -402,7 +403,7 @@ fn hear(edge: &mut Held, events: Vec<FeedEvent>) {
                 assert!(edge.remove(&(collection, uid)).is_some(), "told that something went that it never heard of");
             }
             FeedEvent::Complete(_) => {}
-            FeedEvent::Keep(..) | FeedEvent::Ask(_) | FeedEvent::Reported { .. } => {
+            FeedEvent::Keep(..) | FeedEvent::Ask(_) | FeedEvent::ReportWanted(..) | FeedEvent::Reported { .. } => {
                 panic!("there are neither tokens nor reports here")
             }
         }

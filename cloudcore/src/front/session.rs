@@ -178,6 +178,7 @@ where
                     FeedEvent::Gone(collection, uid) => hub.step(now, HubInput::Gone(collection, uid)),
                     FeedEvent::Complete(collection) => hub.step(now, HubInput::Complete(collection)),
                     FeedEvent::Ask(collection) => hub.ask(collection),
+                    FeedEvent::ReportWanted(kind, uid) => hub.ask_report(kind, uid),
                     FeedEvent::Reported { id, refused } => hub.step(now, HubInput::Reported { id, refused }),
                 });
             },

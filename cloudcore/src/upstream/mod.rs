@@ -19,9 +19,9 @@ use tracing::{error, warn};
 
 use self::event::About;
 use self::pod::StatusFacts;
-use self::queue::{Job, Next, State, WAITING, Waiting};
+use self::queue::{Next, State, WAITING, Waiting};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
-use crate::backend::NodeIdentity;
+use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
 use crate::closure::PodFacts;
 use crate::{clock, supervise};
@@ -53,6 +53,8 @@ struct Queue {
     node: NodeIdentity,
     state: Mutex<State>,
     wake: tokio::sync::Notify,
+    /// Something is to be reported once more.
+    wanted: tokio::sync::Notify,
     ended: mpsc::Sender<(u64, String)>,
 }
 
@@ -77,6 +79,7 @@ impl Upstream {
             node: node.clone(),
             state: Mutex::default(),
             wake: tokio::sync::Notify::new(),
+            wanted: tokio::sync::Notify::new(),
             ended: sender,
         });
         lock(&self.queues).insert(node.name.clone(), queue.clone());
@@ -84,19 +87,19 @@ impl Upstream {
         Reports { upstream: self.clone(), queue, ended, task }
     }
 
-    /// The apiserver shows this state of a pod: if it hides what the pod's node reported in this session, the report is applied again.
+    /// The apiserver shows this state of a pod: if that hides what the pod's node says, the node is asked to report once more.
     pub(crate) fn pod_seen(&self, node: &str, facts: &PodFacts) {
         let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
-        if lock(&queue.state).reapply(facts, clock::monotonic()) {
-            queue.wake.notify_one();
+        if lock(&queue.state).see(facts, clock::monotonic()) {
+            queue.wanted.notify_one();
         }
     }
 
-    /// A Node is shown as unknown although its session lives: what it reported of itself is applied again.
+    /// A Node is shown as unknown although its session lives: it is asked to report once more.
     pub(crate) fn node_hidden(&self, node: &str) {
         let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
-        if lock(&queue.state).reapply_node(clock::monotonic()) {
-            queue.wake.notify_one();
+        if lock(&queue.state).node_hidden(&queue.node.uid, clock::monotonic()) {
+            queue.wanted.notify_one();
         }
     }
 
@@ -133,14 +136,10 @@ impl Upstream {
     /// Tries once. Answers a report that came to its end, and why it was refused or nothing; what is to be tried again waits for it, and
     /// the others go on.
     async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<(u64, String)> {
-        let report = match &waiting.job {
-            Job::Report(report) => report.clone(),
-            Job::Reapply(uid) => lock(&queue.state).accepted(uid)?,
-            Job::ReapplyNode => lock(&queue.state).accepted_node()?,
-        };
-        let (kind, acknowledged) = (kind_name(report.kind), matches!(waiting.job, Job::Report(_)));
+        let report = &waiting.report;
+        let (id, kind) = (report.id, kind_name(report.kind));
         let outcome = match self.permits.acquire().await {
-            Ok(_permit) => AssertUnwindSafe(self.attempt(queue, &report)).catch_unwind().await.unwrap_or_else(|_| {
+            Ok(_permit) => AssertUnwindSafe(self.attempt(queue, report)).catch_unwind().await.unwrap_or_else(|_| {
                 error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
                 Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
             }),
@@ -157,7 +156,7 @@ impl Upstream {
             }
             Outcome::Refused(reason) => {
                 self.api.metrics().report(kind, "refused");
-                let Report { namespace, name, uid, .. } = &report;
+                let Report { namespace, name, uid, .. } = report;
                 warn!(node = queue.node.name, kind, %namespace, %name, %uid, %reason, "report refused");
                 if reason.is_empty() { "refused".into() } else { reason }
             }
@@ -170,19 +169,13 @@ impl Upstream {
                 String::new()
             }
         };
-        acknowledged.then_some((report.id, refused))
+        Some((id, refused))
     }
 
     async fn attempt(&self, queue: &Queue, report: &Report) -> Outcome {
         match report.kind {
             ReportKind::PodStatus => self.pod_status(queue, report).await,
-            ReportKind::NodeStatus => {
-                let outcome = self.node_status(&queue.node, report).await;
-                if matches!(outcome, Outcome::Taken | Outcome::Unchanged) {
-                    lock(&queue.state).accept_node(report, clock::monotonic());
-                }
-                outcome
-            }
+            ReportKind::NodeStatus => self.node_status(&queue.node, report).await,
             ReportKind::Event => self.event(&queue.node, report).await,
             ReportKind::Unspecified => {
                 Outcome::Refused("cloudcore does not know this kind of report: update it".into())
@@ -232,7 +225,7 @@ impl Upstream {
                 },
             }
         }
-        lock(&queue.state).accept(report, status, &facts.resource_version, clock::monotonic());
+        lock(&queue.state).accept(&report.uid, status, &facts.resource_version);
         if !content.finished {
             return if unchanged { Outcome::Unchanged } else { Outcome::Taken };
         }
@@ -391,17 +384,25 @@ impl Reports {
         self.queue.wake.notify_one();
     }
 
-    /// One that came to its end, if any has.
-    pub(crate) fn try_ended(&mut self) -> Option<(u64, String)> {
-        self.ended.try_recv().ok()
+    /// A report that came to its end, or is wanted once more, if there is any.
+    pub(crate) fn try_next(&mut self) -> Option<FeedEvent> {
+        if let Ok((id, refused)) = self.ended.try_recv() {
+            return Some(FeedEvent::Reported { id, refused });
+        }
+        lock(&self.queue.state).wanted().map(|(kind, uid)| FeedEvent::ReportWanted(kind, uid))
     }
 
-    /// The next one that came to its end.
-    pub(crate) async fn ended(&mut self) -> (u64, String) {
-        match self.ended.recv().await {
-            Some(ended) => ended,
-            // The queue holds a sender for as long as this lives.
-            None => std::future::pending().await,
+    /// The next report that came to its end, or is wanted once more. Cancel safe.
+    pub(crate) async fn next(&mut self) -> FeedEvent {
+        loop {
+            if let Some(event) = self.try_next() {
+                return event;
+            }
+            tokio::select! {
+                // The queue holds a sender for as long as this lives.
+                Some((id, refused)) = self.ended.recv() => return FeedEvent::Reported { id, refused },
+                () = self.queue.wanted.notified() => {}
+            }
         }
     }
 }

@@ -28,6 +28,8 @@ pub(crate) struct StatusFacts {
     pub(crate) phase: String,
     /// Status of the conditions Ready and ContainersReady, which the node lifecycle controller takes away from a node it does not hear.
     pub(crate) ready: [Option<bool>; 2],
+    /// The node lifecycle controller, which writes no reason, says that the pod is not ready although its containers are.
+    pub(crate) disowned: bool,
     /// Of all that the edge is the author of.
     pub(crate) fingerprint: u64,
 }
@@ -35,13 +37,14 @@ pub(crate) struct StatusFacts {
 impl StatusFacts {
     /// Reads them off a status.
     pub(crate) fn of(status: &Value) -> Self {
-        let condition = |kind: &str| {
-            let found = conditions(status).find(|condition| condition["type"] == kind)?;
-            Some(found["status"] == "True")
-        };
+        let condition = |kind: &str| conditions(status).find(|condition| condition["type"] == kind);
+        let holds = |found: &Value| found["status"] == "True";
+        let ready = ["Ready", "ContainersReady"].map(condition);
+        let silent = |found: &Value| !holds(found) && found["reason"].as_str().is_none_or(str::is_empty);
         Self {
             phase: status["phase"].as_str().unwrap_or_default().to_owned(),
-            ready: [condition("Ready"), condition("ContainersReady")],
+            ready: ready.map(|found| found.map(holds)),
+            disowned: ready[0].is_some_and(silent) && ready[1].is_some_and(holds),
             fingerprint: fingerprint(status),
         }
     }
@@ -51,9 +54,11 @@ impl StatusFacts {
         matches!(self.phase.as_str(), "Succeeded" | "Failed")
     }
 
-    /// Whether someone else's write hides this report.
-    pub(crate) fn hidden_by(&self, api: &Self) -> bool {
-        !api.terminal() && (self.ready != api.ready || self.phase != api.phase)
+    /// Whether what the apiserver shows is not what the edge says: known for certain when `report` was taken in this session, else by
+    /// the traces that others leave.
+    pub(crate) fn hides(&self, report: Option<&Self>) -> bool {
+        !self.terminal()
+            && report.map_or(self.disowned, |report| report.ready != self.ready || report.phase != self.phase)
     }
 }
 
@@ -263,9 +268,12 @@ mod tests {
         let report = StatusFacts::of(&status());
         let mut stored = status();
         stored["conditions"][0]["status"] = "False".into();
-        assert!(report.hidden_by(&StatusFacts::of(&stored)));
+        assert!(StatusFacts::of(&stored).hides(Some(&report)) && StatusFacts::of(&stored).hides(None));
+        assert!(!report.hides(Some(&report)) && !report.hides(None));
+        let mut gated = stored.clone();
+        gated["conditions"][0]["reason"] = "ReadinessGatesNotReady".into();
+        assert!(!StatusFacts::of(&gated).hides(None), "the edge's own words");
         stored["phase"] = "Failed".into();
-        assert!(!report.hidden_by(&StatusFacts::of(&stored)));
-        assert!(!report.hidden_by(&StatusFacts::of(&status())));
+        assert!(!StatusFacts::of(&stored).hides(Some(&report)) && !StatusFacts::of(&stored).hides(None));
     }
 }

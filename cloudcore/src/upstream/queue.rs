@@ -1,48 +1,37 @@
 //! What one session's reports wait in: bounded, coalesced by what is reported, and each with a time of its own for its next try.
 //!
-//! Pure state. It also remembers the last status of each pod that was taken, for as long as the session lives, to apply it again when
-//! someone else's write hides it.
+//! Pure state. It also remembers what was taken of each pod, for as long as the session lives, to notice when someone else's write hides
+//! it: then the edge is asked to report once more.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use bytes::Bytes;
-use skerry_proto::sync::{Encoding, Report, ReportKind, decode, encode};
+use skerry_proto::sync::{Report, ReportKind};
 
 use super::pod::StatusFacts;
 use crate::closure::{PodFacts, version_less};
 
 /// Reports of different things that wait for one session; the edge's window is smaller.
 pub(super) const WAITING: usize = 256;
-/// A report that someone overwrites is applied again this often in a row, then once in [`REFILL`].
-const REAPPLY_BURST: u32 = 3;
+/// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
+const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
 
 /// One session's queue.
 #[derive(Default)]
 pub(super) struct State {
     waiting: VecDeque<Waiting>,
-    /// The last status of each pod that was taken, by UID.
-    accepted: HashMap<String, Accepted>,
-    /// The last status of the node that was taken, and how often it may be applied again.
-    node: Option<(Report, Allowance)>,
+    /// By UID.
+    pods: HashMap<String, Pod>,
+    node: Allowance,
+    /// What the edge is to report once more; each at most once, so no more than its pods and itself.
+    wanted: VecDeque<(ReportKind, String)>,
 }
 
-/// Something to bring to the apiserver.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Job {
-    /// A report of the edge's.
-    Report(Report),
-    /// Someone else's write hides what was reported for the pod of this UID.
-    Reapply(String),
-    /// The Node's status was written over, as happens when its lease could not be renewed for a while.
-    ReapplyNode,
-}
-
-/// A job, and when its next try is.
+/// A report to bring to the apiserver, and when its next try is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Waiting {
-    pub(super) job: Job,
+    pub(super) report: Report,
     /// How often it was tried.
     pub(super) attempt: u32,
     due: Duration,
@@ -59,17 +48,15 @@ pub(super) enum Next {
     Never,
 }
 
-struct Accepted {
-    namespace: String,
-    name: String,
-    status: StatusFacts,
-    resource_version: String,
-    encoding: Encoding,
-    payload: Bytes,
+/// What is remembered of a pod.
+#[derive(Default)]
+struct Pod {
+    /// The last status that was taken, and the resource version it made.
+    taken: Option<(StatusFacts, String)>,
     allowance: Allowance,
 }
 
-/// How often a report may be applied again.
+/// How often a report may be asked for again.
 #[derive(Clone, Copy, Debug)]
 struct Allowance {
     left: u32,
@@ -93,130 +80,93 @@ impl State {
 
     /// Queues a report. Answers one that ended by it.
     pub(super) fn push(&mut self, report: Report) -> Option<(ReportKind, u64, String)> {
-        let job = Job::Report(report);
-        let same = self.waiting.iter().position(|other| other.job.is_about_the_same_as(&job));
+        let same = self.waiting.iter().position(|other| is_about_the_same(&other.report, &report));
         let replaced = same.and_then(|at| self.waiting.remove(at));
-        let Job::Report(report) = &job else { return None };
         if self.waiting.len() >= WAITING {
             return Some((report.kind, report.id, "too many reports in flight".into()));
         }
-        self.waiting.push_back(Waiting { job, attempt: 0, due: Duration::ZERO });
-        match replaced?.job {
-            Job::Report(older) => Some((older.kind, older.id, String::new())),
-            Job::Reapply(_) | Job::ReapplyNode => None,
-        }
+        self.waiting.push_back(Waiting { report, attempt: 0, due: Duration::ZERO });
+        replaced.map(|older| (older.report.kind, older.report.id, String::new()))
     }
 
-    /// Queues a job again that was not taken. Answers whether it is queued: a newer one of the same thing makes it needless.
+    /// Queues a report again that was not taken. Answers whether it is queued: a newer one of the same thing makes it needless.
     pub(super) fn again(&mut self, tried: Waiting, due: Duration) -> bool {
-        if self.waiting.iter().any(|other| other.job.is_about_the_same_as(&tried.job)) {
+        if self.waiting.iter().any(|other| is_about_the_same(&other.report, &tried.report)) {
             return false;
         }
-        self.waiting.push_back(Waiting { job: tried.job, attempt: tried.attempt.saturating_add(1), due });
+        self.waiting.push_back(Waiting { report: tried.report, attempt: tried.attempt.saturating_add(1), due });
         true
-    }
-
-    /// The report that was taken for the pod of this UID.
-    pub(super) fn accepted(&self, uid: &str) -> Option<Report> {
-        self.accepted.get(uid)?.report(uid.to_owned())
-    }
-
-    /// The last status of the node that was taken.
-    pub(super) fn accepted_node(&self) -> Option<Report> {
-        self.node.as_ref().map(|(report, _)| report.clone())
-    }
-
-    /// The apiserver has what the node says of itself.
-    pub(super) fn accept_node(&mut self, report: &Report, now: Duration) {
-        let allowance = self.node.take().map_or(Allowance { left: REAPPLY_BURST, refilled: now }, |(_, before)| before);
-        self.node = Some((report.clone(), allowance));
-    }
-
-    /// Has the node's last status applied again. Answers whether it is.
-    pub(super) fn reapply_node(&mut self, now: Duration) -> bool {
-        let queued = self.waiting.iter().any(|other| other.job.is_about_the_same_as(&Job::ReapplyNode));
-        let again = !queued && self.node.as_mut().is_some_and(|(_, allowance)| allowance.take(now));
-        if again {
-            self.waiting.push_back(Waiting { job: Job::ReapplyNode, attempt: 0, due: Duration::ZERO });
-        }
-        again
     }
 
     /// The pod of this UID is gone.
     pub(super) fn forget(&mut self, uid: &str) {
-        self.accepted.remove(uid);
+        self.pods.remove(uid);
     }
 
-    /// The apiserver has what this report says.
-    pub(super) fn accept(&mut self, report: &Report, status: StatusFacts, resource_version: &str, now: Duration) {
-        let (encoding, payload) = encode(&report.payload);
-        let allowance = match self.accepted.get(&report.uid) {
-            Some(before) if before.status == status => before.allowance,
-            _ => Allowance { left: REAPPLY_BURST, refilled: now },
-        };
-        let accepted = Accepted {
-            namespace: report.namespace.clone(),
-            name: report.name.clone(),
-            status,
-            resource_version: resource_version.to_owned(),
-            encoding,
-            payload,
-            allowance,
-        };
-        self.accepted.insert(report.uid.clone(), accepted);
+    /// The apiserver has what was reported of this pod.
+    pub(super) fn accept(&mut self, uid: &str, status: StatusFacts, resource_version: &str) {
+        let pod = self.pods.entry(uid.to_owned()).or_default();
+        if pod.taken.as_ref().is_some_and(|(before, _)| *before != status) {
+            pod.allowance = Allowance::default();
+        }
+        pod.taken = Some((status, resource_version.to_owned()));
     }
 
-    /// Has the report that was taken for this pod applied again if it is hidden. Answers whether it is.
-    pub(super) fn reapply(&mut self, facts: &PodFacts, now: Duration) -> bool {
-        let job = Job::Reapply(facts.uid.clone());
-        let queued = self.waiting.iter().any(|other| other.job.is_about_the_same_as(&job));
-        let Some(accepted) = self.accepted.get_mut(&facts.uid) else { return false };
-        let again = !queued
-            && accepted.status.hidden_by(&facts.status)
-            && !version_less(&facts.resource_version, &accepted.resource_version)
-            && accepted.allowance.take(now);
+    /// The apiserver shows this of a pod: has it reported once more if that is not what its node says. Answers whether it is.
+    pub(super) fn see(&mut self, facts: &PodFacts, now: Duration) -> bool {
+        let known = self.pods.get(&facts.uid).and_then(|pod| pod.taken.as_ref());
+        let is_older = known.is_some_and(|(_, written)| version_less(&facts.resource_version, written));
+        if is_older || !facts.status.hides(known.map(|(status, _)| status)) {
+            return false;
+        }
+        if self.expects(ReportKind::PodStatus, &facts.uid)
+            || !self.pods.entry(facts.uid.clone()).or_default().allowance.take(now)
+        {
+            return false;
+        }
+        self.wanted.push_back((ReportKind::PodStatus, facts.uid.clone()));
+        true
+    }
+
+    /// The Node of this UID is not shown as what it reports: has it reported once more. Answers whether it is.
+    pub(super) fn node_hidden(&mut self, uid: &str, now: Duration) -> bool {
+        let again = !self.expects(ReportKind::NodeStatus, uid) && self.node.take(now);
         if again {
-            self.waiting.push_back(Waiting { job, attempt: 0, due: Duration::ZERO });
+            self.wanted.push_back((ReportKind::NodeStatus, uid.to_owned()));
         }
         again
     }
-}
 
-impl Job {
-    /// Whether both are about the same thing, so that the newer one does.
-    fn is_about_the_same_as(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Report(a), Self::Report(b)) => {
-                (a.kind, &a.namespace, &a.name, &a.uid) == (b.kind, &b.namespace, &b.name, &b.uid)
-            }
-            (Self::Report(report), Self::Reapply(uid)) | (Self::Reapply(uid), Self::Report(report)) => {
-                report.kind == ReportKind::PodStatus && report.uid == *uid
-            }
-            (Self::Report(report), Self::ReapplyNode) | (Self::ReapplyNode, Self::Report(report)) => {
-                report.kind == ReportKind::NodeStatus
-            }
-            (Self::Reapply(a), Self::Reapply(b)) => a == b,
-            (Self::ReapplyNode, Self::ReapplyNode) => true,
-            (Self::Reapply(_), Self::ReapplyNode) | (Self::ReapplyNode, Self::Reapply(_)) => false,
-        }
+    /// The next thing that the edge is to report once more.
+    pub(super) fn wanted(&mut self) -> Option<(ReportKind, String)> {
+        self.wanted.pop_front()
+    }
+
+    /// Whether a report of it waits, or is about to be asked for.
+    fn expects(&self, kind: ReportKind, uid: &str) -> bool {
+        self.waiting.iter().any(|other| other.report.kind == kind && other.report.uid == uid)
+            || self.wanted.iter().any(|(of, wanted)| *of == kind && wanted == uid)
     }
 }
 
-impl Accepted {
-    fn report(&self, uid: String) -> Option<Report> {
-        let payload = decode(self.encoding, &self.payload).ok()?.into();
-        let (namespace, name) = (self.namespace.clone(), self.name.clone());
-        Some(Report { id: 0, kind: ReportKind::PodStatus, namespace, name, uid, payload })
+/// Whether both are about the same thing, so that the newer one does.
+fn is_about_the_same(a: &Report, b: &Report) -> bool {
+    (a.kind, &a.namespace, &a.name, &a.uid) == (b.kind, &b.namespace, &b.name, &b.uid)
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self { left: ASK_BURST, refilled: Duration::ZERO }
     }
 }
 
 impl Allowance {
     fn take(&mut self, now: Duration) -> bool {
-        while self.left < REAPPLY_BURST && now >= self.refilled + REFILL {
+        while self.left < ASK_BURST && now >= self.refilled + REFILL {
             self.left += 1;
             self.refilled += REFILL;
         }
-        if self.left == REAPPLY_BURST {
+        if self.left == ASK_BURST {
             self.refilled = now;
         }
         let allowed = self.left > 0;
@@ -227,32 +177,6 @@ impl Allowance {
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn a_node_that_was_written_over_is_applied_again_within_its_allowance() {
-        let mut state = State::default();
-        assert!(!state.reapply_node(Duration::ZERO), "nothing was reported in this session");
-        let kind = ReportKind::NodeStatus;
-        let report = Report {
-            id: 1,
-            kind,
-            namespace: String::new(),
-            name: "e".into(),
-            uid: String::new(),
-            payload: Bytes::new(),
-        };
-        state.accept_node(&report, Duration::ZERO);
-        for _ in 0..REAPPLY_BURST {
-            assert!(state.reapply_node(Duration::ZERO));
-            assert!(!state.reapply_node(Duration::ZERO), "it waits");
-            assert!(matches!(state.next(Duration::ZERO), Next::Now(Waiting { job: Job::ReapplyNode, .. })));
-        }
-        assert!(!state.reapply_node(Duration::from_secs(9)));
-        assert!(state.reapply_node(Duration::from_secs(10)));
-        assert_eq!(state.push(Report { id: 2, ..report }), None, "a newer one takes its place");
-        assert!(matches!(state.next(Duration::from_secs(10)), Next::Now(Waiting { job: Job::Report(_), .. })));
-        assert_eq!(state.next(Duration::from_secs(10)), Next::Never);
-    }
-
     use serde_json::json;
 
     use super::*;
@@ -276,11 +200,7 @@ mod tests {
         assert_eq!(state.push(report(1, "a")), None);
         assert_eq!(state.push(report(2, "b")), None);
         assert_eq!(state.push(report(3, "a")), Some((ReportKind::PodStatus, 1, String::new())));
-        let order: Vec<u64> = state
-            .waiting
-            .iter()
-            .map(|waiting| if let Job::Report(report) = &waiting.job { report.id } else { 0 })
-            .collect();
+        let order: Vec<u64> = state.waiting.iter().map(|waiting| waiting.report.id).collect();
         assert_eq!(order, [2, 3]);
     }
 
@@ -291,9 +211,9 @@ mod tests {
         state.push(report(1, "a"));
         state.push(report(2, "b"));
         let Next::Now(first) = state.next(at) else { panic!("it is due") };
-        assert_eq!((&first.job, first.attempt), (&Job::Report(report(1, "a")), 0));
+        assert_eq!((&first.report, first.attempt), (&report(1, "a"), 0));
         assert!(state.again(first, later));
-        assert!(matches!(state.next(at), Next::Now(Waiting { job: Job::Report(other), .. }) if other.id == 2));
+        assert!(matches!(state.next(at), Next::Now(Waiting { report, .. }) if report.id == 2));
         assert_eq!(state.next(at), Next::In(Duration::from_secs(3)));
         let Next::Now(first) = state.next(later) else { panic!("its time has come") };
         assert_eq!(first.attempt, 1);
@@ -301,7 +221,7 @@ mod tests {
 
         state.push(report(3, "a"));
         assert!(!state.again(first, later), "a newer one came while it was tried");
-        assert!(matches!(state.next(at), Next::Now(Waiting { job: Job::Report(other), .. }) if other.id == 3));
+        assert!(matches!(state.next(at), Next::Now(Waiting { report, .. }) if report.id == 3));
         assert_eq!(state.next(at), Next::Never);
     }
 
@@ -316,23 +236,47 @@ mod tests {
     }
 
     #[test]
-    fn a_hidden_report_is_applied_again_but_not_for_ever() {
+    fn a_hidden_report_is_asked_for_again_but_not_for_ever() {
         let mut state = State::default();
-        let taken = facts("Running", true, "10").status;
-        state.accept(&report(1, "a"), taken, "10", Duration::ZERO);
-        assert!(!state.reapply(&facts("Running", true, "11"), Duration::ZERO), "nothing is hidden");
-        assert!(!state.reapply(&facts("Pending", false, "9"), Duration::ZERO), "older than our write");
-        assert!(!state.reapply(&facts("Failed", false, "12"), Duration::ZERO), "an end stands");
-        for _ in 0..REAPPLY_BURST {
-            assert!(state.reapply(&facts("Running", false, "12"), Duration::ZERO));
-            assert!(!state.reapply(&facts("Running", false, "12"), Duration::ZERO), "it waits");
-            assert!(matches!(state.next(Duration::ZERO), Next::Now(Waiting { job: Job::Reapply(_), .. })));
+        let wanted = Some((ReportKind::PodStatus, "a".to_owned()));
+        let hidden = facts("Running", false, "12");
+        state.accept("a", facts("Running", true, "10").status, "10");
+        assert!(!state.see(&facts("Running", true, "11"), Duration::ZERO), "nothing is hidden");
+        assert!(!state.see(&facts("Pending", false, "9"), Duration::ZERO), "older than our write");
+        assert!(!state.see(&facts("Failed", false, "12"), Duration::ZERO), "an end stands");
+        for _ in 0..ASK_BURST {
+            assert!(state.see(&hidden, Duration::ZERO));
+            assert!(!state.see(&hidden, Duration::ZERO), "it is asked for");
+            assert_eq!(state.wanted(), wanted);
         }
-        assert!(!state.reapply(&facts("Running", false, "12"), Duration::from_secs(9)));
-        assert!(state.reapply(&facts("Running", false, "12"), Duration::from_secs(10)));
-        assert!(matches!(state.next(Duration::from_secs(10)), Next::Now(_)));
-        assert!(!state.reapply(&facts("Running", false, "12"), Duration::from_secs(11)));
+        assert!(!state.see(&hidden, Duration::from_secs(9)));
+        assert!(state.see(&hidden, Duration::from_secs(10)));
+        assert_eq!(state.wanted(), wanted);
+        assert!(!state.see(&hidden, Duration::from_secs(11)));
         state.push(report(2, "a"));
-        assert!(!state.reapply(&facts("Running", false, "12"), Duration::from_secs(99)), "a newer report waits");
+        assert!(!state.see(&hidden, Duration::from_secs(99)), "a newer report waits");
+    }
+
+    #[test]
+    fn a_pod_that_was_marked_unready_before_the_session_is_asked_for() {
+        let mut state = State::default();
+        let mut marked = facts("Running", false, "12");
+        assert!(!state.see(&marked, Duration::ZERO), "its containers may be unready");
+        marked.status.disowned = true;
+        assert!(state.see(&marked, Duration::ZERO));
+        assert_eq!(state.wanted(), Some((ReportKind::PodStatus, "a".to_owned())));
+        assert_eq!(state.wanted(), None);
+    }
+
+    #[test]
+    fn a_node_that_was_written_over_is_asked_for_within_its_allowance() {
+        let mut state = State::default();
+        for _ in 0..ASK_BURST {
+            assert!(state.node_hidden("e", Duration::ZERO));
+            assert!(!state.node_hidden("e", Duration::ZERO), "it is asked for");
+            assert_eq!(state.wanted(), Some((ReportKind::NodeStatus, "e".to_owned())));
+        }
+        assert!(!state.node_hidden("e", Duration::from_secs(9)));
+        assert!(state.node_hidden("e", Duration::from_secs(10)));
     }
 }

@@ -59,7 +59,7 @@ pub mod worker;
 
 /// Runs the kubelet until shutdown.
 pub async fn run(parts: KubeletParts) {
-    let KubeletParts { store, config, link_state: link, reset, shutdown } = parts;
+    let KubeletParts { store, config, link_state: link, wanted, reset, shutdown } = parts;
     let channel = match connect::channel(&config.runtime_endpoint) {
         Ok(channel) => channel,
         Err(error) => {
@@ -73,7 +73,7 @@ pub async fn run(parts: KubeletParts) {
     let (node, mut news) = NodeLoop::new(store.clone(), cri.clone(), config.clone()).await;
     let (context_sender, context_receiver) = watch::channel(None);
     // In one task, so that a panic in either ends both, and the kubelet is started again as a whole.
-    let node = node.run(link.clone(), context_receiver, shutdown.clone());
+    let node = node.run(link, wanted.subscribe(), context_receiver, shutdown.clone());
     let pods = async {
         // Nothing can be known or done of pods before the runtime has answered once.
         loop {
@@ -119,7 +119,12 @@ pub async fn run(parts: KubeletParts) {
         for warning in blocking(move || prepared.cgroups.prepare()).await {
             info!(warning = warning.0, "cgroups");
         }
-        let pods = Pods::new(context.clone(), link).run(crate::runtime::events(cri, channel), reset, shutdown.clone());
+        let pods = Pods::new(context.clone()).run(
+            crate::runtime::events(cri, channel),
+            wanted.subscribe(),
+            reset,
+            shutdown.clone(),
+        );
         let tidy = housekeeping::run(context, sandbox_image, shutdown.clone());
         tokio::select! {
             ((), ()) = async { tokio::join!(pods, tidy) } => {}

@@ -23,7 +23,7 @@ use super::references::{NodeFacts, PodEvent, RuntimeHandler};
 use super::resources;
 use crate::clock;
 use crate::config::Config;
-use crate::link::LinkState;
+use crate::link::{LinkState, ReportWanted};
 use crate::runtime::Cri;
 use crate::runtime::cri::{Health, Setup};
 use crate::store::Store;
@@ -108,6 +108,7 @@ impl NodeLoop {
     pub async fn run(
         mut self,
         mut link: watch::Receiver<LinkState>,
+        mut wanted: broadcast::Receiver<ReportWanted>,
         context: watch::Receiver<Option<Arc<Context>>>,
         shutdown: CancellationToken,
     ) {
@@ -126,6 +127,14 @@ impl NodeLoop {
                     change = changes.recv() => match change {
                         Ok(change) if !is_about_node(change.collection) => {}
                         Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => self.update_facts(None).await,
+                        Err(broadcast::error::RecvError::Closed) => return,
+                    },
+                    again = wanted.recv() => match again {
+                        Ok((ReportKind::NodeStatus, _)) | Err(broadcast::error::RecvError::Lagged(_)) => {
+                            self.sent = None;
+                            break;
+                        }
+                        Ok(_) => {}
                         Err(broadcast::error::RecvError::Closed) => return,
                     },
                     Ok(()) = link.changed() => {

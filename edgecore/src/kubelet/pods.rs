@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Pod, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use skerry_proto::sync::Collection;
+use skerry_proto::sync::{Collection, ReportKind};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -26,17 +26,13 @@ use super::references::NodeFacts;
 use super::spec::Spec;
 use super::worker::{self, Admission, Beginning, Desired};
 use crate::app::ResetRequests;
-use crate::clock;
 use crate::control::ResetRequest;
-use crate::link::LinkState;
+use crate::link::ReportWanted;
 use crate::runtime::events::Wake;
 use crate::store::{Change, Error};
 
 /// How long until a store that could not be read is read again.
 const DOUBT: Duration = Duration::from_secs(5);
-/// When the node's lease has run out, controllers mark its pods unready, so that their statuses have to be reported again. A lease is good
-/// for 40 s, of which the loss of a link may take 28 to be noticed.
-const FORGIVEN: Duration = Duration::from_secs(10);
 
 /// Routes what happens to the workers of pods.
 #[derive(Debug)]
@@ -48,12 +44,8 @@ pub struct Pods {
     tasks: HashMap<Id, String>,
     /// The store could not be read: all is compared again soon.
     doubtful: bool,
-    link: watch::Receiver<LinkState>,
     /// Set once the node is being reset: whom to tell when no pod is left.
     reset: Option<ResetRequest>,
-    online: bool,
-    /// Since when the link is down, or how long it was; `None`: this process has not seen it up.
-    offline_since: Option<Duration>,
 }
 
 /// What the store wants.
@@ -72,22 +64,25 @@ struct Worker {
 
 impl Pods {
     /// Nothing runs until [`Pods::run`].
-    pub fn new(context: Arc<Context>, link: watch::Receiver<LinkState>) -> Self {
+    pub fn new(context: Arc<Context>) -> Self {
         Self {
             context,
             workers: HashMap::new(),
             ended: JoinSet::new(),
             tasks: HashMap::new(),
             doubtful: false,
-            link,
             reset: None,
-            online: false,
-            offline_since: None,
         }
     }
 
     /// Routes until shutdown. Containers go on running.
-    pub async fn run(mut self, mut wakes: mpsc::Receiver<Wake>, reset: ResetRequests, shutdown: CancellationToken) {
+    pub async fn run(
+        mut self,
+        mut wakes: mpsc::Receiver<Wake>,
+        mut wanted: broadcast::Receiver<ReportWanted>,
+        reset: ResetRequests,
+        shutdown: CancellationToken,
+    ) {
         let mut changes = self.context.store.changes();
         let mut known = self.context.store.pods_known();
         self.begin().await;
@@ -119,7 +114,12 @@ impl Pods {
                 }
                 Some(ended) = self.ended.join_next_with_id(), if !self.ended.is_empty() => self.over(ended).await,
                 () = tokio::time::sleep(DOUBT), if self.doubtful => self.compare().await,
-                Ok(()) = self.link.changed() => self.link_changed(),
+                again = wanted.recv() => match again {
+                    Ok((ReportKind::PodStatus, uid)) => self.report_again(|of| *of == uid),
+                    Ok(_) => {}
+                    Err(broadcast::error::RecvError::Lagged(_)) => self.report_again(|_| true),
+                    Err(broadcast::error::RecvError::Closed) => return,
+                },
             }
         }
     }
@@ -375,17 +375,9 @@ impl Pods {
         }
     }
 
-    fn link_changed(&mut self) {
-        let online = matches!(*self.link.borrow_and_update(), LinkState::Online { .. });
-        let now = clock::monotonic();
-        if online && !self.online && self.offline_since.is_none_or(|since| now.saturating_sub(since) >= FORGIVEN) {
-            for worker in self.workers.values() {
-                worker.desired.send_modify(|desired| desired.resend += 1);
-            }
+    fn report_again(&self, which: impl Fn(&String) -> bool) {
+        for (_, worker) in self.workers.iter().filter(|(uid, _)| which(uid)) {
+            worker.desired.send_modify(|desired| desired.resend += 1);
         }
-        if self.online && !online {
-            self.offline_since = Some(now);
-        }
-        self.online = online;
     }
 }

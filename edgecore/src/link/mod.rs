@@ -9,8 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use skerry_proto::sync::{Edge, Op, Reason};
-use tokio::sync::watch;
+use skerry_proto::sync::{Edge, Op, Reason, ReportKind};
+use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -40,6 +40,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 /// Between attempts of a node that was deleted in the cloud.
 const DELETED_RETRY: Duration = Duration::from_secs(300);
+
+/// What the cloud asks to be reported once more: a status of this kind, by the UID of what it is about.
+pub type ReportWanted = (ReportKind, String);
 
 /// How the link is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +94,8 @@ pub struct Link {
     pub store: Store,
     /// Who it is; a renewed identity is used at the next connect.
     pub identity: watch::Receiver<Arc<Identity>>,
+    /// Where it says what is to be reported once more.
+    pub wanted: broadcast::Sender<ReportWanted>,
     /// Where it says how it is.
     pub state: watch::Sender<LinkState>,
     /// Ends it.

@@ -214,6 +214,8 @@ impl<'a> Session<'a> {
                     self.given.remove(id);
                     self.push(Job::Done { id, refused });
                 }
+                // Nobody listens while the kubelet starts; it reports everything then.
+                EdgeOutput::ReportWanted { kind, uid } => drop(self.link.wanted.send((kind, uid))),
                 EdgeOutput::InSync(Collection::Pods) => self.push(Job::PodsKnown),
                 EdgeOutput::InSync(collection) => debug!(?collection, "in sync"),
                 EdgeOutput::Dismissed(goodbye) => {

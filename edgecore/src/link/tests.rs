@@ -57,6 +57,7 @@ impl Bed {
             server,
             store: store.clone(),
             identity: watch::channel(Arc::new(identity)).1,
+            wanted: broadcast::channel(1).0,
             state: sender,
             shutdown: shutdown.clone(),
         };

@@ -11,7 +11,7 @@ use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL, REPORT_WINDOW,
     Report, decode, encode, rank,
 };
-use crate::wire::{self, Collection, Frame, frame::Body, goodbye::Reason};
+use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
 /// Durable changes that are acknowledged at the latest, though more of them are on their way to the disk.
 const ACK_EVERY: u64 = 16;
@@ -89,6 +89,13 @@ pub enum EdgeOutput {
         id: u64,
         /// Why it was refused; empty if it was taken.
         refused: String,
+    },
+    /// The cloud does not see what was reported of this object any more: it is to be reported once more.
+    ReportWanted {
+        /// A pod's status or the node's.
+        kind: ReportKind,
+        /// UID of the pod or Node.
+        uid: String,
     },
     /// A digest check agreed: what the store holds of this collection is what the cloud wants.
     InSync(Collection),
@@ -284,6 +291,10 @@ impl Edge {
                 };
                 self.sent.remove(at);
                 out.push(EdgeOutput::Reported { id: ack.id, refused: ack.refused });
+                Ok(())
+            }
+            Some(Body::ReportRequest(request)) => {
+                out.push(EdgeOutput::ReportWanted { kind: request.kind(), uid: request.uid });
                 Ok(())
             }
             Some(Body::Ping(wire::Ping { token })) => {

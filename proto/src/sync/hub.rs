@@ -187,6 +187,14 @@ impl Hub {
         }
     }
 
+    /// Has the edge report once more what it knows of an object.
+    pub fn ask_report(&mut self, kind: ReportKind, uid: String) -> Vec<HubOutput> {
+        if self.closed {
+            return Vec::new();
+        }
+        vec![send(Body::ReportRequest(wire::ReportRequest { kind: kind.into(), uid }))]
+    }
+
     /// Takes an input at a time.
     pub fn step(&mut self, now: Duration, input: HubInput) -> Vec<HubOutput> {
         let mut out = Vec::new();
@@ -276,7 +284,8 @@ impl Hub {
                 | Body::Upsert(_)
                 | Body::Delete(_)
                 | Body::DigestCheck(_)
-                | Body::ReportAck(_),
+                | Body::ReportAck(_)
+                | Body::ReportRequest(_),
             ) => Err("a frame that only the cloud sends".to_owned()),
         }
     }

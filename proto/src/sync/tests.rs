@@ -195,7 +195,7 @@ impl World {
                 EdgeOutput::Reported { id, .. } => {
                     self.store.outbox.remove(&id);
                 }
-                EdgeOutput::InSync(_) => {}
+                EdgeOutput::InSync(_) | EdgeOutput::ReportWanted { .. } => {}
                 EdgeOutput::Close(goodbye) => {
                     assert_eq!(goodbye, None, "no machine breaks the protocol");
                     self.disconnect();

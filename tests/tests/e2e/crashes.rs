@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use serde_json::json;
+use skerry_tests::kubectl::is_ready;
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::wait::until;
 
@@ -87,6 +88,38 @@ fn cloudcore_is_killed() -> Result<()> {
         expected.remove(&("two".to_owned(), "main".to_owned()));
         ensure!(after == expected, "containers changed: {expected:?} {after:?}");
         world.wait_node_ready()
+    })
+}
+
+#[test]
+fn a_new_cloudcore_notices_what_was_marked_unready_before_it() -> Result<()> {
+    story("crash-cloud-unready", |world| {
+        world.run_pods(&sleeper("marked", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
+        world.cloud.kill();
+        // As the node lifecycle controller does when a lease runs out.
+        let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}).to_string();
+        world.kubectl.run(&["patch", "pod", "marked", "--subresource=status", "-p", &unready])?;
+        ensure!(!is_ready(&world.kubectl.get("pod", "marked")?), "the patch had no effect: the test tests nothing");
+        world.cloud.boot()?;
+        world.wait_ready("app=sleeper", 1).map(drop)
+    })
+}
+
+#[test]
+fn the_store_is_deleted_under_a_running_agent() -> Result<()> {
+    story("crash-store-unlinked", |world| {
+        three_pods(world)?;
+        let before = world.running()?;
+        for file in world.edge.data_files("store") {
+            fs::remove_file(file)?;
+        }
+        let node = world.edge.name().to_owned();
+        world.kubectl.apply(&sleeper("four", &node, true).to_string())?;
+        world.wait_ready("app=sleeper", 4)?;
+        world.kubectl.delete("pod", "four")?;
+        world.kubectl.wait_gone("pod", "four", 60)?;
+        world.restart_edge()?;
+        back_in_step(world, &before)
     })
 }
 

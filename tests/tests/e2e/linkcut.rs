@@ -98,6 +98,26 @@ fn a_flapping_link_rebuilds_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_deletion_under_way_ends_without_the_link() -> Result<()> {
+    story("linkcut-deletion", |world| {
+        let mut pod = sleeper("leaves", world.edge.name(), false);
+        pod["spec"]["containers"][0] = container("main", &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]);
+        pod["spec"]["terminationGracePeriodSeconds"] = json!(8);
+        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        world.kubectl.delete("pod", "leaves")?;
+        until("the box to hear of the deletion", 10, || {
+            Ok(world.edge.cli(&["get", "pods"])?.stdout.contains("Terminating"))
+        })?;
+        world.relay.cut();
+        ensure!(!world.running()?.is_empty(), "it ended before the link was cut: the test tests nothing");
+        until("the container to end in its grace period", 30, || Ok(world.running()?.is_empty()))?;
+        ensure!(world.kubectl.find("pod", "leaves")?.is_some(), "the link was not cut");
+        world.relay.heal();
+        world.kubectl.wait_gone("pod", "leaves", 90)
+    })
+}
+
+#[test]
 fn what_happens_offline_is_told_later() -> Result<()> {
     story("linkcut-later", |world| {
         let node = world.edge.name().to_owned();
