@@ -95,19 +95,12 @@ pub trait Feed: Send + 'static {
 /// Why a node was not registered.
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
-    /// Another machine lives under this name.
+    /// Another machine joined under this name. Which one is not told: that is what proves a machine to be the same.
     #[error(
-        "node {name} is alive on another machine (machine id {machine_id}, last seen {last_seen}): \
-         pick another name, or run `kubectl delete node {name}` first"
+        "node {0} is another machine: pick another name with --node-name, or, if that machine is gone for good or was set up anew, run \
+         `kubectl delete node {0}` first"
     )]
-    NameAlive {
-        /// The name asked for.
-        name: String,
-        /// The machine that has it.
-        machine_id: String,
-        /// When its lease was last renewed, RFC 3339.
-        last_seen: String,
-    },
+    NameTaken(String),
     /// The Node exists and is none of ours.
     #[error("node {0} exists and is not an edge node: pick another name, or run `kubectl delete node {0}` first")]
     NotEdge(String),

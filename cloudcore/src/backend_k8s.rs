@@ -180,7 +180,7 @@ impl Backend for K8sBackend {
         machine_id: &str,
         labels: &BTreeMap<String, String>,
     ) -> Result<NodeIdentity, RegisterError> {
-        nodes::register(&self.api, name, machine_id, labels, clock::wall()).await
+        nodes::register(&self.api, name, machine_id, labels).await
     }
 
     async fn check(&self, node: &NodeIdentity) -> Result<NodeCheck, BackendError> {

@@ -81,7 +81,7 @@ pub struct JoinResponse {
 /// Body of any refusal of the HTTPS endpoints.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Refusal {
-    /// A stable word: `token_expired`, `token_unknown`, `token_used_up`, `token_other_node`, `name_invalid`, `name_alive`, …
+    /// A stable word: `token_expired`, `token_unknown`, `token_used_up`, `token_other_node`, `name_invalid`, `name_taken`, …
     pub reason: String,
     /// Cause and remedy, for people.
     pub message: String,

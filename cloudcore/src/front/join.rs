@@ -148,7 +148,7 @@ fn secrets_refused(error: &SecretError) -> No {
 
 fn register_refused(error: &RegisterError) -> No {
     let (status, reason) = match error {
-        RegisterError::NameAlive { .. } => (StatusCode::CONFLICT, "name_alive"),
+        RegisterError::NameTaken(_) => (StatusCode::CONFLICT, "name_taken"),
         RegisterError::NotEdge(_) => (StatusCode::CONFLICT, "name_not_edge"),
         RegisterError::Api(source) => return api_refused(source),
     };

@@ -81,8 +81,7 @@ impl Backend for FakeBackend {
         let uid = format!("uid-of-{name}");
         let held = script.nodes.entry(name.to_owned()).or_insert_with(|| (uid, machine_id.to_owned()));
         if held.1 != machine_id {
-            let (name, machine_id, last_seen) = (name.to_owned(), held.1.clone(), "now".to_owned());
-            return Err(RegisterError::NameAlive { name, machine_id, last_seen });
+            return Err(RegisterError::NameTaken(name.to_owned()));
         }
         Ok(NodeIdentity { name: name.to_owned(), uid: held.0.clone() })
     }
@@ -403,7 +402,7 @@ async fn every_refusal_of_a_join_says_what_and_what_to_do() {
         (422, "name_invalid", good.clone(), on("Box_2"), "--node-name"),
         (
             409,
-            "name_alive",
+            "name_taken",
             good.clone(),
             JoinRequest { machine_id: "other".to_owned(), ..on("box-1") },
             "kubectl delete node",

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use jiff::{SignedDuration, Timestamp};
 use kube::api::{DynamicObject, Patch};
 use serde_json::{Value, json};
 use skerry_proto::EDGE_LABEL;
@@ -16,18 +15,18 @@ pub(crate) mod leases;
 
 /// Which machine a Node is.
 const MACHINE_ANNOTATION: &str = "skerry.dev/machine-id";
-/// A name is free for another machine when its lease is older than this.
-const ALIVE: SignedDuration = SignedDuration::from_secs(leases::DURATION_SECONDS);
 /// Someone else may create or delete the Node while we look.
 const ATTEMPTS: usize = 4;
 
-/// Creates the Node, or takes it over for the same machine or from one that is not heard of any more. `name` can be a Node's.
+/// Creates the Node, or takes it over for the same machine. `name` can be a Node's.
+///
+/// Never for another machine, however long the first has not been heard of: it may only be offline, and would come back as a second one
+/// under the same name. Only whoever may delete the Node can say that it will not.
 pub(crate) async fn register(
     api: &Apiserver,
     name: &str,
     machine_id: &str,
     wanted: &BTreeMap<String, String>,
-    now: Timestamp,
 ) -> Result<NodeIdentity, RegisterError> {
     let failed = |source| RegisterError::Api(BackendError { action: format!("register node {name}"), source });
     let labels = labels::of_node(name, wanted);
@@ -37,8 +36,7 @@ pub(crate) async fn register(
         let answer = match api.get(Kind::Node, "", name).await.map_err(failed)? {
             None => api.create(Kind::Node, "", new_node(name, machine_id, &labels)).await,
             Some(node) => {
-                let lease = api.get(Kind::Lease, leases::NAMESPACE, name).await.map_err(failed)?;
-                may_take_over(name, machine_id, &node, lease.as_ref(), now)?;
+                may_take_over(name, machine_id, &node)?;
                 let uid = node.metadata.uid.unwrap_or_default();
                 let patch = json!({"metadata": {"uid": uid, "labels": labels, "annotations": {MACHINE_ANNOTATION: machine_id}}});
                 api.patch(Kind::Node, "", name, &Patch::Merge(patch)).await
@@ -70,27 +68,16 @@ pub(crate) async fn relabel(api: &Apiserver, node: &NodeIdentity) -> Result<(), 
     api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await.map(drop)
 }
 
-fn may_take_over(
-    name: &str,
-    machine_id: &str,
-    node: &DynamicObject,
-    lease: Option<&DynamicObject>,
-    now: Timestamp,
-) -> Result<(), RegisterError> {
+fn may_take_over(name: &str, machine_id: &str, node: &DynamicObject) -> Result<(), RegisterError> {
     let metadata = &node.metadata;
     if !metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(EDGE_LABEL)) {
         return Err(RegisterError::NotEdge(name.to_owned()));
     }
     let machine = metadata.annotations.as_ref().and_then(|annotations| annotations.get(MACHINE_ANNOTATION));
-    let Some(machine) = machine.filter(|machine| *machine != machine_id) else { return Ok(()) };
-    let renewed = lease.and_then(|lease| lease.data["spec"]["renewTime"].as_str()?.parse::<Timestamp>().ok());
-    match renewed {
-        Some(renewed) if now.duration_since(renewed) < ALIVE => Err(RegisterError::NameAlive {
-            name: name.to_owned(),
-            machine_id: machine.clone(),
-            last_seen: renewed.to_string(),
-        }),
-        _ => Ok(()),
+    match machine {
+        Some(machine) if machine != machine_id => Err(RegisterError::NameTaken(name.to_owned())),
+        // One that an operator made beforehand has none.
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -99,7 +86,8 @@ fn new_node(name: &str, machine_id: &str, labels: &BTreeMap<String, String>) -> 
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": {"name": name, "labels": labels, "annotations": {MACHINE_ANNOTATION: machine_id}},
-        "spec": {},
+        // A cloud provider's controller would take a Node without one for a machine of its own, and delete it when it cannot find it.
+        "spec": {"providerID": format!("skerry://{name}")},
     })
 }
 
@@ -108,26 +96,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_belongs_to_the_machine_that_lives_under_it() {
-        let now: Timestamp = "2026-01-01T00:01:00Z".parse().unwrap();
+    fn a_name_belongs_to_the_machine_that_has_it() {
         let object = |value: Value| serde_json::from_value::<DynamicObject>(value).unwrap();
         let node = |machine: Option<&str>| {
             object(
                 json!({"metadata": {"name": "e", "labels": {EDGE_LABEL: ""}, "annotations": machine.map(|id| json!({MACHINE_ANNOTATION: id}))}}),
             )
         };
-        let lease = |time: &str| Some(object(json!({"metadata": {"name": "e"}, "spec": {"renewTime": time}})));
-        let (fresh, stale) = (lease("2026-01-01T00:00:30.000000Z"), lease("2026-01-01T00:00:10.000000Z"));
-        let check =
-            |node: &DynamicObject, lease: &Option<DynamicObject>| may_take_over("e", "me", node, lease.as_ref(), now);
-
-        assert!(check(&node(Some("me")), &fresh).is_ok());
-        assert!(check(&node(None), &fresh).is_ok());
-        assert!(check(&node(Some("other")), &stale).is_ok());
-        assert!(check(&node(Some("other")), &None).is_ok());
-        let alive = check(&node(Some("other")), &fresh).unwrap_err().to_string();
-        assert!(alive.contains("machine id other, last seen 2026-01-01T00:00:30Z"), "{alive}");
+        assert!(may_take_over("e", "me", &node(Some("me"))).is_ok());
+        assert!(may_take_over("e", "me", &node(None)).is_ok());
+        let taken = may_take_over("e", "me", &node(Some("secret"))).unwrap_err().to_string();
+        assert!(taken.contains("kubectl delete node e") && !taken.contains("secret"), "{taken}");
         let worker = object(json!({"metadata": {"name": "e"}}));
-        assert!(matches!(check(&worker, &stale), Err(RegisterError::NotEdge(_))));
+        assert!(matches!(may_take_over("e", "me", &worker), Err(RegisterError::NotEdge(_))));
     }
 }

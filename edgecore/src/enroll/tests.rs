@@ -208,7 +208,7 @@ async fn refusals_are_shown_and_leave_nothing_joined() {
         ("token_expired", "the token expired 3 h ago; make a new one"),
         ("token_used_up", "the token was used 1 of 1 times; make a new one"),
         ("token_other_node", "the token is for node other"),
-        ("name_alive", "a node of that name is online; choose another with --node-name"),
+        ("name_taken", "a node of that name is another machine; choose another with --node-name"),
     ] {
         cloud.reply([Reply::Proper, Reply::Refuse(reason, message)]);
         assert_eq!(both(&cloud, dir.path()).await.unwrap_err().to_string(), message);

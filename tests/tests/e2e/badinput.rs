@@ -88,7 +88,7 @@ fn names_that_cannot_be_had() -> Result<()> {
         let answer = peer::join(world.cloud.address(), &token, world.edge.name(), "another-machine")?;
         let Err(refusal) = answer else { anyhow::bail!("the name of a living node was given away") };
         ensure!(
-            refusal.reason == "name_alive" && refusal.message.contains(world.edge.name()),
+            refusal.reason == "name_taken" && refusal.message.contains(world.edge.name()),
             "another refusal: {refusal:?}"
         );
         let answer = peer::join(world.cloud.address(), &token, "Not_A_Name", "another-machine")?;
