@@ -10,6 +10,7 @@ use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::api::{
     Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
 };
+use kube::core::Status;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -145,6 +146,9 @@ pub(crate) enum Verdict {
     Conflict,
     /// Try again, not before this long if given.
     Later(Option<Duration>),
+    /// Forbidden, or not in the apiserver's own words, and why. That passes mostly: an apiserver that starts forbids everything for some
+    /// seconds (kubernetes#121635), and what stands before it answers as it likes.
+    Doubtful(String),
     /// It will be refused again.
     Refused(String),
 }
@@ -152,8 +156,8 @@ pub(crate) enum Verdict {
 /// Sorts a failure.
 pub(crate) fn verdict(error: &kube::Error) -> Verdict {
     match error {
+        kube::Error::Api(_) if is_not_found(error) => Verdict::NotFound,
         kube::Error::Api(status) => match status.code {
-            404 => Verdict::NotFound,
             409 => Verdict::Conflict,
             // 401: our own credential is being rotated.
             401 | 408 | 429 | 500.. => Verdict::Later(
@@ -164,11 +168,30 @@ pub(crate) fn verdict(error: &kube::Error) -> Verdict {
                     .filter(|seconds| *seconds > 0)
                     .map(|seconds| Duration::from_secs(u64::from(seconds))),
             ),
-            code => Verdict::Refused(format!("apiserver answered {code}: {}", status.message)),
+            400 | 413 | 422 => Verdict::Refused(answer(status)),
+            // A namespace that is being deleted takes nothing new and will not change its mind.
+            403 if has_cause(status, "NamespaceTerminating") => Verdict::Refused(answer(status)),
+            _ => Verdict::Doubtful(answer(status)),
         },
         kube::Error::BuildRequest(_) | kube::Error::HttpError(_) => Verdict::Refused(error.to_string()),
         _ => Verdict::Later(None),
     }
+}
+
+/// Whether the apiserver itself says that an object, which it names, is not there. A 404 of anything that stands before it says nothing
+/// about objects.
+pub(crate) fn is_not_found(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    let named = status.details.as_ref().is_some_and(|details| !details.name.is_empty());
+    status.code == 404 && status.reason == "NotFound" && named
+}
+
+fn has_cause(status: &Status, reason: &str) -> bool {
+    status.details.as_ref().is_some_and(|details| details.causes.iter().any(|cause| cause.reason == reason))
+}
+
+fn answer(status: &Status) -> String {
+    format!("apiserver answered {}: {}", status.code, status.message)
 }
 
 /// How long to wait before a request is tried again: [`pause`] from 0.25 s to 30 s.
@@ -305,24 +328,38 @@ impl Apiserver {
 
 #[cfg(test)]
 mod tests {
-    use kube::core::Status;
-
     use super::*;
 
-    fn answer(code: u16, retry_after: u32) -> kube::Error {
-        let status = serde_json::json!({
-            "status": "Failure", "code": code, "message": "because", "details": {"retryAfterSeconds": retry_after},
-        });
+    fn error(status: Value) -> kube::Error {
         kube::Error::Api(serde_json::from_value::<Status>(status).unwrap().boxed())
+    }
+
+    fn answer(code: u16, retry_after: u32) -> kube::Error {
+        error(serde_json::json!({
+            "status": "Failure", "code": code, "message": "because", "details": {"retryAfterSeconds": retry_after},
+        }))
     }
 
     #[test]
     fn failures_are_sorted() {
-        assert_eq!(verdict(&answer(404, 0)), Verdict::NotFound);
         assert_eq!(verdict(&answer(409, 0)), Verdict::Conflict);
         assert_eq!(verdict(&answer(429, 7)), Verdict::Later(Some(Duration::from_secs(7))));
         assert_eq!(verdict(&answer(401, 0)), Verdict::Later(None));
         assert_eq!(verdict(&answer(503, 0)), Verdict::Later(None));
         assert_eq!(verdict(&answer(422, 0)), Verdict::Refused("apiserver answered 422: because".into()));
+        assert_eq!(verdict(&answer(403, 0)), Verdict::Doubtful("apiserver answered 403: because".into()));
+        let terminating = serde_json::json!({"code": 403, "details": {"causes": [{"reason": "NamespaceTerminating"}]}});
+        assert!(matches!(verdict(&error(terminating)), Verdict::Refused(_)));
+    }
+
+    #[test]
+    fn only_the_apiserver_says_that_something_is_not_there() {
+        let status = |reason: &str, name: &str| {
+            error(serde_json::json!({"code": 404, "reason": reason, "details": {"name": name, "kind": "nodes"}}))
+        };
+        assert_eq!(verdict(&status("NotFound", "edge-1")), Verdict::NotFound);
+        for other in [status("NotFound", ""), status("Failed to parse error data", "edge-1"), answer(404, 0)] {
+            assert!(matches!(verdict(&other), Verdict::Doubtful(_)));
+        }
     }
 }

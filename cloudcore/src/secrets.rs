@@ -9,6 +9,8 @@ use k8s_openapi::api::core::v1::{Namespace, Secret};
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams, Preconditions};
 use kube::{Api, Client, ResourceExt as _};
 
+use crate::apiserver::is_not_found;
+
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Why the store of Secrets did not do it.
@@ -108,7 +110,11 @@ impl KubeSecrets {
             Ok(Err(source)) => Err(match api_code(&source) {
                 Some(409) => SecretError::Conflict,
                 Some(401 | 403) => SecretError::Forbidden { action: action(), source },
-                Some(429 | 500..) | None => SecretError::Unavailable { action: action(), source: source.into() },
+                // A 404 or another answer that is not the apiserver's own is that of something before it.
+                Some(0 | 429 | 500..) | None => SecretError::Unavailable { action: action(), source: source.into() },
+                Some(404) if !is_not_found(&source) => {
+                    SecretError::Unavailable { action: action(), source: source.into() }
+                }
                 Some(_) => SecretError::Refused { action: action(), source },
             }),
         }
@@ -125,13 +131,16 @@ pub fn api_code(error: &kube::Error) -> Option<u16> {
 
 impl SecretStore for KubeSecrets {
     async fn read(&self, name: &str) -> Result<Option<Secret>, SecretError> {
-        self.call(&format!("read the Secret {name}"), self.api.get_opt(name)).await
+        match self.call(&format!("read the Secret {name}"), self.api.get(name)).await {
+            Err(SecretError::Refused { source, .. }) if is_not_found(&source) => Ok(None),
+            read => read.map(Some),
+        }
     }
 
     async fn create(&self, secret: &Secret) -> Result<Secret, SecretError> {
         let action = format!("create the Secret {}", secret.name_any());
         match self.call(&action, self.api.create(&PostParams::default(), secret)).await {
-            Err(SecretError::Refused { source, .. }) if api_code(&source) == Some(404) => {
+            Err(SecretError::Refused { source, .. }) if is_not_found(&source) => {
                 Err(SecretError::NoNamespace(self.namespace.clone()))
             }
             done => done,
@@ -142,7 +151,7 @@ impl SecretStore for KubeSecrets {
         let name = secret.name_any();
         let action = format!("update the Secret {name}");
         match self.call(&action, self.api.replace(&name, &PostParams::default(), secret)).await {
-            Err(SecretError::Refused { source, .. }) if api_code(&source) == Some(404) => Err(SecretError::Conflict),
+            Err(SecretError::Refused { source, .. }) if is_not_found(&source) => Err(SecretError::Conflict),
             done => done,
         }
     }
@@ -156,7 +165,7 @@ impl SecretStore for KubeSecrets {
         match self.call(&format!("delete the Secret {name}"), self.api.delete(&name, &params)).await {
             Ok(_) => Ok(true),
             Err(SecretError::Conflict) => Ok(false),
-            Err(SecretError::Refused { source, .. }) if api_code(&source) == Some(404) => Ok(false),
+            Err(SecretError::Refused { source, .. }) if is_not_found(&source) => Ok(false),
             Err(error) => Err(error),
         }
     }

@@ -135,8 +135,12 @@ async fn apply(api: &Apiserver, key: String, mut job: Job) -> Option<(String, Jo
             None
         }
         // For as long as it takes: the pod may never change, and so never be looked at again.
-        Verdict::Later(after) => {
-            let wait = backoff(job.attempt, rand::random()).max(after.unwrap_or_default());
+        verdict @ (Verdict::Later(_) | Verdict::Doubtful(_)) => {
+            let after = match verdict {
+                Verdict::Later(after) => after.unwrap_or_default(),
+                _ => Duration::ZERO,
+            };
+            let wait = backoff(job.attempt, rand::random()).max(after);
             job.attempt = job.attempt.saturating_add(1);
             Some((key, job, wait))
         }

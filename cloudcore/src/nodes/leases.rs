@@ -190,7 +190,7 @@ async fn renew(api: &Apiserver, renewal: &Renewal, now: Timestamp) -> Renewed {
     match answer {
         Ok(lease) => epoch_of(&lease).map_or(Renewed::Yes, Renewed::Epoch),
         Err(error) => match verdict(&error) {
-            Verdict::Refused(reason) => {
+            Verdict::Refused(reason) | Verdict::Doubtful(reason) => {
                 warn!(node = name, %reason, "cannot renew the node's lease");
                 Renewed::Failed
             }

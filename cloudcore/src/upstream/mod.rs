@@ -31,6 +31,9 @@ mod node;
 pub(crate) mod pod;
 mod queue;
 
+/// A report that meets only doubtful answers is tried this often, which takes two minutes, so that it does not hold its place in the edge's
+/// window for ever.
+const DOUBTFUL_ATTEMPTS: u32 = 10;
 /// Requests for reports under way at once, of all nodes.
 const AT_ONCE: usize = 32;
 /// Takes the reports of all sessions.
@@ -64,7 +67,23 @@ enum Outcome {
     /// It is what the apiserver has already.
     Unchanged,
     Refused(String),
+    /// What it is about is not there any more, or another one has its name.
+    Gone(&'static str),
+    /// Refused unless it passes.
+    Doubtful(String),
     Later(Option<Duration>),
+}
+
+impl Outcome {
+    /// What a failed request makes of a report, when nothing else is known.
+    fn of(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Refused(reason) => Self::Refused(reason),
+            Verdict::Doubtful(reason) => Self::Doubtful(reason),
+            Verdict::Later(after) => Self::Later(after),
+            Verdict::NotFound | Verdict::Conflict => Self::Later(None),
+        }
+    }
 }
 
 impl Upstream {
@@ -145,6 +164,11 @@ impl Upstream {
             }),
             Err(_) => Outcome::Later(None),
         };
+        let outcome = match outcome {
+            Outcome::Doubtful(reason) if waiting.attempt + 1 >= DOUBTFUL_ATTEMPTS => Outcome::Refused(reason),
+            Outcome::Doubtful(_) => Outcome::Later(None),
+            other => other,
+        };
         let refused = match outcome {
             Outcome::Taken => {
                 self.api.metrics().report(kind, "taken");
@@ -154,13 +178,18 @@ impl Upstream {
                 self.api.metrics().report(kind, "unchanged");
                 String::new()
             }
+            Outcome::Gone(reason) => {
+                self.api.metrics().report(kind, "gone");
+                reason.to_owned()
+            }
             Outcome::Refused(reason) => {
                 self.api.metrics().report(kind, "refused");
                 let Report { namespace, name, uid, .. } = report;
                 warn!(node = queue.node.name, kind, %namespace, %name, %uid, %reason, "report refused");
                 if reason.is_empty() { "refused".into() } else { reason }
             }
-            Outcome::Later(after) => {
+            Outcome::Doubtful(_) | Outcome::Later(_) => {
+                let after = if let Outcome::Later(after) = outcome { after } else { None };
                 let wait = backoff(waiting.attempt, rand::random()).max(after.unwrap_or_default());
                 if lock(&queue.state).again(waiting, clock::monotonic() + wait) {
                     return None;
@@ -191,7 +220,7 @@ impl Upstream {
         let key = format!("{}/{}", report.namespace, report.name);
         let mut facts = match self.own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
             Ok(facts) => facts,
-            Err(Outcome::Refused(_)) if content.finished && self.pod_is_gone(&key, &report.uid) => {
+            Err(Outcome::Gone(_)) if content.finished && self.pod_is_gone(&key, &report.uid) => {
                 return Outcome::Unchanged;
             }
             Err(outcome) => return outcome,
@@ -214,7 +243,6 @@ impl Upstream {
                     self.shared.closures().pod_written(&key, facts.clone());
                 }
                 Err(error) => match verdict(&error) {
-                    Verdict::Later(after) => return Outcome::Later(after),
                     // The UID guard answers 422, which a status that cannot be does as well: the pod itself is asked.
                     Verdict::Refused(reason) => {
                         return self.after_refusal(queue, report, content.finished, Outcome::Refused(reason)).await;
@@ -222,6 +250,7 @@ impl Upstream {
                     Verdict::NotFound | Verdict::Conflict => {
                         return self.after_refusal(queue, report, content.finished, Outcome::Later(None)).await;
                     }
+                    verdict => return Outcome::of(verdict),
                 },
             }
         }
@@ -242,8 +271,7 @@ impl Upstream {
             Ok(()) => Outcome::Taken,
             Err(error) => match verdict(&error) {
                 Verdict::NotFound | Verdict::Conflict => Outcome::Taken,
-                Verdict::Later(after) => Outcome::Later(after),
-                Verdict::Refused(reason) => Outcome::Refused(reason),
+                verdict => Outcome::of(verdict),
             },
         }
     }
@@ -252,7 +280,7 @@ impl Upstream {
     async fn after_refusal(&self, queue: &Queue, report: &Report, finished: bool, otherwise: Outcome) -> Outcome {
         match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
             Ok(_) => otherwise,
-            Err(Outcome::Refused(_)) if finished => Outcome::Taken,
+            Err(Outcome::Gone(_)) if finished => Outcome::Taken,
             Err(outcome) => outcome,
         }
     }
@@ -285,23 +313,19 @@ impl Upstream {
             return Err(Outcome::Refused("the report names no pod".into()));
         }
         match self.api.get(Kind::Pod, namespace, name).await {
-            Ok(None) => Err(Outcome::Refused("the pod is gone".into())),
+            Ok(None) => Err(Outcome::Gone("the pod is gone")),
             Ok(Some(pod)) => {
                 let pod = Kind::Pod.json(&pod);
                 let facts = PodFacts::of(&pod);
                 if facts.uid != uid {
-                    Err(Outcome::Refused("the pod is gone: another one has its name".into()))
+                    Err(Outcome::Gone("the pod is gone: another one has its name"))
                 } else if pod["spec"]["nodeName"] != node.name.as_str() {
                     Err(Outcome::Refused("the pod belongs to another node".into()))
                 } else {
                     Ok(facts)
                 }
             }
-            Err(error) => Err(match verdict(&error) {
-                Verdict::Refused(reason) => Outcome::Refused(reason),
-                Verdict::Later(after) => Outcome::Later(after),
-                Verdict::NotFound | Verdict::Conflict => Outcome::Later(None),
-            }),
+            Err(error) => Err(Outcome::of(verdict(&error))),
         }
     }
 
@@ -321,14 +345,12 @@ impl Upstream {
         match self.api.patch_status(Kind::Node, "", &node.name, patch).await {
             Ok(_) => Outcome::Taken,
             Err(error) => match verdict(&error) {
-                Verdict::NotFound => Outcome::Refused("the Node is gone".into()),
+                Verdict::NotFound => Outcome::Gone("the Node is gone"),
                 // Two causes: another writer, or another Node of this name.
                 Verdict::Conflict if self.shared.closures().node(&node.name).is_some_and(|known| known != *node) => {
-                    Outcome::Refused("the Node is gone: another one has its name".into())
+                    Outcome::Gone("the Node is gone: another one has its name")
                 }
-                Verdict::Conflict => Outcome::Later(None),
-                Verdict::Later(after) => Outcome::Later(after),
-                Verdict::Refused(reason) => Outcome::Refused(reason),
+                verdict => Outcome::of(verdict),
             },
         }
     }
@@ -358,10 +380,8 @@ impl Upstream {
             (error, _) => error,
         };
         match error {
-            Verdict::Refused(reason) => Outcome::Refused(reason),
-            Verdict::Later(after) => Outcome::Later(after),
-            Verdict::NotFound => Outcome::Refused("the event's namespace is gone".into()),
-            Verdict::Conflict => Outcome::Later(None),
+            Verdict::NotFound => Outcome::Gone("the event's namespace is gone"),
+            verdict => Outcome::of(verdict),
         }
     }
 }

@@ -14,9 +14,7 @@ use crate::world::{Setup, World, alone, control, story};
 fn reports_outlive_an_apiserver_that_refuses_them() -> Result<()> {
     with_proxy("api-refuses", |world| {
         for (number, fault) in
-            [Fault::Status(429), Fault::Status(500), Fault::Status(409), Fault::Hangup, Fault::Silence]
-                .into_iter()
-                .enumerate()
+            [429, 500, 409, 403, 404].map(Fault::Status).into_iter().chain([Fault::Hangup, Fault::Silence]).enumerate()
         {
             let mut left = 5;
             inject(world, move |request| {
@@ -71,7 +69,8 @@ fn nothing_is_deleted_because_a_list_is_refused() -> Result<()> {
     with_proxy("api-lists", |world| {
         world.run_pods(&sleeper("stays", world.edge.name(), true).to_string(), "app=sleeper", 1)?;
         let before = world.running()?;
-        for fault in [Fault::Status(500), Fault::Status(429), Fault::Silence] {
+        // A 404 as whatever stands before an apiserver gives it: not the apiserver's word that anything is gone.
+        for fault in [Fault::Status(404), Fault::Status(500), Fault::Status(429), Fault::Silence] {
             inject(world, move |request| (request.method == "GET").then_some(fault));
             world.cloud.kill();
             world.cloud.spawn()?;
