@@ -38,6 +38,11 @@ pub(crate) fn allowed(key: &str, value: &str) -> bool {
     is_key(key) && is_value(value) && may_set(key)
 }
 
+/// Whether the machine decides this label, and not whoever runs it.
+pub(crate) fn is_measured(key: &str) -> bool {
+    KUBELET_LABELS.contains(&key)
+}
+
 /// Whether a node may set a label of this key on itself.
 pub(crate) fn may_set(key: &str) -> bool {
     let Some((prefix, _)) = key.split_once('/') else { return true };

@@ -57,6 +57,11 @@ pub(crate) fn outgoing(node: &str, report: &Report) -> Result<Outgoing, String> 
         }
         other => return Err(format!("a node may not report events of a {}", other.unwrap_or("nothing"))),
     };
+    // Names say whose an event is, so that no node counts another's up. edgecore makes them of a hash.
+    let suffix = name.strip_prefix(object).and_then(|rest| rest.strip_prefix('.'));
+    if !suffix.is_some_and(|suffix| !suffix.is_empty() && suffix.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+        return Err(format!("an event of {object} must be named {object}.HASH, not {name}"));
+    }
     // Events of what has no namespace live in the default one.
     let namespace = if about == About::Node { "default" } else { namespace };
     let count = event["count"].as_i64().unwrap_or(1).max(1);
@@ -130,7 +135,7 @@ mod tests {
 
     #[test]
     fn node_events_live_in_the_default_namespace() {
-        let event = json!({"metadata": {"name": "e.1"}, "involvedObject": {"kind": "Node", "name": "edge", "uid": "edge"}, "reason": "Starting"});
+        let event = json!({"metadata": {"name": "edge.1"}, "involvedObject": {"kind": "Node", "name": "edge", "uid": "edge"}, "reason": "Starting"});
         let event = outgoing("edge", &report(&event)).unwrap();
         assert_eq!((event.namespace.as_str(), event.about.clone()), ("default", About::Node));
         assert_eq!(repetition(&event), None);
@@ -148,6 +153,12 @@ mod tests {
         assert!(refused(&|event| event["involvedObject"] = json!({"kind": "Node", "name": "other"})).contains("other"));
         assert!(refused(&|event| event["involvedObject"]["uid"] = "".into()).contains("which pod"));
         assert!(refused(&|event| event["metadata"]["name"] = "".into()).contains("no name"));
+        for name in ["other.17", "p", "p.", "p.17.x", "p17"] {
+            assert!(
+                refused(&|event| event["metadata"]["name"] = name.into()).contains("must be named p.HASH"),
+                "{name}"
+            );
+        }
     }
 
     #[test]

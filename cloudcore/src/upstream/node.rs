@@ -47,8 +47,8 @@ pub(crate) fn patch(name: &str, uid: &str, report: &NodeReport, capacity: Option
     addresses.push(json!({"type": "Hostname", "address": name}));
     status.insert("addresses".into(), addresses.into());
     let labels: BTreeMap<&String, &String> =
-        report.labels.iter().filter(|(key, value)| labels::allowed(key, value)).collect();
-    // The status of a Node is the one subresource through which its labels and annotations may be written as well.
+        report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
+    // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
     let annotations = json!({ADDRESSES_ANNOTATION: report.addresses.join(",")});
     Ok(json!({"metadata": {"uid": uid, "annotations": annotations, "labels": labels}, "status": status}))
 }
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn only_labels_a_node_may_set_are_passed_on() {
+    fn only_labels_that_the_machine_decides_are_passed_on() {
         let labels = [
             ("kubernetes.io/arch", "amd64"),
             ("site", "mill"),
@@ -108,7 +108,7 @@ mod tests {
         };
         assert_eq!(
             patch("e", "u", &report, None).unwrap()["metadata"],
-            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b"}, "labels": {"kubernetes.io/arch": "amd64", "site": "mill"}})
+            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b"}, "labels": {"kubernetes.io/arch": "amd64"}})
         );
     }
 }
