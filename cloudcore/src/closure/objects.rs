@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 use skerry_proto::sync::Collection;
+use tracing::warn;
 
 use super::references::Reference;
 use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, sanitise, session, settings};
@@ -114,7 +115,13 @@ impl Closures {
         match answer {
             Ok(Some(value)) => {
                 slot.resource_version = value["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
-                slot.value = Known::Present(sanitise::object(reference.0, value));
+                let object = sanitise::object(reference.0, value);
+                slot.value = if object.is_deliverable() {
+                    Known::Present(object)
+                } else {
+                    warn!(collection = ?reference.0, key = reference.1, "too large to be sent to an edge node, which does without it");
+                    Known::Absent
+                };
             }
             Ok(None) => {
                 slot.resource_version.clear();

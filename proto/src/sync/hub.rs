@@ -10,7 +10,8 @@ use std::time::Duration;
 use prost::Message as _;
 
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, Object, PROTOCOL, REPORT_WINDOW, Report, decode, rank,
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_NAME, Object, PROTOCOL, REPORT_WINDOW, Report, decode,
+    rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
@@ -419,6 +420,9 @@ impl Hub {
             Knowledge::Asked(parts) => parts,
             Knowledge::None | Knowledge::Digest(_) | Knowledge::Rows => Vec::new(),
         };
+        if part.entries.iter().any(|entry| entry.key.len() > MAX_NAME || entry.uid.len() > MAX_NAME) {
+            return Err(format!("an inventory with a name of more than {MAX_NAME} bytes"));
+        }
         parts.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
         if parts.len() > MAX_INVENTORY {
             return Err(format!("an inventory of more than {MAX_INVENTORY} rows"));

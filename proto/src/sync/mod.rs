@@ -38,13 +38,16 @@ pub const PING_AFTER: Duration = Duration::from_secs(13);
 pub const DEAD_AFTER: Duration = Duration::from_secs(28);
 /// The largest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 4 << 20;
-/// The largest object after decompression, in bytes. etcd takes no more than 1.5 MiB; base64 and JSON come on top.
-pub const MAX_OBJECT: usize = 3 << 20;
+/// The largest object after decompression, in bytes. etcd takes 1.5 MiB of protobuf, of which JSON makes six times as much when it is all
+/// control characters.
+pub const MAX_OBJECT: usize = 10 << 20;
 
 /// Reports that may be on their way at once; an edge waits beyond it, a hub ends the session of one that does not.
 pub const REPORT_WINDOW: usize = 16;
-/// The most rows a hub accepts in one inventory: two orders of magnitude above what a node can hold.
-pub const MAX_INVENTORY: usize = 100_000;
+/// The most rows a hub accepts in one inventory: far above what a node can hold.
+pub const MAX_INVENTORY: usize = 10_000;
+/// The longest key or UID a hub accepts in an inventory, in bytes: namespace, name, a service account and an audience.
+const MAX_NAME: usize = 1024;
 /// Rows in one inventory frame.
 const INVENTORY_PART: usize = 1000;
 
@@ -77,6 +80,16 @@ impl Object {
     pub fn new(collection: Collection, key: String, uid: String, json: &[u8]) -> Self {
         let version = xxhash_rust::xxh3::xxh3_64(json);
         Self::with_version(collection, Entry { key, uid, version }, json)
+    }
+
+    /// Whether an edge accepts it.
+    pub fn is_deliverable(&self) -> bool {
+        let size = match self.encoding {
+            Encoding::Raw => Some(self.payload.len()),
+            Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(&self.payload),
+        };
+        // Names and numbers go into the same frame.
+        self.payload.len() + 4096 <= MAX_FRAME && size.is_some_and(|size| size <= MAX_OBJECT)
     }
 
     /// Makes an object whose version has another meaning than its content (a token's).

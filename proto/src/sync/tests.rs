@@ -541,6 +541,22 @@ fn a_version_that_was_to_be_kept_but_is_missing_is_asked_for() {
 }
 
 #[test]
+fn what_an_edge_would_refuse_is_known_beforehand() {
+    let deliverable = |json: &[u8]| {
+        let object = Object::new(Collection::ConfigMaps, "a/b".into(), "u".into(), json);
+        assert_eq!(decode(object.encoding, &object.payload).is_ok(), json.len() <= MAX_OBJECT);
+        object.is_deliverable()
+    };
+    assert!(deliverable(b"{}"));
+    // What a legal ConfigMap of zero bytes becomes.
+    assert!(deliverable(serde_json::to_string(&"\0".repeat(1_500_000)).unwrap().as_bytes()));
+    assert!(!deliverable(&vec![b'x'; MAX_OBJECT + 1]));
+    let mut noise = vec![0; MAX_FRAME];
+    StdRng::seed_from_u64(1).fill(&mut noise[..]);
+    assert!(!deliverable(&noise));
+}
+
+#[test]
 fn peers_that_break_the_protocol_are_dismissed() {
     let hello = |min, max| wire::Hello {
         protocol_min: min,
@@ -559,6 +575,16 @@ fn peers_that_break_the_protocol_are_dismissed() {
         Body::Delete(wire::Delete::default()),
         Body::Inventory(wire::Inventory { seq: 9, collection: Collection::Pods.into(), ..Default::default() }),
         Body::Inventory(wire::Inventory { collection: 77, ..Default::default() }),
+        Body::Inventory(wire::Inventory {
+            collection: Collection::Pods.into(),
+            entries: vec![wire::Entry { key: "k".repeat(MAX_NAME + 1), ..Default::default() }],
+            ..Default::default()
+        }),
+        Body::Inventory(wire::Inventory {
+            collection: Collection::Pods.into(),
+            entries: vec![wire::Entry::default(); MAX_INVENTORY + 1],
+            ..Default::default()
+        }),
         Body::Report(wire::Report {
             encoding: Encoding::Zstd.into(),
             payload: Bytes::from_static(b"junk"),
