@@ -7,8 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use k8s_openapi::api::core::v1::Node;
+use kube::Api;
+use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::registry::Registry;
+use skerry_proto::EDGE_LABEL;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +26,7 @@ use crate::front::{self, AGENT, Front};
 use crate::metrics::Metrics;
 use crate::pki::{self, CaError, CertificateAuthority, ServerCertificate};
 use crate::retry::{chain, persist};
-use crate::secrets::{KubeSecrets, SecretError};
+use crate::secrets::{KubeSecrets, SecretError, SecretStore as _};
 use crate::supervise::spawn;
 use crate::token::JoinTokens;
 use crate::{admin, clock};
@@ -67,6 +72,7 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
 
 async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     info!("{AGENT} starts");
+    raise_file_limit();
     // What can be wrong on this machine is said first, before anything waits for the apiserver.
     let client = client(config.kubeconfig.as_deref()).await?;
     let admin_listener = TcpListener::bind(config.admin).await.with_context(|| {
@@ -121,7 +127,7 @@ async fn start(
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let secrets = KubeSecrets::new(client.clone(), &config.namespace);
-    let authority = Arc::new(authority(config, &secrets).await?);
+    let authority = Arc::new(authority(config, &client, &secrets).await?);
     metrics.ca_expires(authority.expires().as_second());
     if let Some(first) = config.advertise.first() {
         let address = first.with_port(config.port);
@@ -155,8 +161,16 @@ async fn start(
 }
 
 /// Loads the CA or makes it, as long as that takes; makes the namespace too when that is allowed.
-async fn authority(config: &Config, secrets: &KubeSecrets) -> Result<CertificateAuthority, CaError> {
+async fn authority(
+    config: &Config,
+    client: &kube::Client,
+    secrets: &KubeSecrets,
+) -> Result<CertificateAuthority, CaError> {
     let load = || async {
+        // A new CA would lock out, without a word, every box that joined by the old one.
+        if secrets.read(pki::SECRET).await?.is_none() && has_edge_nodes(client).await? {
+            return Err(CaError::Orphaned);
+        }
         let load = || CertificateAuthority::load_or_create(secrets, config.data_dir.as_deref(), clock::wall());
         match load().await {
             Err(CaError::Secret(SecretError::NoNamespace(namespace))) => {
@@ -168,6 +182,27 @@ async fn authority(config: &Config, secrets: &KubeSecrets) -> Result<Certificate
         }
     };
     persist("loading the CA", CaError::is_transient, load).await
+}
+
+async fn has_edge_nodes(client: &kube::Client) -> Result<bool, SecretError> {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let one = ListParams::default().labels(EDGE_LABEL).limit(1);
+    match nodes.list_metadata(&one).await {
+        Ok(found) => Ok(!found.items.is_empty()),
+        Err(source) => {
+            Err(SecretError::Unavailable { action: "look for edge nodes".to_owned(), source: source.into() })
+        }
+    }
+}
+
+/// As many files, which is as many edges, as the system lets this process have; shells and service managers start it with few.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
+    match raised {
+        Ok(files) => info!(files, "limit of open files, one for each edge node"),
+        Err(error) => warn!("the limit of open files cannot be raised: {error}"),
+    }
 }
 
 /// Renews the server certificate ahead of its end and removes join tokens that expired.

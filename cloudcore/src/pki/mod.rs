@@ -16,6 +16,7 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, 
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use skerry_proto::EDGE_LABEL;
 use time::OffsetDateTime;
 
 use crate::secrets::{SecretError, SecretStore};
@@ -77,6 +78,12 @@ pub enum CaError {
         /// The copy.
         file: String,
     },
+    /// The CA is missing, and nodes joined by it.
+    #[error(
+        "the Secret {SECRET} is gone, but there are edge nodes, which trust only the CA that was in it; restore the Secret from a backup, or \
+         run `kubectl delete nodes -l {EDGE_LABEL}` to make a new CA and let every edge node join again"
+    )]
+    Orphaned,
     /// The copy cannot be read or written.
     #[error(
         "cannot keep the copy of the CA's certificate in {file}; make the data directory writable or leave --data-dir out"
