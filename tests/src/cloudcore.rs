@@ -159,6 +159,12 @@ fn install_rights(kubectl: &Kubectl) -> Result<String> {
     Ok(name.to_owned())
 }
 
+/// Removes what [`Cloudcore::start`] applied, and what cloudcore keeps in its namespace.
+pub fn remove_rights(kubectl: &Kubectl) -> Result<()> {
+    let manifest = paths::repository().join("deploy/rbac.yaml");
+    kubectl.run(&["delete", "-f", &manifest.display().to_string(), "--ignore-not-found", "--wait=false"]).map(drop)
+}
+
 fn parse_join_line(text: &str) -> Result<JoinLine> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let after = |word: &str| words.iter().position(|other| *other == word).and_then(|at| words.get(at + 1));

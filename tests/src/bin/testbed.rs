@@ -4,9 +4,9 @@
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
-use skerry_tests::cloudcore::Cloudcore;
+use skerry_tests::cloudcore::{self, Cloudcore, NAMESPACE};
 use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::edge::Edge;
 use skerry_tests::kubectl::{Kubectl, is_ready};
@@ -15,6 +15,10 @@ use skerry_tests::{cleanup, images, procfs};
 
 /// The node that this machine becomes.
 const NODE: &str = "edge-1";
+/// Where scripts/quickstart puts its example.
+const EXAMPLE: &str = "skerry-quickstart";
+/// A file in the state directory: the cluster is somebody else's, and everything there that carries our names is from here.
+const GUEST: &str = "guest";
 
 #[derive(Parser)]
 #[command(about = "A control plane, a runtime, cloudcore and one edge node on this machine")]
@@ -89,6 +93,9 @@ fn bring_up(dir: &Path) -> Result<()> {
     println!("control plane: etcd, kube-apiserver, kube-controller-manager, kube-scheduler");
     let control = ControlPlane::start_daemon(&dir.join("control"))?;
     std::fs::copy(control.admin_kubeconfig(), dir.join("kubeconfig"))?;
+    if !control.is_ours() {
+        enter(control.kubectl(), dir)?;
+    }
     println!("runtime: a containerd of its own, with the images of the example");
     let runtime = Runtime::start_daemon(&dir.join("runtime"), Cni::Empty)?;
     println!("cloudcore, under the rights of deploy/rbac.yaml");
@@ -113,16 +120,34 @@ fn down(dir: &Path) -> Result<()> {
         println!("nothing is up");
         return Ok(());
     }
-    // Nothing here needs a goodbye: the node, its pods and the cluster end together. In somebody else's cluster, what the example
-    // put there goes first.
-    if std::env::var_os("KUBECONFIG").is_some_and(|value| !value.is_empty())
-        && let Ok(kubectl) = Kubectl::new(&dir.join("kubeconfig"), dir)
-    {
-        kubectl.delete("deployment,configmap", "hello").ok();
-        kubectl.delete("node", NODE).ok();
-        kubectl.run(&["delete", "namespace", "skerry-system", "--ignore-not-found"]).ok();
+    // Nothing here needs a goodbye: the node, its pods and the cluster end together. In somebody else's cluster, what was put there goes
+    // first; as long as that fails, what is needed to try again stays.
+    if dir.join(GUEST).exists() {
+        leave(&Kubectl::new(&dir.join("kubeconfig"), dir)?).context(
+            "what was put into the cluster of $KUBECONFIG cannot be removed; when it answers again, try again",
+        )?;
     }
     cleanup::sweep(dir)
+}
+
+/// Makes sure that nothing in somebody else's cluster carries the names that are used here, so that `down` may remove what does.
+fn enter(kubectl: &Kubectl, dir: &Path) -> Result<()> {
+    for (kind, name) in [("namespace", NAMESPACE), ("namespace", EXAMPLE), ("node", NODE)] {
+        ensure!(
+            kubectl.find(kind, name)?.is_none(),
+            "the cluster of $KUBECONFIG has a {kind} {name} already; if it runs Skerry, join this machine with the line that `cloudcore \
+             token create` prints; else unset KUBECONFIG, and a cluster is made for the example"
+        );
+    }
+    std::fs::write(dir.join(GUEST), "")?;
+    Ok(())
+}
+
+/// Removes from somebody else's cluster what was put there.
+fn leave(kubectl: &Kubectl) -> Result<()> {
+    kubectl.run(&["delete", "namespace", EXAMPLE, "--ignore-not-found", "--wait=false"])?;
+    kubectl.run(&["delete", "node", NODE, "--ignore-not-found", "--wait=false"])?;
+    cloudcore::remove_rights(kubectl)
 }
 
 fn status(dir: &Path) -> Result<()> {
