@@ -97,7 +97,14 @@ pub(crate) fn patch(uid: &str, status: &Value) -> Result<Value, String> {
         if !condition["type"].is_string() || !condition["status"].is_string() {
             return Err("a condition lacks its type or status".into());
         }
-        list.push(condition.clone());
+        let mut condition = condition.clone();
+        for field in MAY_VANISH {
+            // Merged into what is there: a reason why it did not hold would stay when it does.
+            if condition.get(field).is_none() {
+                condition[field] = Value::Null;
+            }
+        }
+        list.push(condition);
     }
     for kind in MAY_END {
         if !conditions(status).any(|condition| condition["type"] == kind) {
@@ -182,10 +189,14 @@ mod tests {
             "conditions": [
               {
                 "lastTransitionTime": "2026-01-01T00:00:02Z",
+                "message": null,
+                "reason": null,
                 "status": "True",
                 "type": "Ready"
               },
               {
+                "message": null,
+                "reason": null,
                 "status": "True",
                 "type": "ContainersReady"
               },
