@@ -3,6 +3,7 @@
 //!
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
+pub mod delta;
 pub mod payload;
 pub mod sync;
 pub mod token;

@@ -238,6 +238,7 @@ impl Closures {
                 change.now_autonomous = autonomous && !node.autonomous;
                 node.autonomous = autonomous;
                 node.capacity = capacity;
+                let object = object.succeeding(&node.object);
                 if node.object != object {
                     node.object = object;
                     self.subscribers.mark(&identity.name, Collection::Node, &identity.name);
@@ -347,6 +348,7 @@ impl Closures {
             }
         }
         let before = node.pods.remove(&key);
+        let object = objects::succeeding(object, before.as_ref().map(|before| &before.object));
         if before.as_ref().is_none_or(|before| before.object != object) {
             self.subscribers.mark(&name, Collection::Pods, &key);
         }

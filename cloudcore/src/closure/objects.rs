@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use serde_json::Value;
-use skerry_proto::sync::Collection;
+use skerry_proto::sync::{Collection, Object};
 use tracing::warn;
 
 use super::references::Reference;
@@ -16,7 +16,7 @@ impl Closures {
         if key == CLUSTER_DNS {
             self.dns_found(&addresses(&service["spec"]));
         }
-        let object = sanitise::object(Collection::Services, service);
+        let object = succeeding(sanitise::object(Collection::Services, service), self.services.get(&key));
         if self.services.get(&key) != Some(&object) {
             self.services.insert(key.clone(), object);
             self.mark_service(&key);
@@ -45,6 +45,7 @@ impl Closures {
     pub(crate) fn runtime_class_applied(&mut self, class: Value) {
         let object = sanitise::object(Collection::RuntimeClasses, class);
         let name = object.entry.key.clone();
+        let object = succeeding(object, self.runtime_classes.get(&name));
         if self.runtime_classes.get(&name) != Some(&object) {
             self.runtime_classes.insert(name.clone(), object);
             self.mark_referring(&(Collection::RuntimeClasses, name));
@@ -117,7 +118,10 @@ impl Closures {
                 slot.resource_version = value["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
                 let object = sanitise::object(reference.0, value);
                 slot.value = if object.is_deliverable() {
-                    Known::Present(object)
+                    Known::Present(match &slot.value {
+                        Known::Present(before) => object.succeeding(before),
+                        Known::Unknown | Known::Failed | Known::Absent => object,
+                    })
                 } else {
                     warn!(collection = ?reference.0, key = reference.1, "too large to be sent to an edge node, which does without it");
                     Known::Absent
@@ -180,6 +184,14 @@ impl Closures {
                 self.subscribers.mark(name, Collection::Settings, session::SETTINGS);
             }
         }
+    }
+}
+
+/// An object in the place of the one that was known before, if any.
+pub(super) fn succeeding(object: Object, before: Option<&Object>) -> Object {
+    match before {
+        Some(before) => object.succeeding(before),
+        None => object,
     }
 }
 

@@ -321,6 +321,7 @@ impl Job {
                 .iter()
                 .map(|op| match op {
                     Op::Upsert(object) => 256 + object.payload.len(),
+                    Op::Patch(_, _, delta) => 256 + delta.payload.len(),
                     Op::Delete(..) => 128,
                 })
                 .sum(),

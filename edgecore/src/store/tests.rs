@@ -172,6 +172,40 @@ async fn secrets_are_sealed_on_the_disk_and_another_key_loses_only_them() {
 }
 
 #[tokio::test]
+async fn deltas_make_the_new_state_of_the_old_and_one_that_does_not_fit_changes_nothing() {
+    for collection in [Collection::ConfigMaps, Collection::Secrets] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = reopen(dir.path());
+        let states: Vec<Object> = (0..3)
+            .map(|n| object(collection, "a", &format!("{n}{}", "x".repeat(2000))))
+            .scan(None, |before: &mut Option<Object>, object| {
+                let object = before.as_ref().map_or(object.clone(), |before| object.succeeding(before));
+                *before = Some(object.clone());
+                Some(object)
+            })
+            .collect();
+        let patch = |object: &Object| Op::Patch(collection, object.entry.clone(), object.delta.clone().unwrap());
+        let mut changes = store.changes();
+        store.apply(vec![Op::Upsert(states[0].clone()), patch(&states[1])]).await.unwrap();
+        assert_eq!(changes.recv().await.unwrap().key, "default/a");
+        let row = store.row(collection, "uid-a").await.unwrap().unwrap();
+        assert_eq!(row.entry, states[1].entry);
+        assert!(row.json.ends_with(br#"xx"}"#) && row.json.windows(9).any(|window| window == br#""data":"1"#));
+
+        let damaged = store.damaged();
+        let before = *damaged.borrow();
+        store.apply(vec![patch(&states[1])]).await.unwrap();
+        let held = store.row(collection, "uid-a").await.unwrap().unwrap();
+        assert_eq!((held.entry.version, &held.json), (0, &row.json), "it stands, under a version that no object has");
+        assert!(*damaged.borrow() > before, "a new session is wanted");
+        store.apply(vec![patch(&states[2])]).await.unwrap();
+        assert_eq!(store.row(collection, "uid-a").await.unwrap().unwrap(), held, "its base is not there");
+        store.apply(vec![Op::Upsert(states[2].clone())]).await.unwrap();
+        assert_eq!(store.row(collection, "uid-a").await.unwrap().unwrap().entry, states[2].entry);
+    }
+}
+
+#[tokio::test]
 async fn a_damaged_row_is_dropped_and_counted_and_the_others_stay() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path());

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
-use skerry_proto::sync::{Collection, Encoding, Object, Op, Report, ReportKind, encode};
+use skerry_proto::delta;
+use skerry_proto::sync::{Collection, Delta, Encoding, Entry, Object, Op, Report, ReportKind, encode, fingerprint};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tracing::{error, warn};
 
 use super::db::{COLUMNS, Db, Lost, Opened, StoredObject, StoredReport, note_sum, seal_name};
 use super::schema::{self, meta};
 use super::seal::Sealer;
-use super::{Change, Error, MAX_EVENTS, Signals, migrate, open};
+use super::{Change, Error, MAX_EVENTS, Row, Signals, migrate, open};
 use crate::clock;
 
 /// Commands taken into one commit at most.
@@ -47,6 +48,7 @@ impl Write {
                 .iter()
                 .map(|op| match op {
                     Op::Upsert(object) => 128 + object.entry.key.len() + object.entry.uid.len() + object.payload.len(),
+                    Op::Patch(_, entry, delta) => 128 + entry.key.len() + entry.uid.len() + delta.payload.len(),
                     Op::Delete(_, uid) => 64 + uid.len(),
                 })
                 .sum(),
@@ -68,6 +70,8 @@ struct Effects {
     changes: Vec<Change>,
     reports: bool,
     pods_known: bool,
+    /// Deltas that did not fit what they were to be applied to.
+    misfits: u64,
 }
 
 pub(super) struct Writer {
@@ -179,6 +183,13 @@ impl Writer {
         if effects.reports {
             self.signals.outbox.notify_one();
         }
+        if effects.misfits > 0 {
+            error!(
+                rows = effects.misfits,
+                "what the cloud changed does not fit what is stored; it is fetched as a whole"
+            );
+            self.signals.damaged.send_modify(|count| *count += effects.misfits);
+        }
         Ok(())
     }
 
@@ -269,6 +280,16 @@ fn perform(
             for op in ops {
                 let change = match op {
                     Op::Upsert(object) => upsert(connection, sealer, object)?,
+                    Op::Patch(collection, entry, delta) => {
+                        match patched(connection, sealer, *collection, entry, delta)? {
+                            Some(object) => upsert(connection, sealer, &object)?,
+                            None => {
+                                effects.misfits += 1;
+                                effects.wrote |= unversion(connection, sealer, *collection, &entry.uid)?;
+                                None
+                            }
+                        }
+                    }
                     Op::Delete(collection, uid) => delete(connection, *collection, uid)?,
                 };
                 effects.wrote |= change.is_some();
@@ -322,7 +343,7 @@ fn perform(
 }
 
 fn upsert(connection: &Connection, sealer: Option<&Sealer>, object: &Object) -> rusqlite::Result<Option<Change>> {
-    let Object { collection, entry, encoding, payload } = object;
+    let Object { collection, entry, encoding, payload, delta: _ } = object;
     let kind = *collection as i32;
     let (encoding, payload) = match encoding {
         Encoding::Raw => encode(payload),
@@ -363,6 +384,56 @@ fn upsert(connection: &Connection, sealer: Option<&Sealer>, object: &Object) -> 
     }
     stored.write(connection)?;
     Ok(Some(Change { collection: *collection, key: entry.key.clone(), uid: entry.uid.clone() }))
+}
+
+/// What a delta makes of the row that it is for; `None` if it does not fit.
+fn patched(
+    connection: &Connection,
+    sealer: Option<&Sealer>,
+    collection: Collection,
+    entry: &Entry,
+    delta: &Delta,
+) -> rusqlite::Result<Option<Object>> {
+    let Some(held) = held(connection, sealer, collection, &entry.uid)?.filter(|held| held.entry.version == delta.base)
+    else {
+        return Ok(None);
+    };
+    let json = delta::apply(&held.json, &delta.payload).ok();
+    Ok(json.filter(|json| fingerprint(json) == entry.version).map(|json| {
+        let (encoding, payload) = (Encoding::Raw, json.into());
+        Object { collection, entry: entry.clone(), encoding, payload, delta: None }
+    }))
+}
+
+/// Gives a row a version that no object has: what it says stands until the cloud sends it as a whole. Answers whether there was one.
+fn unversion(
+    connection: &Connection,
+    sealer: Option<&Sealer>,
+    collection: Collection,
+    uid: &str,
+) -> rusqlite::Result<bool> {
+    let Some(Row { entry, json }) = held(connection, sealer, collection, uid)? else { return Ok(false) };
+    let entry = Entry { version: 0, ..entry };
+    let whole = Object { collection, entry, encoding: Encoding::Raw, payload: json, delta: None };
+    upsert(connection, sealer, &whole)?;
+    Ok(true)
+}
+
+/// A row that can be read.
+fn held(
+    connection: &Connection,
+    sealer: Option<&Sealer>,
+    collection: Collection,
+    uid: &str,
+) -> rusqlite::Result<Option<Row>> {
+    let stored = connection
+        .prepare_cached(&format!("{COLUMNS} WHERE collection = ?1 AND uid = ?2"))?
+        .query_row(params![collection as i32, uid], StoredObject::read)
+        .optional()?;
+    Ok(stored.and_then(|stored| match stored.open(sealer) {
+        Opened::Good(row) => Some(row),
+        Opened::Unreadable | Opened::Damaged => None,
+    }))
 }
 
 fn delete(connection: &Connection, collection: Collection, uid: &str) -> rusqlite::Result<Option<Change>> {

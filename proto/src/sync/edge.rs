@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL, REPORT_WINDOW,
-    Report, decode, encode, rank,
+    COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL,
+    REPORT_WINDOW, Report, decode, encode, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
@@ -39,6 +39,9 @@ pub struct Edge {
 pub enum Op {
     /// Insert or replace the row of this UID. The payload is decoded.
     Upsert(Object),
+    /// Replace the row of this UID, which holds the delta's base, by what the delta makes of it; the version is that one's fingerprint. If
+    /// it does not fit, the row is to be given the version 0, which no object has, and a new [`Edge`] made: the cloud then sends the whole.
+    Patch(Collection, Entry, Delta),
     /// Remove the row of this UID.
     Delete(Collection, String),
 }
@@ -316,6 +319,9 @@ impl Edge {
         if upsert.uid.is_empty() || upsert.key.is_empty() {
             return Err("an object without a name or a UID".to_owned());
         }
+        if !upsert.delta.is_empty() {
+            return self.delta(order, upsert, out);
+        }
         let payload = decode(upsert.encoding(), &upsert.full)
             .map_err(|error| format!("{} cannot be read: {error}", upsert.key))?;
         serde_json::from_slice::<serde::de::IgnoredAny>(&payload)
@@ -324,7 +330,21 @@ impl Edge {
         let wire::Upsert { key, uid, version, .. } = upsert;
         self.collections[order].set(&uid, Some((key.clone(), version)));
         let entry = Entry { key, uid, version };
-        self.apply(Op::Upsert(Object { collection, entry, encoding: Encoding::Raw, payload: payload.into() }), out);
+        let (encoding, payload) = (Encoding::Raw, payload.into());
+        self.apply(Op::Upsert(Object { collection, entry, encoding, payload, delta: None }), out);
+        Ok(())
+    }
+
+    fn delta(&mut self, order: usize, upsert: wire::Upsert, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let wire::Upsert { seq, key, uid, version, delta, base, .. } = upsert;
+        if self.collections[order].rows.get(&uid).is_none_or(|(_, held)| *held != base) {
+            return Err(format!("a delta of {key} against a version that is not held"));
+        }
+        session.advance(seq)?;
+        self.collections[order].set(&uid, Some((key.clone(), version)));
+        let op = Op::Patch(COLLECTIONS[order], Entry { key, uid, version }, Delta { base, payload: delta });
+        self.apply(op, out);
         Ok(())
     }
 

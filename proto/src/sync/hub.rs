@@ -468,15 +468,24 @@ impl Hub {
             let Some(row) = self.collections[order].rows.get(&uid) else { continue };
             let (frame, change) = match &row.wanted {
                 Some(Wanted { object: Some(object), .. }) => {
-                    let upsert = wire::Upsert {
+                    let mut upsert = wire::Upsert {
                         seq: self.sent_seq + 1,
                         collection: object.collection.into(),
                         key: row.key.clone(),
                         uid: uid.clone(),
                         version: object.entry.version,
-                        encoding: object.encoding.into(),
-                        full: object.payload.clone(),
+                        ..wire::Upsert::default()
                     };
+                    // What the edge holds once it has applied everything sent is what it will hold when this arrives.
+                    match &object.delta {
+                        Some(delta) if row.held == Some(delta.base) => {
+                            (upsert.base, upsert.delta) = (delta.base, delta.payload.clone());
+                        }
+                        Some(_) | None => {
+                            upsert.set_encoding(object.encoding);
+                            upsert.full = object.payload.clone();
+                        }
+                    }
                     (Body::Upsert(upsert), Some(object.entry.clone()))
                 }
                 Some(Wanted { object: None, .. }) => {

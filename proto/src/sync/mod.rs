@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::delta;
+
 pub use self::digest::Digest;
 pub use self::edge::{Edge, EdgeInput, EdgeOutput, Op};
 pub use self::hub::{Hub, HubInput, HubOutput};
@@ -73,13 +75,39 @@ pub struct Object {
     pub encoding: Encoding,
     /// The JSON, encoded once whatever the number of edges that get it.
     pub payload: Bytes,
+    /// The same as what differs from the state before, if that is smaller; computed once too.
+    pub delta: Option<Delta>,
+}
+
+/// What makes an object of an older state of it; see [`crate::delta`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delta {
+    /// The version it applies to.
+    pub base: u64,
+    /// The delta itself.
+    pub payload: Bytes,
 }
 
 impl Object {
     /// Makes an object of its JSON; the version is a fingerprint of it, so that every replica computes the same one.
     pub fn new(collection: Collection, key: String, uid: String, json: &[u8]) -> Self {
-        let version = xxhash_rust::xxh3::xxh3_64(json);
+        let version = fingerprint(json);
         Self::with_version(collection, Entry { key, uid, version }, json)
+    }
+
+    /// This, which takes the place of `before`: with the delta between the two, or `before` itself when nothing changed. Both versions have
+    /// to be fingerprints.
+    pub fn succeeding(mut self, before: &Self) -> Self {
+        if self.entry == before.entry {
+            return before.clone();
+        }
+        if self.entry.uid == before.entry.uid
+            && let (Ok(old), Ok(new)) = (decode(before.encoding, &before.payload), decode(self.encoding, &self.payload))
+            && let Some(payload) = delta::diff(&old, &new, self.payload.len())
+        {
+            self.delta = Some(Delta { base: before.entry.version, payload });
+        }
+        self
     }
 
     /// Whether an edge accepts it.
@@ -95,7 +123,7 @@ impl Object {
     /// Makes an object whose version has another meaning than its content (a token's).
     pub fn with_version(collection: Collection, entry: Entry, json: &[u8]) -> Self {
         let (encoding, payload) = encode(json);
-        Self { collection, entry, encoding, payload }
+        Self { collection, entry, encoding, payload, delta: None }
     }
 }
 
@@ -127,6 +155,11 @@ pub fn is_coalesced(kind: ReportKind) -> bool {
 /// A collection's place in [`COLLECTIONS`]; `None` for what is not known here.
 fn rank(collection: Collection) -> Option<usize> {
     COLLECTIONS.iter().position(|known| *known == collection)
+}
+
+/// The version of a state of an object: equal for equal JSON.
+pub fn fingerprint(json: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(json)
 }
 
 /// Compresses what is worth it (over 512 bytes).

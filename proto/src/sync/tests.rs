@@ -36,12 +36,15 @@ struct World {
     /// What the apiserver took, by report key: the id of the newest.
     taken: BTreeMap<String, u64>,
     epoch: u64,
-    trace: Vec<String>,
+    /// Deltas that fitted.
+    deltas: u64,
 }
 
 #[derive(Clone, Default)]
 struct Disk {
     rows: BTreeMap<Id, Entry>,
+    /// What the rows say: the JSON.
+    payloads: BTreeMap<Id, Vec<u8>>,
     /// Up to which of its `states` each object has come.
     seen: BTreeMap<String, usize>,
     outbox: BTreeMap<u64, Report>,
@@ -75,7 +78,7 @@ impl World {
             silent: false,
             taken: BTreeMap::new(),
             epoch: 0,
-            trace: Vec::new(),
+            deltas: 0,
         };
         for _ in 0..world.random.random_range(0..12) {
             world.create();
@@ -102,10 +105,25 @@ impl World {
 
     /// A new state of an object, from a few bytes to more than the window.
     fn write(&mut self, id: Id, key: String) {
-        let size = [1, 1, 1, 300, 800, 6000][self.random.random_range(0..6)];
-        let filler: String = (0..size).map(|_| self.random.random_range('a'..='z')).collect();
-        let json = serde_json::to_vec(&filler).unwrap();
-        let object = Object::new(COLLECTIONS[id.0], key, id.1.clone(), &json);
+        let before = self.desired.get(&id);
+        let json = match before {
+            // A letter of what is there already, or all of it.
+            Some(before) if self.random.random_ratio(3, 4) => {
+                let mut json = decode(before.encoding, &before.payload).unwrap();
+                let at = self.random.random_range(1..json.len() - 1);
+                json[at] = self.random.random_range(b'a'..=b'z');
+                json
+            }
+            _ => {
+                let size = [1, 1, 300, 300, 800, 6000][self.random.random_range(0..6)];
+                let filler: String = (0..size).map(|_| self.random.random_range('a'..='z')).collect();
+                serde_json::to_vec(&filler).unwrap()
+            }
+        };
+        let mut object = Object::new(COLLECTIONS[id.0], key, id.1.clone(), &json);
+        if let Some(before) = before {
+            object = object.succeeding(before);
+        }
         self.states.entry(id.1.clone()).or_default().push(object.entry.version);
         self.desired.insert(id, object.clone());
         self.tell(HubInput::Desired(object));
@@ -208,31 +226,64 @@ impl World {
 
     fn commit(&mut self) {
         let Some((ticket, ops)) = self.writes.pop_front() else { return };
-        self.make_durable(ops);
+        if !self.make_durable(ops) {
+            // The machine is ahead of the store: what it still wanted written is, and a new one takes its place.
+            for (_, ops) in std::mem::take(&mut self.writes) {
+                self.make_durable(ops);
+            }
+            self.disconnect();
+            return self.boot();
+        }
         let out = self.edge.step(self.now, EdgeInput::Committed { ticket });
         self.edge_outputs(out);
     }
 
-    fn make_durable(&mut self, ops: Vec<Op>) {
+    /// Answers whether every delta fitted.
+    fn make_durable(&mut self, ops: Vec<Op>) -> bool {
+        let mut fits = true;
         for op in ops {
-            match op {
-                Op::Upsert(object) => {
-                    // A state may come back (a version is a fingerprint of the content), so the first one that fits is meant: what
-                    // the store went through has to be a subsequence of what was desired.
-                    let seen = self.store.seen.entry(object.entry.uid.clone()).or_default();
-                    let ahead = self.states[&object.entry.uid].iter().skip(*seen);
-                    let on = ahead.copied().position(|state| state == object.entry.version);
-                    *seen += on.expect("a version went backwards");
-                    let id = (rank(object.collection).unwrap(), object.entry.uid.clone());
-                    self.store.rows.insert(id, object.entry);
+            let object = match op {
+                Op::Upsert(object) => Some(object),
+                Op::Patch(collection, entry, delta) => {
+                    let id = (rank(collection).unwrap(), entry.uid.clone());
+                    let new = self.patched(&id, &entry, &delta);
+                    if new.is_none() {
+                        fits = false;
+                        if let Some(row) = self.store.rows.get_mut(&id) {
+                            row.version = 0;
+                        }
+                    }
+                    self.deltas += u64::from(new.is_some());
+                    new
                 }
                 Op::Delete(collection, uid) => {
                     let id = (rank(collection).unwrap(), uid);
                     assert!(!self.desired.contains_key(&id), "deleted what is desired");
                     self.store.rows.remove(&id);
+                    self.store.payloads.remove(&id);
+                    None
                 }
-            }
+            };
+            let Some(object) = object else { continue };
+            // A state may come back (a version is a fingerprint of the content), so the first one that fits is meant: what the store
+            // went through has to be a subsequence of what was desired.
+            let seen = self.store.seen.entry(object.entry.uid.clone()).or_default();
+            let ahead = self.states[&object.entry.uid].iter().skip(*seen);
+            let on = ahead.copied().position(|state| state == object.entry.version);
+            *seen += on.expect("a version went backwards");
+            let id = (rank(object.collection).unwrap(), object.entry.uid.clone());
+            self.store.payloads.insert(id.clone(), object.payload.to_vec());
+            self.store.rows.insert(id, object.entry);
         }
+        fits
+    }
+
+    fn patched(&self, id: &Id, entry: &Entry, delta: &Delta) -> Option<Object> {
+        let held = self.store.rows.get(id).filter(|row| row.version == delta.base)?;
+        let json = delta::apply(&self.store.payloads[id], &delta.payload).ok()?;
+        assert_eq!(held.uid, entry.uid);
+        let object = Object::new(COLLECTIONS[id.0], entry.key.clone(), entry.uid.clone(), &json);
+        (object.entry.version == entry.version).then(|| Object { payload: json.into(), ..object })
     }
 
     /// The edge's process dies, with or without what was being written, and starts again from its disk.
@@ -319,15 +370,14 @@ impl World {
     /// One random thing happens.
     fn chaos(&mut self) {
         let what = self.roll(1000);
-        self.trace.push(what.to_string());
         match what {
             0..300 => self.deliver_up(),
             300..600 => self.deliver_down(),
             600..720 => self.commit(),
             720..820 => self.feed(),
             820..860 => self.apiserver_takes(),
-            860..880 => self.create(),
-            880..910 => {
+            860..875 => self.create(),
+            875..910 => {
                 if let Some((id, object)) = self.pick() {
                     self.write(id, object.entry.key);
                 }
@@ -347,11 +397,19 @@ impl World {
             985..989 => self.silent = true,
             989..993 => self.crash_edge(),
             993..995 => self.hub = None,
-            995..997 => {
+            995..996 => {
                 self.crash_edge();
                 // The disk is replaced; report ids start again, as those of a new store do.
                 self.store = Disk { next_report: self.store.next_report, ..Disk::default() };
                 self.boot();
+            }
+            // A byte of what is stored turns, and its checksum does not notice.
+            996..997 => {
+                let rotten = self.random.random_range(0..self.store.payloads.len().max(1));
+                if let Some(payload) = self.store.payloads.values_mut().nth(rotten) {
+                    let at = self.random.random_range(0..payload.len());
+                    payload[at] ^= 1;
+                }
             }
             997..998 => self.backup = Some(self.store.clone()),
             _ => {
@@ -373,7 +431,15 @@ impl World {
     /// The weather clears: everything that is on its way arrives.
     fn settle(&mut self) {
         self.connect();
+        self.settle_on();
+    }
+
+    /// Until nothing is on its way, on the connection that stands; on a new one after a delta that did not fit.
+    fn settle_on(&mut self) {
         for _ in 0..20_000 {
+            if !self.connected {
+                self.connect();
+            }
             self.deliver_up();
             self.feed();
             self.deliver_down();
@@ -402,7 +468,8 @@ fn through_the_wire(frame: &Frame) -> Frame {
     Frame::decode(frame.encode_to_vec().as_slice()).unwrap()
 }
 
-fn run(seed: u64) {
+/// Answers how many deltas were sent and fitted.
+fn run(seed: u64) -> u64 {
     let mut world = World::new(seed);
     let steps = world.random.random_range(50..600);
     let mut reported = BTreeSet::new();
@@ -416,21 +483,28 @@ fn run(seed: u64) {
     world.connect();
     world.settle();
     world.assert_converged();
+    world.deltas
 }
 
 #[test]
 fn any_schedule_converges() {
     if let Ok(seed) = std::env::var("SEED") {
-        return run(seed.parse().unwrap());
+        run(seed.parse().unwrap());
+        return;
     }
+    let mut deltas = 0;
     let schedules = std::env::var("SCHEDULES").map_or(2000, |n| n.parse().unwrap());
     let first = rand::random::<u32>();
     for seed in (0..schedules).map(|n| u64::from(first) + n) {
-        if let Err(panic) = std::panic::catch_unwind(|| run(seed)) {
-            eprintln!("replay with SEED={seed}");
-            std::panic::resume_unwind(panic);
+        match std::panic::catch_unwind(|| run(seed)) {
+            Ok(fitted) => deltas += fitted,
+            Err(panic) => {
+                eprintln!("replay with SEED={seed}");
+                std::panic::resume_unwind(panic);
+            }
         }
     }
+    assert!(deltas > schedules / 100, "only {deltas} deltas in {schedules} schedules");
 }
 
 /// A world whose edge holds twenty pods and is in sync.
@@ -460,6 +534,26 @@ fn reconnecting_with_nothing_changed_sends_no_object() {
         world.deliver_down();
     }
     assert!(bytes < 1024, "{bytes} bytes");
+}
+
+#[test]
+fn a_letter_changed_is_sent_as_a_delta() {
+    let mut world = in_sync();
+    let id = world.desired.keys().next().unwrap().clone();
+    let noise: String = (0..50_000).map(|_| world.random.random_range('a'..='z')).collect();
+    for text in [noise.clone(), noise.replacen('a', "b", 1)] {
+        let json = serde_json::to_vec(&text).unwrap();
+        let object = Object::new(Collection::Pods, "default/web-0".to_owned(), id.1.clone(), &json);
+        let object = object.succeeding(&world.desired[&id]);
+        world.states.entry(id.1.clone()).or_default().push(object.entry.version);
+        world.desired.insert(id.clone(), object.clone());
+        world.tell(HubInput::Desired(object));
+        let sent = world.down.iter().map(prost::Message::encoded_len).max().unwrap();
+        world.settle_on();
+        assert!(text == noise || sent < 300, "{sent} bytes");
+    }
+    assert_eq!(world.deltas, 1);
+    world.assert_converged();
 }
 
 #[test]
@@ -619,6 +713,15 @@ fn peers_that_break_the_protocol_are_dismissed() {
         Body::Welcome(wire::Welcome { protocol: 1, epoch: 6, ..Default::default() }),
         upsert(2, b"{}"),
         upsert(1, b"{"),
+        Body::Upsert(wire::Upsert {
+            seq: 1,
+            collection: pods,
+            key: "a/b".into(),
+            uid: "u".into(),
+            delta: Bytes::from_static(b"x"),
+            base: 7,
+            ..Default::default()
+        }),
         Body::Upsert(wire::Upsert { seq: 1, collection: 99, ..Default::default() }),
         Body::DigestCheck(wire::DigestCheck { seq: 1, digest: None }),
         Body::ReportAck(wire::ReportAck { id: 3, refused: String::new() }),
