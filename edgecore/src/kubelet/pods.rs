@@ -191,13 +191,15 @@ impl Pods {
 
     /// Changes may have been missed: compares all.
     async fn compare(&mut self) {
+        let damaged = *self.context.store.damaged().borrow();
         let wanted = match self.wanted().await {
             Ok(wanted) => wanted,
             Err(error) => return self.doubt(&error),
         };
         self.doubtful = false;
-        // Asked after the list: a row that was found to be damaged by reading it is not one that is gone.
-        if self.context.store.row(Collection::Pods, "").await.is_ok() && *self.context.store.pods_known().borrow() {
+        // Looked at after the list, and only if nothing was lost on the way: a damaged row is not one that is gone.
+        let known = *self.context.store.pods_known().borrow();
+        if known && *self.context.store.damaged().borrow() == damaged {
             let gone = |uid: &&String| !wanted.uids.contains(*uid);
             for uid in self.workers.keys().filter(gone).cloned().collect::<Vec<_>>() {
                 self.remove(&uid);

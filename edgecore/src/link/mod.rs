@@ -135,7 +135,7 @@ impl Link {
                     }
                 },
             };
-            let (outcome, machine) = Box::pin(self.attempt(machine, &mut given)).await;
+            let (outcome, machine) = Box::pin(self.attempt(machine, damaged, &mut given)).await;
             edge = machine.map(|machine| (machine, damaged));
             let wait = self.digest(outcome, &mut backoff).await;
             if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
@@ -146,7 +146,8 @@ impl Link {
     }
 
     /// One session, from dialling to its end. The machine comes back unless it is ahead of the store.
-    async fn attempt(&self, machine: Edge, given: &mut session::Given) -> (Outcome, Option<Edge>) {
+    /// `damaged` is the store's damage that the machine knows of.
+    async fn attempt(&self, machine: Edge, damaged: u64, given: &mut session::Given) -> (Outcome, Option<Edge>) {
         let identity = Arc::clone(&self.identity.borrow());
         let config = match identity.client_config() {
             Ok(config) => config,
@@ -163,7 +164,7 @@ impl Link {
             }
             Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
         };
-        let (ended, machine) = Session::new(self, machine, socket, given).run().await;
+        let (ended, machine) = Session::new(self, machine, damaged, socket, given).run().await;
         let outcome = match ended {
             Ended::Shutdown => Outcome::Shutdown,
             Ended::Broken { established, cause } => Outcome::Ended { established, cause, retry_after: None },
@@ -256,7 +257,13 @@ impl Link {
         let rows = self.store.index().await?;
         let gone = rows.into_iter().map(|(collection, entry)| Op::Delete(collection, entry.uid)).collect();
         self.store.apply(gone).await?;
-        self.store.set_pods_known().await
+        // Nothing is wanted any more, so that nothing can be missing either, whatever damage takes meanwhile.
+        let known = self.store.pods_known();
+        while !*known.borrow() {
+            let damaged = *self.store.damaged().borrow();
+            self.store.set_pods_known(damaged).await?;
+        }
+        Ok(())
     }
 
     async fn deleted(&self) -> Option<Deleted> {

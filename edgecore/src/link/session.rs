@@ -65,9 +65,18 @@ impl Given {
 
 /// What has to reach the disk, in order.
 enum Job {
-    Apply { ops: Vec<Op>, ticket: u64 },
-    Done { id: u64, refused: String },
-    PodsKnown,
+    Apply {
+        ops: Vec<Op>,
+        ticket: u64,
+    },
+    Done {
+        id: u64,
+        refused: String,
+    },
+    /// The machine's pods are those of the cloud. Whether they are the store's too depends on whether it lost some.
+    PodsKnown {
+        damaged: u64,
+    },
 }
 
 type Commit = Pin<Box<dyn Future<Output = Result<Option<u64>, store::Error>> + Send>>;
@@ -75,6 +84,8 @@ type Commit = Pin<Box<dyn Future<Output = Result<Option<u64>, store::Error>> + S
 pub(super) struct Session<'a> {
     link: &'a Link,
     edge: Edge,
+    /// [`Store::damaged`] from before the machine's rows were read.
+    damaged: u64,
     socket: Socket,
     given: &'a mut Given,
     jobs: VecDeque<Job>,
@@ -88,10 +99,11 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(link: &'a Link, edge: Edge, socket: Socket, given: &'a mut Given) -> Self {
+    pub(super) fn new(link: &'a Link, edge: Edge, damaged: u64, socket: Socket, given: &'a mut Given) -> Self {
         Self {
             link,
             edge,
+            damaged,
             socket,
             given,
             jobs: VecDeque::new(),
@@ -107,8 +119,7 @@ impl<'a> Session<'a> {
     /// To its end. The machine comes back if the store has all that it has.
     pub(super) async fn run(mut self) -> (Ended, Option<Edge>) {
         let outbox = self.link.store.outbox();
-        let mut damaged = self.link.store.damaged();
-        damaged.mark_unchanged();
+        let (mut damaged, known) = (self.link.store.damaged(), self.damaged);
         let mut look = true;
         self.step(EdgeInput::Connected);
         let ended = loop {
@@ -142,7 +153,7 @@ impl<'a> Session<'a> {
                 // Both ways at once: a peer that does not read until it has written must not stop us.
                 result = self.socket.exchange(reading, sending) => Event::Exchanged(result),
                 () = outbox.notified() => Event::Outbox,
-                Ok(()) = damaged.changed() => Event::Damaged,
+                Ok(_) = damaged.wait_for(|damaged| *damaged != known) => Event::Damaged,
                 () = tokio::time::sleep(due.unwrap_or(Duration::from_secs(3600))), if due.is_some() => Event::Timeout,
             };
             match wants {
@@ -216,7 +227,7 @@ impl<'a> Session<'a> {
                 }
                 // Nobody listens while the kubelet starts; it reports everything then.
                 EdgeOutput::ReportWanted { kind, uid } => drop(self.link.wanted.send((kind, uid))),
-                EdgeOutput::InSync(Collection::Pods) => self.push(Job::PodsKnown),
+                EdgeOutput::InSync(Collection::Pods) => self.push(Job::PodsKnown { damaged: self.damaged }),
                 EdgeOutput::InSync(collection) => debug!(?collection, "in sync"),
                 EdgeOutput::Dismissed(goodbye) => {
                     self.ending = Some(Ended::Dismissed { established: self.was_established, goodbye });
@@ -326,7 +337,7 @@ impl Job {
                 })
                 .sum(),
             Self::Done { refused, .. } => 64 + refused.len(),
-            Self::PodsKnown => 0,
+            Self::PodsKnown { .. } => 0,
         }
     }
 }
@@ -336,12 +347,12 @@ struct Batch {
     ops: Vec<Op>,
     ticket: Option<u64>,
     done: Vec<(u64, String)>,
-    pods_known: bool,
+    pods_known: Option<u64>,
 }
 
 impl Batch {
     fn of(jobs: &[Job]) -> Self {
-        let mut batch = Self { ops: Vec::new(), ticket: None, done: Vec::new(), pods_known: false };
+        let mut batch = Self { ops: Vec::new(), ticket: None, done: Vec::new(), pods_known: None };
         for job in jobs {
             match job {
                 Job::Apply { ops, ticket } => {
@@ -349,7 +360,7 @@ impl Batch {
                     batch.ticket = Some(*ticket);
                 }
                 Job::Done { id, refused } => batch.done.push((*id, refused.clone())),
-                Job::PodsKnown => batch.pods_known = true,
+                Job::PodsKnown { damaged } => batch.pods_known = Some(*damaged),
             }
         }
         batch
@@ -363,8 +374,10 @@ impl Batch {
             },);
         applied?;
         done?;
-        if pods_known && !*store.pods_known().borrow() {
-            store.set_pods_known().await?;
+        if let Some(damaged) = pods_known
+            && !*store.pods_known().borrow()
+        {
+            store.set_pods_known(damaged).await?;
         }
         Ok(ticket)
     }

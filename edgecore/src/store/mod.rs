@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use skerry_proto::sync::{Collection, Entry, Op, Report, ReportKind};
 use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
 
-use self::writer::{Command, Write};
+use self::writer::{Answer, Command, Write};
 
 mod db;
 mod migrate;
@@ -265,12 +265,14 @@ impl Store {
         self.shared.signals.pods_known.subscribe()
     }
 
-    /// Records that the collection of pods is what the cloud wants.
-    pub async fn set_pods_known(&self) -> Result<(), Error> {
-        self.write(Write::PodsKnown).await
+    /// Records that the collection of pods is what the cloud wants. `damaged` is [`Store::damaged`] from before whoever says so looked at
+    /// the store: if rows were lost since then, it does not know of that, and what it says is passed over.
+    pub async fn set_pods_known(&self, damaged: u64) -> Result<(), Error> {
+        self.write(Write::PodsKnown(damaged)).await
     }
 
-    /// Rises whenever rows were found damaged and dropped: whoever keeps an [`Store::index`] reads it again.
+    /// Rises whenever rows were found damaged and dropped, before whoever asked gets its answer: whoever keeps a [`Store::index`] reads it
+    /// again.
     pub fn damaged(&self) -> watch::Receiver<u64> {
         self.shared.signals.damaged.subscribe()
     }
@@ -363,15 +365,14 @@ impl Store {
     {
         let (answer, answered) = oneshot::channel();
         let mut answer = Some(answer);
-        // Answers whether it wants to be asked again, which it does once, after a damaged file was replaced.
-        let run = move |db: &mut db::Db, last: bool| match query(db) {
-            Err(error) if !last && open::is_damage(&error) => true,
-            result => {
-                if let Some(answer) = answer.take() {
-                    let _ = answer.send(result.map_err(|source| Error::sqlite(action, source)));
-                }
-                false
-            }
+        let run = move |db: &mut db::Db, last: bool| -> Option<Answer> {
+            let result = match query(db) {
+                Err(error) if !last && open::is_damage(&error) => return None,
+                result => result.map_err(|source| Error::sqlite(action, source)),
+            };
+            let answer = answer.take()?;
+            // Whoever asked may be gone.
+            Some(Box::new(move || drop(answer.send(result))))
         };
         self.send(1 << 10, |room| Command::Read { run: Box::new(run), _room: room }).await?;
         answered.await.unwrap_or(Err(Error::Closed))

@@ -18,8 +18,10 @@ use crate::clock;
 /// Commands taken into one commit at most.
 const BATCH: usize = 256;
 
-/// Asks the database and answers whoever waits; told whether it is the last time, says whether it wants to be asked once more.
-type Query = Box<dyn FnMut(&mut Db, bool) -> bool + Send>;
+/// Tells whoever asked.
+pub(super) type Answer = Box<dyn FnOnce() + Send>;
+/// Asks the database; told whether it is the last time. `None`: the file is damaged, and it wants to be asked once more.
+type Query = Box<dyn FnMut(&mut Db, bool) -> Option<Answer> + Send>;
 /// A write, who waits for it, and its room in the queue.
 type Waiting = (Write, oneshot::Sender<Result<(), Error>>, OwnedSemaphorePermit);
 
@@ -37,7 +39,8 @@ pub(super) enum Write {
     Remember(&'static str, String, Bytes),
     Forget(&'static str, String),
     Epoch(u64),
-    PodsKnown,
+    /// Void if rows were lost since [`Signals::damaged`] was this.
+    PodsKnown(u64),
 }
 
 impl Write {
@@ -58,7 +61,7 @@ impl Write {
             Self::Done(done) => done.iter().map(|(_, refused)| 32 + refused.len()).sum(),
             Self::Remember(_, key, value) => key.len() + value.len(),
             Self::Forget(_, key) => key.len(),
-            Self::Epoch(_) | Self::PodsKnown => 0,
+            Self::Epoch(_) | Self::PodsKnown(_) => 0,
         }
     }
 }
@@ -114,13 +117,16 @@ impl Writer {
 
     fn read(&mut self, mut run: Query) {
         let Some(db) = self.db() else { return };
-        if run(db, false) {
+        let mut answer = run(db, false);
+        if answer.is_none() {
             self.replace();
-            if let Some(db) = self.db() {
-                run(db, true);
-            }
+            answer = self.db().and_then(|db| run(db, true));
         }
+        // Before the answer: a row that was found to be damaged must not pass for one that is gone.
         self.drop_lost();
+        if let Some(answer) = answer {
+            answer();
+        }
     }
 
     fn commit(&mut self, writes: Vec<Waiting>) {
@@ -158,15 +164,17 @@ impl Writer {
     }
 
     fn transact(&mut self, writes: &[&Write]) -> rusqlite::Result<()> {
+        let damaged = *self.signals.damaged.borrow();
         let done = match self.db() {
-            Some(db) => db.transact(writes),
+            Some(db) => db.transact(writes, damaged),
             None => return Err(closed()),
         };
         let effects = match done {
             Err(damage) if open::is_damage(&damage) => {
                 self.replace();
+                let damaged = *self.signals.damaged.borrow();
                 match self.db() {
-                    Some(db) => db.transact(writes)?,
+                    Some(db) => db.transact(writes, damaged)?,
                     None => return Err(damage),
                 }
             }
@@ -254,11 +262,11 @@ fn closed() -> rusqlite::Error {
 }
 
 impl Db {
-    fn transact(&mut self, writes: &[&Write]) -> rusqlite::Result<Effects> {
+    fn transact(&mut self, writes: &[&Write], damaged: u64) -> rusqlite::Result<Effects> {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut effects = Effects::default();
         for write in writes {
-            perform(&transaction, self.sealer.as_ref(), write, &mut effects)?;
+            perform(&transaction, self.sealer.as_ref(), write, damaged, &mut effects)?;
         }
         if effects.wrote {
             transaction.commit()?
@@ -273,6 +281,7 @@ fn perform(
     connection: &Connection,
     sealer: Option<&Sealer>,
     write: &Write,
+    damaged: u64,
     effects: &mut Effects,
 ) -> rusqlite::Result<()> {
     match write {
@@ -334,7 +343,9 @@ fn perform(
             effects.wrote |= statement.execute([kind, key.as_str()])? > 0;
         }
         Write::Epoch(epoch) => effects.wrote |= migrate::set(connection, meta::EPOCH, &epoch.to_string())?,
-        Write::PodsKnown => {
+        // Said without knowing what was lost.
+        Write::PodsKnown(known) if *known != damaged => {}
+        Write::PodsKnown(_) => {
             effects.wrote |= migrate::set(connection, meta::PODS_KNOWN, "1")?;
             effects.pods_known = true;
         }

@@ -166,6 +166,36 @@ fn the_store_is_damaged_under_running_pods() -> Result<()> {
 }
 
 #[test]
+fn the_store_is_damaged_under_a_running_agent() -> Result<()> {
+    story("crash-store-live", |world| {
+        three_pods(world)?;
+        let before = world.running()?;
+        for file in ["store.db", "store.db-wal"] {
+            OpenOptions::new().write(true).open(world.edge.data().join(file))?.set_len(100)?;
+        }
+        // More than the store keeps in memory, so that it has to look at its file. From then on it lacks what the link's session believes
+        // to be there.
+        let node = world.edge.name().to_owned();
+        let noise: Vec<u8> = (0..400_000).map(|_| rand::rng().random()).collect();
+        let text: String = noise.iter().map(|byte| format!("{byte:02x}")).collect();
+        let large =
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "large"}, "data": {"noise": text}});
+        world.kubectl.create(&large)?;
+        let mut four = sleeper("four", &node, true);
+        four["spec"]["volumes"] = json!([{"name": "large", "configMap": {"name": "large"}}]);
+        world.kubectl.apply(&four.to_string())?;
+        world.wait_ready("app=sleeper", 4)?;
+        until("the damage to be noticed", 30, || {
+            world.edge.cli(&["get", "pods"])?;
+            Ok(world.edge.log_text().contains("the store is damaged"))
+        })?;
+        world.kubectl.delete("pod", "four")?;
+        world.kubectl.wait_gone("pod", "four", 60)?;
+        back_in_step(world, &before)
+    })
+}
+
+#[test]
 fn the_runtime_is_restarted_and_killed() -> Result<()> {
     story("crash-runtime", |world| {
         three_pods(world)?;
