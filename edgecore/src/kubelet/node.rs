@@ -35,6 +35,8 @@ const STICKY: Duration = Duration::from_secs(300);
 const MEMORY_RESERVE: u64 = 100 << 20;
 const MAX_IMAGES: usize = 50;
 const MAX_NAMES: usize = 5;
+/// Bytes of a label's value.
+const MAX_LABEL: usize = 63;
 
 /// The version that the cluster sees: the Kubernetes release whose behaviour this follows, and ours as build metadata.
 pub const KUBELET_VERSION: &str = concat!("v1.36.3+skerry-", env!("CARGO_PKG_VERSION"));
@@ -257,18 +259,17 @@ pub fn facts(
     }
 }
 
-/// Labels that the box knows best.
-pub fn labels(machine: &Machine) -> BTreeMap<String, String> {
-    [
-        ("kubernetes.io/hostname", machine.hostname.as_str()),
+/// Labels that the box knows best. The hostname is the node's name, as schedulers and local volumes take it to be; a name that is too long
+/// for a label is left out.
+pub fn labels(name: &str, machine: &Machine) -> BTreeMap<String, String> {
+    let hostname = (name.len() <= MAX_LABEL).then_some(("kubernetes.io/hostname", name));
+    let rest = [
         ("kubernetes.io/os", "linux"),
         ("kubernetes.io/arch", machine.architecture),
         ("beta.kubernetes.io/os", "linux"),
         ("beta.kubernetes.io/arch", machine.architecture),
-    ]
-    .into_iter()
-    .map(|(key, value)| (key.to_owned(), value.to_owned()))
-    .collect()
+    ];
+    hostname.into_iter().chain(rest).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
 }
 
 fn faults(inputs: &Inputs<'_>) -> Vec<String> {

@@ -225,7 +225,7 @@ impl NodeLoop {
     }
 
     async fn report(&mut self, status: &NodeStatus, now: Duration) {
-        let mut labels = node::labels(&self.machine);
+        let mut labels = node::labels(&self.config.node_name, &self.machine);
         labels.extend(self.config.labels.clone());
         let payload = NodeReport {
             status: serde_json::to_value(status).unwrap_or_default(),

@@ -18,6 +18,8 @@ fn a_joined_node_is_ready_and_says_what_it_is() -> Result<()> {
         let node = world.node()?;
         ensure!(is_ready(&node), "the node is not Ready: {}", node["status"]["conditions"]);
         ensure!(node["metadata"]["labels"].get(EDGE_LABEL).is_some(), "no role: {}", node["metadata"]["labels"]);
+        let hostname = &node["metadata"]["labels"]["kubernetes.io/hostname"];
+        ensure!(hostname == world.edge.name(), "the hostname label is not the node's name: {hostname}");
         let info = &node["status"]["nodeInfo"];
         for key in [
             "kubeletVersion",

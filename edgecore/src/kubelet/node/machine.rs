@@ -25,8 +25,6 @@ pub struct Machine {
     pub os_image: String,
     /// As Go spells it: `amd64`, `arm64`.
     pub architecture: &'static str,
-    /// `uname -n`, lower case.
-    pub hostname: String,
     /// Logical CPUs.
     pub cpus: u32,
     /// Memory in bytes.
@@ -59,19 +57,15 @@ impl Machine {
         if os_release.is_empty() {
             os_release = word("usr/lib/os-release");
         }
-        let uname = nix::sys::utsname::uname().ok();
-        let name = |part: fn(&nix::sys::utsname::UtsName) -> &std::ffi::OsStr| {
-            uname.as_ref().map(|uname| part(uname).to_string_lossy().into_owned()).unwrap_or_default()
-        };
+        let kernel = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
         let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         Self {
             machine_id,
             system_uuid,
             boot_id: word("proc/sys/kernel/random/boot_id"),
-            kernel: name(nix::sys::utsname::UtsName::release),
+            kernel: kernel.unwrap_or_default(),
             os_image: pretty_name(&os_release),
             architecture: architecture(std::env::consts::ARCH),
-            hostname: name(nix::sys::utsname::UtsName::nodename).to_lowercase(),
             cpus: cpus.and_then(|cpus| u32::try_from(cpus).ok()).unwrap_or(1),
             memory: kibibytes(&meminfo, "MemTotal:"),
             swap: kibibytes(&meminfo, "SwapTotal:"),

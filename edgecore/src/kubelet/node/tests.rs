@@ -3,7 +3,7 @@ use super::*;
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn machine() -> Machine {
-    Machine { architecture: "arm64", hostname: "box".into(), cpus: 4, memory: 1 << 30, ..Default::default() }
+    Machine { architecture: "arm64", cpus: 4, memory: 1 << 30, ..Default::default() }
 }
 
 fn resources() -> Resources {
@@ -57,6 +57,15 @@ fn allocatable_leaves_what_eviction_keeps_free() {
     let info = status.node_info.unwrap_or_default();
     assert_eq!(info.container_runtime_version, "containerd://1.6.20");
     assert!(info.kubelet_version.starts_with("v1.36.3+skerry-"));
+}
+
+#[test]
+fn the_hostname_label_is_the_nodes_name_where_it_fits() {
+    let of = |name: &str| labels(name, &machine());
+    assert_eq!(of("box-1.site")["kubernetes.io/hostname"], "box-1.site");
+    assert_eq!(of("box-1.site")["kubernetes.io/arch"], "arm64");
+    let long = format!("{}.site", "x".repeat(60));
+    assert!(!of(&long).contains_key("kubernetes.io/hostname"));
 }
 
 #[test]
