@@ -182,7 +182,14 @@ impl NodeLoop {
             (self.images, self.images_at) = (images, Some(now));
         }
         let pods_root = self.config.pods_dir.clone();
-        let load = blocking(move || Load::read(&pods_root, None)).await;
+        let (load, addresses) = blocking(move || (Load::read(&pods_root, None), node::addresses())).await;
+        if self.addresses != addresses {
+            // At boot the box may have none yet; later the link it has them by may be another one.
+            info!(?addresses, "the box has other addresses");
+            self.addresses = addresses;
+            self.update_facts(health.as_ref().ok()).await;
+            self.sent = None;
+        }
         let inputs = Inputs {
             machine: &self.machine,
             capacity: &self.capacity,
@@ -328,5 +335,35 @@ fn reference(node: &str) -> ObjectReference {
         name: Some(node.to_owned()),
         uid: Some(node.to_owned()),
         ..ObjectReference::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{connect, fake::FakeRuntime};
+
+    #[tokio::test]
+    async fn addresses_that_come_after_the_start_are_told_to_pods_and_to_the_cloud() {
+        let dir = tempfile::tempdir().unwrap();
+        let (endpoint, _fake) = FakeRuntime::start(dir.path()).unwrap();
+        let cri = Cri::new(connect::channel(&endpoint).unwrap());
+        let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
+        let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
+        config.pods_dir = dir.path().to_owned();
+        let (mut node, news) = NodeLoop::new(store.clone(), cri, Arc::new(config)).await;
+        let reported = async || {
+            let reports = store.pending_reports(0, 1 << 20).await.unwrap();
+            serde_json::from_slice::<NodeReport>(&reports.last().unwrap().payload).unwrap().addresses
+        };
+        // As at a boot before the first lease.
+        node.addresses = vec!["192.0.2.1".parse().unwrap()];
+        node.update_facts(None).await;
+        node.report(&NodeStatus::default(), Duration::ZERO).await;
+        assert_eq!(reported().await, ["192.0.2.1"]);
+        node.look(None).await;
+        let now = node::addresses();
+        assert_eq!(news.facts.borrow().host_ips, now);
+        assert_eq!(reported().await, now.iter().map(ToString::to_string).collect::<Vec<_>>());
     }
 }

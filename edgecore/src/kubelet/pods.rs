@@ -85,6 +85,8 @@ impl Pods {
     ) {
         let mut changes = self.context.store.changes();
         let mut known = self.context.store.pods_known();
+        let mut facts = self.context.facts.clone();
+        let mut host_ips = facts.borrow_and_update().host_ips.clone();
         self.begin().await;
         loop {
             if self.workers.is_empty()
@@ -111,6 +113,14 @@ impl Pods {
                     // What went while the store did not know is only now known to be gone.
                     self.compare().await;
                     self.look_at_all().await;
+                }
+                Ok(()) = facts.changed() => {
+                    let now = facts.borrow_and_update().host_ips.clone();
+                    // They are in the status of every pod.
+                    if now != host_ips {
+                        host_ips = now;
+                        self.wake_all();
+                    }
                 }
                 Some(ended) = self.ended.join_next_with_id(), if !self.ended.is_empty() => self.over(ended).await,
                 () = tokio::time::sleep(DOUBT), if self.doubtful => self.compare().await,
@@ -322,10 +332,14 @@ impl Pods {
         }
     }
 
-    async fn look_at_all(&mut self) {
+    fn wake_all(&self) {
         for worker in self.workers.values() {
             worker.desired.send_modify(|desired| desired.look += 1);
         }
+    }
+
+    async fn look_at_all(&mut self) {
+        self.wake_all();
         match self.context.cri.observe(None).await {
             Ok(observed) => self.adopt_orphans(observed).await,
             Err(error) => warn!(%error, "the runtime cannot be asked"),
