@@ -3,7 +3,8 @@
 //! | start | why there |
 //! |---|---|
 //! | lock on the data directory | two agents on one store would fight |
-//! | configuration, identity | nothing works without |
+//! | configuration | nothing works without |
+//! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
 //! | pod network | the first pod needs it |
 //! | control socket | a technician can look, whatever comes next |
@@ -76,25 +77,30 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     let config = Arc::new(Config::load(&data_dir)?);
     let _lock = lock(&data_dir.join(LOCK))?;
-    let identity = Identity::load(&data_dir)?.with_context(|| {
-        format!(
-            "{} has no identity: run the `edgecore join …` line that `cloudcore token create` prints",
-            data_dir.display()
-        )
-    })?;
-    anyhow::ensure!(
-        identity.node == config.node_name,
-        "the certificate is for node {:?}, the configuration says {:?}; correct node_name in {}, or run `edgecore reset` and join again",
-        identity.node,
-        config.node_name,
-        data_dir.join(crate::config::FILE).display()
-    );
+    let identity = identity(&data_dir);
+    if let Ok(identity) = &identity {
+        anyhow::ensure!(
+            identity.node == config.node_name,
+            "the certificate is for node {:?}, the configuration says {:?}; correct node_name in {}, or run `edgecore reset` and join again",
+            identity.node,
+            config.node_name,
+            data_dir.join(crate::config::FILE).display()
+        );
+    }
     let server = config.server()?;
     let store = Store::open(&data_dir, clock::wall())?;
     network(&config);
 
-    let (link_state, link_seen) = watch::channel(LinkState::Connecting { attempt: 1, last_error: None });
-    let (identity, identity_seen) = watch::channel(Arc::new(identity));
+    let (identity, first) = match identity {
+        Ok(identity) => {
+            (Some(watch::channel(Arc::new(identity))), LinkState::Connecting { attempt: 1, last_error: None })
+        }
+        Err(reason) => {
+            error!(reason, "there is no link without a certificate; the pods run all the same");
+            (None, LinkState::Offline { since: clock::wall(), reason })
+        }
+    };
+    let (link_state, link_seen) = watch::channel(first);
     let (wanted, _) = broadcast::channel(WANTED);
     let (reset, resets) = mpsc::channel(1);
     let stop_kubelet = CancellationToken::new();
@@ -108,32 +114,35 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         server: config.server.clone(),
         store: store.clone(),
         link: link_seen.clone(),
-        identity: identity_seen.clone(),
+        identity: identity.as_ref().map(|(_, seen)| seen.clone()),
         reset,
     };
     let control = supervise::module("control", stop.clone(), {
         let stop = stop.clone();
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
     });
-    let link = supervise::module("link", stop.clone(), {
-        let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
-        let wanted = wanted.clone();
-        move || {
-            let link = Link {
-                node: node.clone(),
-                server: server.clone(),
-                store: store.clone(),
-                identity: identity_seen.clone(),
-                wanted: wanted.clone(),
-                state: link_state.clone(),
-                shutdown: stop.clone(),
-            };
-            link.run()
-        }
-    });
-    let renewal = supervise::module("renewal", stop.clone(), {
-        let (data_dir, stop) = (data_dir.clone(), stop.clone());
-        move || identity::renew::run(data_dir.clone(), server.clone(), identity.clone(), stop.clone())
+    let cloud = identity.map(|(identity, identity_seen)| {
+        let link = supervise::module("link", stop.clone(), {
+            let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
+            let wanted = wanted.clone();
+            move || {
+                let link = Link {
+                    node: node.clone(),
+                    server: server.clone(),
+                    store: store.clone(),
+                    identity: identity_seen.clone(),
+                    wanted: wanted.clone(),
+                    state: link_state.clone(),
+                    shutdown: stop.clone(),
+                };
+                link.run()
+            }
+        });
+        let renewal = supervise::module("renewal", stop.clone(), {
+            let (data_dir, stop) = (data_dir.clone(), stop.clone());
+            move || identity::renew::run(data_dir.clone(), server.clone(), identity.clone(), stop.clone())
+        });
+        [("link", link), ("renewal", renewal)]
     });
     let parts = KubeletParts {
         store: store.clone(),
@@ -159,14 +168,27 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     stop_kubelet.cancel();
     join("kubelet", kubelet).await;
     stop.cancel();
-    join("link", link).await;
-    join("renewal", renewal).await;
+    for (name, module) in cloud.into_iter().flatten() {
+        join(name, module).await;
+    }
     join("control", control).await;
     store.close().await;
     // Nobody answers on it any more.
     let _ = crate::files::remove(&socket);
     anyhow::ensure!(!failed, "the store's thread ended; start edgecore again");
     Ok(())
+}
+
+/// Who this node is, or why nobody can tell and what to do about it.
+fn identity(data_dir: &Path) -> Result<Identity, String> {
+    match Identity::load(data_dir) {
+        Ok(Some(identity)) => Ok(identity),
+        Ok(None) => Err(format!(
+            "{} has no certificate; restore it from a backup, or run `edgecore reset` and join again, then start edgecore again",
+            data_dir.join(identity::DIR).display()
+        )),
+        Err(error) => Err(format!("{:#}; then start edgecore again", anyhow::Error::new(error))),
+    }
 }
 
 /// Takes the lock on a data directory for as long as the result lives.

@@ -105,8 +105,8 @@ pub struct Status {
     pub store: Stats,
     /// Pods by what they do.
     pub pods: Pods,
-    /// When the certificate ends, seconds since the Unix epoch.
-    pub certificate_expires: i64,
+    /// When the certificate ends, seconds since the Unix epoch; `None` without a usable one.
+    pub certificate_expires: Option<i64>,
 }
 
 /// [`LinkState`] on the wire.
@@ -156,8 +156,8 @@ pub struct Control {
     pub store: Store,
     /// The link.
     pub link: watch::Receiver<LinkState>,
-    /// The certificate.
-    pub identity: watch::Receiver<Arc<Identity>>,
+    /// The certificate, if there is a usable one.
+    pub identity: Option<watch::Receiver<Arc<Identity>>>,
     /// Served by the kubelet.
     pub reset: mpsc::Sender<ResetRequest>,
 }
@@ -242,7 +242,7 @@ impl Control {
             link: (&*self.link.borrow()).into(),
             store,
             pods: count(&pods),
-            certificate_expires: self.identity.borrow().not_after.as_second(),
+            certificate_expires: self.identity.as_ref().map(|identity| identity.borrow().not_after.as_second()),
         })
     }
 
@@ -411,7 +411,7 @@ mod tests {
             server: "h:1".to_owned(),
             store,
             link: watch::channel(link).1,
-            identity: watch::channel(Arc::new(identity)).1,
+            identity: Some(watch::channel(Arc::new(identity)).1),
             reset,
         };
         let path = dir.path().join("sock");

@@ -100,7 +100,8 @@ fn human(status: &Status, now: Timestamp) -> String {
     let pods = status.pods;
     text += &line("Pods", &format!("{} wanted, {} running, {} ready", pods.total, pods.running, pods.ready));
     text += &store(&status.store);
-    text + &Timestamp::from_second(status.certificate_expires).map_or_else(|_| String::new(), |at| certificate(at, now))
+    let until = status.certificate_expires.and_then(|seconds| Timestamp::from_second(seconds).ok());
+    text + &until.map_or_else(|| line("Certificate", "none that can be used"), |at| certificate(at, now))
 }
 
 fn head(node: &str, server: &str) -> String {
@@ -172,7 +173,7 @@ mod tests {
                 pods_known: false,
             },
             pods: control::Pods { total: 3, running: 2, ready: 1 },
-            certificate_expires: 864_000,
+            certificate_expires: Some(864_000),
         };
         insta::assert_snapshot!(human(&status, Timestamp::from_second(3600).unwrap()), @r"
         Node:        box-1

@@ -61,7 +61,7 @@ pub enum LinkState {
         /// Its epoch: another one means another session.
         epoch: u64,
     },
-    /// There was a session, there is none now; attempts go on.
+    /// There was a session, there is none now; attempts go on. Or, for want of a certificate, there can be none.
     Offline {
         /// Since when.
         since: Timestamp,

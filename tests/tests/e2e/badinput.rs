@@ -119,7 +119,6 @@ fn a_box_that_is_not_fit_is_told_so() -> Result<()> {
 fn damaged_files_are_named() -> Result<()> {
     alone("bad-files", Setup::default(), |world| {
         world.run_pods(&sleeper("stays", world.edge.name(), true).to_string(), "app=sleeper", 1)?;
-        let running = world.running()?;
         world.edge.kill();
         let config = world.edge.data().join("config.toml");
         let good = fs::read_to_string(&config)?;
@@ -134,26 +133,46 @@ fn damaged_files_are_named() -> Result<()> {
 
         let certificates: Vec<_> = pem_files(world)?;
         ensure!(!certificates.is_empty(), "no certificate in {}", world.edge.data().display());
+        // Pods do not need a certificate: with a damaged one they come back after a power cut, and the agent says what to do.
+        let pods_dir = world.edge.pods();
+        world.runtime.power_cycle(&[&pods_dir])?;
+        ensure!(world.running()?.is_empty(), "containers outlived the power cut");
+        let mut running = None;
         for path in certificates {
             let content = fs::read(&path)?;
-            fs::write(&path, "-----BEGIN CERTIFICATE-----\ngarbage\n-----END CERTIFICATE-----\n")?;
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // Pods do not need a certificate: with a damaged one the agent runs, or refuses to, but says what to do in either case.
-            let before = world.edge.log_text().len();
-            world.edge.start()?;
-            until(&format!("word of {name}"), 30, || {
-                let log = world.edge.log_text().split_off(before);
-                Ok((log.contains(&name) || log.contains("certificate")) && log.contains("edgecore reset"))
-            })?;
+            fs::write(&path, "-----BEGIN CERTIFICATE-----\ngarbage\n-----END CERTIFICATE-----\n")?;
+            // What is wrong inside the CA is only found by using it.
+            let named = if name == "ca.crt" { "CA cannot be used" } else { &name };
+            without_a_certificate(world, &[named, "edgecore reset"])?;
+            let now = world.running()?;
+            ensure!(running.get_or_insert_with(|| now.clone()) == &now, "bad input stopped pods: {running:?} {now:?}");
             world.edge.kill();
             fs::write(&path, content)?;
         }
+        let certificate = world.edge.data().join("identity/node.crt");
+        let content = fs::read(&certificate)?;
+        fs::remove_file(&certificate)?;
+        without_a_certificate(world, &["no certificate", "edgecore reset"])?;
+        world.edge.kill();
+        fs::write(&certificate, content)?;
+        let running = running.unwrap_or_default();
         ensure!(world.running()? == running, "bad input stopped pods");
 
         world.edge.start()?;
         world.wait_connected()?;
         ensure!(world.running()? == running, "pods were rebuilt: {running:?} {:?}", world.running());
         Ok(())
+    })
+}
+
+/// The agent runs, with its pod, and says of the link what is wrong.
+fn without_a_certificate(world: &mut World, words: &[&str]) -> Result<()> {
+    world.edge.start()?;
+    until("the pod to run without a certificate", 60, || Ok(world.running()?.len() == 1))?;
+    until(&format!("edgecore to say {words:?}"), 30, || {
+        let (said, log) = (world.edge.status()?, world.edge.log_text());
+        Ok(words.iter().all(|word| said.contains(word) && log.contains(word)) && !said.contains("online for"))
     })
 }
 
