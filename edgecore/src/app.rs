@@ -208,10 +208,18 @@ pub fn lock(path: &Path) -> anyhow::Result<Flock<File>> {
             errno => anyhow::anyhow!("cannot lock {}: {errno}", path.display()),
         }
     })?;
-    lock.set_len(0)?;
-    lock.rewind()?;
-    write!(lock, "{}", std::process::id())?;
+    if let Err(error) = note_pid(&mut lock) {
+        warn!(%error, "the process id cannot be written to {}", path.display());
+    }
     Ok(lock)
+}
+
+/// Over the old one, which takes no room that a full disk does not have.
+fn note_pid(file: &mut File) -> std::io::Result<()> {
+    let pid = std::process::id().to_string();
+    file.rewind()?;
+    file.write_all(pid.as_bytes())?;
+    file.set_len(pid.len() as u64)
 }
 
 /// The process that holds the lock of a data directory, if any does.

@@ -357,7 +357,7 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
         let ours = name.starts_with(store::FILE)
             || name.starts_with("node.key")
             || (name == config::FILE && !again)
-            || ["config.toml.tmp", "machine-id", "machine-id.tmp", app::LOCK, "join.lock", ".probe"]
+            || [store::BALLAST, "config.toml.tmp", "machine-id", "machine-id.tmp", app::LOCK, "join.lock", ".probe"]
                 .contains(&name.as_ref());
         if ours {
             files::remove(&entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
@@ -401,6 +401,7 @@ mod tests {
             "store.db-wal",
             "store.db.damaged-1",
             "node.key",
+            store::BALLAST,
             "machine-id",
             "edgecore.lock",
             "mine.txt",

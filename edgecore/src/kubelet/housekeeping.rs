@@ -42,6 +42,8 @@ pub async fn run(context: Arc<Context>, sandbox_image: Option<String>, shutdown:
         if now >= orphans_at {
             orphans_at = now + ORPHANS_EVERY;
             remove_orphans(&context).await;
+            let store = context.store.clone();
+            blocking(move || store.keep_ballast()).await;
         }
         if now >= images_at {
             images_at = now + image_gc::EVERY;

@@ -12,9 +12,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use skerry_proto::sync::{Collection, Entry, Op, Report, ReportKind};
 use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
+use tracing::warn;
 
 use self::writer::{Answer, Command, Write};
 
+mod ballast;
 mod db;
 mod migrate;
 mod open;
@@ -25,6 +27,7 @@ mod snapshot;
 mod tests;
 mod writer;
 
+pub use self::ballast::FILE as BALLAST;
 pub use self::snapshot::Snapshot;
 
 /// Bytes of commands that may wait for the store thread; a sender waits beyond it.
@@ -51,6 +54,7 @@ struct Shared {
     store_id: String,
     signals: Signals,
     opened: Opened,
+    data_dir: PathBuf,
 }
 
 /// What the store thread tells without being asked.
@@ -144,6 +148,21 @@ impl Error {
         }
     }
 
+    /// More room on the disk may help. SQLite does not say so for every file of its.
+    fn may_be_for_room(&self) -> bool {
+        match self {
+            Self::DiskFull { .. } => true,
+            Self::Sqlite { source, .. } => matches!(
+                source.sqlite_error_code(),
+                Some(rusqlite::ErrorCode::SystemIoFailure | rusqlite::ErrorCode::CannotOpen)
+            ),
+            Self::Io { source, .. } => {
+                matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+            }
+            Self::Closed | Self::ReadOnly { .. } | Self::Newer { .. } | Self::TooLarge(_) => false,
+        }
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
@@ -196,7 +215,14 @@ impl Store {
     ///
     /// Blocks on the disk: call it before anything else runs.
     pub fn open(data_dir: &Path, now: Timestamp) -> Result<Self, Error> {
-        let (db, opened) = open::open(data_dir, now)?;
+        let (db, opened) = match open::open(data_dir, now) {
+            Err(error) if error.may_be_for_room() && ballast::release(data_dir) => {
+                warn!(%error, "what is kept free for a full disk is used to open the store");
+                open::open(data_dir, now)
+            }
+            opened => opened,
+        }?;
+        ballast::keep(data_dir);
         let store_id = db.store_id().map_err(|source| Error::sqlite("read the store's identity", source))?;
         let known = db.pods_known().map_err(|source| Error::sqlite("read the store's state", source))?;
         let (commands, inbox) = mpsc::channel(QUEUE_LENGTH);
@@ -213,7 +239,14 @@ impl Store {
             .spawn(move || thread.run(inbox))
             .map_err(Error::io("start the thread for", data_dir))?;
         let room = Arc::new(Semaphore::new(QUEUE_BYTES));
-        Ok(Self { shared: Arc::new(Shared { commands, room, store_id, signals, opened }) })
+        Ok(Self {
+            shared: Arc::new(Shared { commands, room, store_id, signals, opened, data_dir: data_dir.to_owned() }),
+        })
+    }
+
+    /// Keeps room on the disk for the next start, if there is some again. Blocks on the disk.
+    pub fn keep_ballast(&self) {
+        ballast::keep(&self.shared.data_dir);
     }
 
     /// What opening found.

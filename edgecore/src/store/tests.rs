@@ -325,6 +325,55 @@ async fn a_later_schema_is_refused_and_the_file_untouched() {
     assert_eq!(fs::read(&path).unwrap(), before);
 }
 
+/// A small file system of its own.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(mebibytes: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={mebibytes}m");
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("none"), dir.path(), Some("tmpfs"), flags, Some(size.as_str())).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_does_not_keep_the_store_closed() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let disk = SmallDisk::mount(16);
+    let data = disk.0.path().join("data");
+    let store = reopen(&data);
+    drop(crate::app::lock(&data.join(crate::app::LOCK)).unwrap());
+    store.apply(vec![upsert(Collection::Pods, "a", "1")]).await.unwrap();
+    store.close().await;
+    let hog = disk.0.path().join("hog");
+    let mut file = fs::File::create(&hog).unwrap();
+    let error = std::io::copy(&mut std::io::repeat(7), &mut file).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    drop(file);
+    assert!(data.join(BALLAST).exists());
+
+    drop(crate::app::lock(&data.join(crate::app::LOCK)).unwrap());
+    let store = reopen(&data);
+    assert_eq!(store.list(Collection::Pods).await.unwrap().len(), 1);
+    store.apply(vec![upsert(Collection::Pods, "b", "1")]).await.unwrap();
+    store.keep_ballast();
+    assert!(!data.join(BALLAST).exists(), "it was made of room that others need");
+    fs::remove_file(&hog).unwrap();
+    store.keep_ballast();
+    assert!(data.join(BALLAST).exists());
+    store.close().await;
+}
+
 /// A file with known rows, and those rows.
 async fn filled(dir: &Path) -> BTreeMap<String, Bytes> {
     let store = reopen(dir);
