@@ -64,6 +64,11 @@ pub struct KubeletParts {
 pub struct ResetRequests(Arc<Mutex<mpsc::Receiver<ResetRequest>>>);
 
 impl ResetRequests {
+    /// What comes out of this receiver.
+    pub fn new(requests: mpsc::Receiver<ResetRequest>) -> Self {
+        Self(Arc::new(Mutex::new(requests)))
+    }
+
     /// The next request: end every pod, start none any more, then answer. Can be dropped at any point.
     pub async fn next(&self) -> Option<ResetRequest> {
         self.0.lock().await.recv().await
@@ -149,7 +154,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         config: Arc::clone(&config),
         link_state: link_seen,
         wanted,
-        reset: ResetRequests(Arc::new(Mutex::new(resets))),
+        reset: ResetRequests::new(resets),
         shutdown: stop_kubelet.clone(),
     };
     let kubelet = supervise::module("kubelet", stop_kubelet.clone(), move || crate::kubelet::run(parts.clone()));

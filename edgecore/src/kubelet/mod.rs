@@ -41,6 +41,7 @@ pub mod memory;
 pub mod node;
 pub mod node_loop;
 pub mod observed;
+mod panics;
 pub mod plan;
 pub mod pods;
 pub mod ports;

@@ -21,11 +21,13 @@ use super::context::{Context, STATUS_NOTE};
 use super::gather::{Needs, parse};
 use super::memory::Memory;
 use super::observed::Observed;
+use super::panics::Panics;
 use super::plan::Life;
 use super::references::NodeFacts;
 use super::spec::Spec;
 use super::worker::{self, Admission, Beginning, Desired};
 use crate::app::ResetRequests;
+use crate::clock;
 use crate::control::ResetRequest;
 use crate::link::ReportWanted;
 use crate::runtime::events::Wake;
@@ -42,7 +44,8 @@ pub struct Pods {
     ended: JoinSet<()>,
     /// Which pod each task of [`Pods::ended`] is about.
     tasks: HashMap<Id, String>,
-    /// The store could not be read: all is compared again soon.
+    panics: Panics,
+    /// The store could not be read, or the runtime not be asked: all is compared again soon.
     doubtful: bool,
     /// Set once the node is being reset: whom to tell when no pod is left.
     reset: Option<ResetRequest>,
@@ -70,6 +73,7 @@ impl Pods {
             workers: HashMap::new(),
             ended: JoinSet::new(),
             tasks: HashMap::new(),
+            panics: Panics::default(),
             doubtful: false,
             reset: None,
         }
@@ -89,7 +93,9 @@ impl Pods {
         let mut host_ips = facts.borrow_and_update().host_ips.clone();
         self.begin().await;
         loop {
+            let next = self.panics.next();
             if self.workers.is_empty()
+                && next.is_none()
                 && let Some(reset) = self.reset.take()
             {
                 // Whoever asked may be gone.
@@ -123,6 +129,7 @@ impl Pods {
                     }
                 }
                 Some(ended) = self.ended.join_next_with_id(), if !self.ended.is_empty() => self.over(ended).await,
+                () = rest(next), if next.is_some() => self.take_up_anew().await,
                 () = tokio::time::sleep(DOUBT), if self.doubtful => self.compare().await,
                 again = wanted.recv() => match again {
                     Ok((ReportKind::PodStatus, uid)) => self.report_again(|of| *of == uid),
@@ -136,25 +143,24 @@ impl Pods {
 
     /// Takes up everything the store and the runtime hold, all at once.
     async fn begin(&mut self) {
-        let observed = self.context.cri.observe(None).await;
-        let mut observed = observed.unwrap_or_else(|error| {
+        let mut observed = self.context.cri.observe(None).await;
+        if let Err(error) = &observed {
             warn!(%error, "the runtime cannot be asked yet");
-            BTreeMap::new()
-        });
+        }
         let notes = self.notes().await;
         match self.wanted().await {
             Ok(wanted) => {
                 for pod in wanted.pods {
                     let uid = Spec::new(&pod).uid().to_owned();
                     let memory = Memory::restored(notes.get(&uid).cloned());
-                    let seen = observed.remove(&uid);
+                    let seen = observed.as_mut().ok().map(|observed| observed.remove(&uid).unwrap_or_default());
                     self.start(pod, memory, seen, true).await;
                 }
                 info!(pods = self.workers.len(), "pods taken up from the store");
             }
             Err(error) => self.doubt(&error),
         }
-        self.adopt_orphans(observed).await;
+        self.adopt_orphans(observed.unwrap_or_default()).await;
     }
 
     /// The pods the store wants, oldest first.
@@ -238,6 +244,9 @@ impl Pods {
         }
         let uid = Spec::new(&pod).uid().to_owned();
         let Some(worker) = self.workers.get_mut(&uid) else {
+            if self.panics.rests(&uid) {
+                return;
+            }
             return self.start(pod, Memory::default(), None, false).await;
         };
         // A pod that is on its way out and wanted again is taken up anew when it is out.
@@ -262,6 +271,19 @@ impl Pods {
     }
 
     async fn start(&mut self, pod: Pod, memory: Memory, observed: Option<Observed>, at_start: bool) {
+        let uid = Spec::new(&pod).uid();
+        // After a lost store only the runtime knows that a pod runs here already, and so must not be judged again.
+        let observed = match observed {
+            None if memory.last_status.is_none() => match self.context.cri.observe(Some(uid)).await {
+                Ok(mut all) => Some(all.remove(uid).unwrap_or_default()),
+                Err(error) => {
+                    warn!(pod = uid, %error, "the runtime cannot be asked about a new pod; it is taken up when it can");
+                    self.doubtful = true;
+                    return;
+                }
+            },
+            observed => observed,
+        };
         let admission = self.admit(&pod, &memory, observed.as_ref()).await;
         let life = Life::of(&pod);
         self.spawn(pod, life, admission, memory, observed, at_start);
@@ -350,7 +372,7 @@ impl Pods {
     /// come by here yet.
     async fn adopt_orphans(&mut self, observed: BTreeMap<String, Observed>) {
         for (uid, observed) in observed {
-            if self.workers.contains_key(&uid) {
+            if self.workers.contains_key(&uid) || self.panics.rests(&uid) {
                 continue;
             }
             let unwanted = matches!(self.context.store.row(Collection::Pods, &uid).await, Ok(None));
@@ -364,7 +386,7 @@ impl Pods {
         }
     }
 
-    /// Nothing is left of a pod, or its worker panicked. If the store wants it, it is taken up anew.
+    /// Nothing is left of a pod, or its worker panicked. If the store wants it, it is taken up anew, after a panic not at once.
     async fn over(&mut self, ended: Result<(Id, ()), JoinError>) {
         let (id, panicked) = match &ended {
             Ok((id, ())) => (*id, false),
@@ -373,21 +395,41 @@ impl Pods {
         let Some(uid) = self.tasks.remove(&id) else { return };
         self.workers.remove(&uid);
         self.context.forget_events(&uid);
-        let row = self.context.store.row(Collection::Pods, &uid).await;
         if panicked {
-            error!(pod = uid, "the worker of a pod panicked; the pod is taken up anew");
-        } else if let Err(error) = self.context.store.forget(STATUS_NOTE, &uid).await {
+            let wait = self.panics.add(&uid, clock::monotonic(), rand::random());
+            error!(pod = uid, ?wait, "the worker of a pod panicked; the pod is taken up anew");
+            return;
+        }
+        self.panics.forget(&uid);
+        if let Err(error) = self.context.store.forget(STATUS_NOTE, &uid).await {
             warn!(pod = uid, %error, "the last status of a pod that is gone cannot be dropped");
         }
-        match row {
+        match self.context.store.row(Collection::Pods, &uid).await {
             Ok(Some(row)) => {
                 if let Some(pod) = parse(&row) {
                     self.upsert(pod).await;
                 }
             }
-            Ok(None) if panicked => self.woken(&uid).await,
             Ok(None) => {}
             Err(error) => self.doubt(&error),
+        }
+    }
+
+    /// Takes up pods that rested after a panic, with what is known of them.
+    async fn take_up_anew(&mut self) {
+        while let Some(uid) = self.panics.take_due(clock::monotonic()) {
+            match self.context.store.row(Collection::Pods, &uid).await {
+                Ok(Some(row)) => {
+                    let Some(pod) = parse(&row) else { continue };
+                    let note = self.notes().await.remove(&uid);
+                    self.start(pod, Memory::restored(note), None, true).await;
+                    if self.reset.is_some() {
+                        self.remove(&uid);
+                    }
+                }
+                Ok(None) => self.woken(&uid).await,
+                Err(error) => self.doubt(&error),
+            }
         }
     }
 
@@ -397,3 +439,10 @@ impl Pods {
         }
     }
 }
+
+async fn rest(until: Option<Duration>) {
+    tokio::time::sleep(until.unwrap_or_default().saturating_sub(clock::monotonic())).await;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,144 @@
+//! Pods on a runtime in this process.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use skerry_proto::payload::PodReport;
+use skerry_proto::sync::{Object, Op};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::kubelet::cgroup::Cgroups;
+use crate::kubelet::context::Parts;
+use crate::kubelet::images::Images;
+use crate::kubelet::node::{Paths, Resources, facts};
+use crate::kubelet::resources::Machine;
+use crate::kubelet::volumes::Volumes;
+use crate::runtime::cri::Setup;
+use crate::runtime::fake::{FakeRuntime, Script};
+use crate::runtime::{Cri, connect};
+use crate::store::Store;
+use crate::supervise;
+
+/// A kubelet's pods on a store, until it is dropped.
+struct Agent {
+    store: Store,
+    shutdown: CancellationToken,
+    pods: JoinHandle<()>,
+    _wanted: broadcast::Sender<ReportWanted>,
+}
+
+impl Agent {
+    fn start(dir: &Path, store: &str, endpoint: &str) -> Self {
+        let store = Store::open(&dir.join(store), jiff::Timestamp::UNIX_EPOCH).unwrap();
+        let channel = connect::channel(endpoint).unwrap();
+        let cri = Cri::new(channel.clone());
+        let paths = Paths { pods_root: dir.join("pods"), logs_root: dir.join("logs"), log_links: dir.join("links") };
+        let capacity =
+            Resources { cpus: 4, memory: 4 << 30, ephemeral_storage: 1 << 30, pods: 110, hugepages: BTreeMap::new() };
+        let facts = facts("box", &capacity, vec!["192.0.2.1".parse().unwrap()], paths, &Setup::default(), None);
+        let parts = Parts {
+            store: store.clone(),
+            cri: cri.clone(),
+            volumes: Volumes::new(dir.join("pods")),
+            // With systemd's driver none is made by hand.
+            cgroups: Cgroups::discover(true).unwrap(),
+            images: Images::new(cri.clone()),
+            facts: watch::channel(Arc::new(facts)).1,
+            machine: Machine::default(),
+            network: watch::channel(None).1,
+            sandbox_turns: Semaphore::new(4),
+        };
+        let (context, events) = Context::new(parts, "box");
+        supervise::spawn("events", crate::kubelet::context::keep_events(store.clone(), events));
+        let (shutdown, wanted) = (CancellationToken::new(), broadcast::channel(1).0);
+        let pods = Pods::new(Arc::new(context)).run(
+            crate::runtime::events(cri, channel),
+            wanted.subscribe(),
+            ResetRequests::new(mpsc::channel(1).1),
+            shutdown.clone(),
+        );
+        Self { store, shutdown, pods: supervise::spawn("pods", pods), _wanted: wanted }
+    }
+
+    async fn apply(&self, collection: Collection, name: &str, json: &Value) {
+        let object = Object::new(collection, name.to_owned(), format!("uid-{name}"), json.to_string().as_bytes());
+        self.store.apply(vec![Op::Upsert(object)]).await.unwrap();
+    }
+
+    /// The first status reported for which this holds.
+    async fn status(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let patience = clock::monotonic() + Duration::from_secs(60);
+        loop {
+            let reports = self.store.pending_reports(0, 1 << 20).await.unwrap();
+            let status = reports
+                .iter()
+                .filter(|report| report.kind == ReportKind::PodStatus)
+                .map(|report| serde_json::from_slice::<PodReport>(&report.payload).unwrap().status)
+                .find(&wanted);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            match status {
+                Some(status) => return status,
+                None => assert!(clock::monotonic() < patience, "never said; instead: {reports:?}"),
+            }
+        }
+    }
+
+    async fn end(self) {
+        self.shutdown.cancel();
+        self.pods.await.unwrap();
+        self.store.close().await;
+    }
+}
+
+fn pod() -> Value {
+    json!({
+        "metadata": {"name": "p", "namespace": "default", "uid": "uid-p"},
+        "spec": {"nodeSelector": {"disk": "ssd"}, "containers": [{"name": "c", "image": "img:1"}]},
+    })
+}
+
+#[tokio::test]
+async fn a_pod_that_runs_is_not_judged_again_when_the_store_was_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    fake.image("img:1", Script::default());
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    let ports = json!([{"port": 443, "protocol": "TCP"}]);
+    let service = json!({
+        "metadata": {"name": "kubernetes", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": ports},
+    });
+    agent.apply(Collection::Services, "default/kubernetes", &service).await;
+    agent.apply(Collection::Node, "box", &json!({"metadata": {"labels": {"disk": "ssd"}}})).await;
+    agent.apply(Collection::Pods, "p", &pod()).await;
+    agent.status(|status| status["phase"] == "Running").await;
+    let running = fake.running("c");
+    assert_eq!(running.len(), 1);
+    agent.end().await;
+
+    // The label by which the pod was scheduled went, which ends no pod that runs.
+    let agent = Agent::start(dir.path(), "another-store", &endpoint);
+    agent.apply(Collection::Node, "box", &json!({"metadata": {"labels": {}}})).await;
+    agent.apply(Collection::Pods, "p", &pod()).await;
+    let status = agent.status(|_| true).await;
+    assert_eq!(status["phase"], "Running", "{status}");
+    assert_eq!(fake.running("c"), running);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_new_pod_is_judged_when_the_runtime_can_be_asked_about_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    agent.store.remember("kind", "key", Bytes::new()).await.unwrap();
+    fake.stop();
+    agent.apply(Collection::Pods, "p", &pod()).await;
+    fake.serve().unwrap();
+    let status = agent.status(|_| true).await;
+    assert_eq!((&status["phase"], &status["reason"]), (&json!("Failed"), &json!("NodeAffinity")), "{status}");
+    agent.end().await;
+}
