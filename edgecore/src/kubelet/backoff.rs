@@ -18,6 +18,11 @@ pub fn after(start: Timestamp, delay: SignedDuration) -> Timestamp {
     start.checked_add(delay).unwrap_or(Timestamp::MAX)
 }
 
+/// Whether something has to wait until then. A time further away than the longest delay tells of a clock that was set back, and holds nothing.
+pub fn holds(until: Timestamp, longest: SignedDuration, now: Timestamp) -> bool {
+    until > now && until <= after(now, longest)
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     hash: u64,
@@ -133,6 +138,12 @@ mod tests {
         let mut pulls = ImageBackoff::default();
         pulls.failed("i", at(5000));
         assert!(pulls.blocked("i", at(0)).is_none());
+    }
+
+    #[test]
+    fn a_time_holds_until_it_comes_and_not_when_the_clock_was_set_back() {
+        assert!(holds(at(10), INITIAL, at(0)) && holds(at(10), INITIAL, at(9)));
+        assert!(!holds(at(10), INITIAL, at(10)) && !holds(at(10), INITIAL, at(-1)));
     }
 
     #[test]

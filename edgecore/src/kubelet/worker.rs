@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::backoff::after;
+use super::backoff::{after, holds};
 use super::context::{Context, reference};
 use super::execute::{Done, Execution, post_start};
 use super::gather::Needs;
@@ -31,6 +31,8 @@ use crate::clock;
 /// How long to wait before asking a runtime again that does not answer. Its return wakes the worker earlier.
 const RUNTIME_RETRY: Duration = Duration::from_secs(5);
 
+/// How long until volumes that could not be brought up to date are tried again.
+const REFRESH_RETRY: SignedDuration = SignedDuration::from_secs(10);
 /// How long until a status that could not be kept is tried again.
 const PUBLISH_RETRY: SignedDuration = SignedDuration::from_secs(10);
 /// How long to wait for the runtime's account of a container that was heard to have ended, first and last of doubling pauses.
@@ -91,6 +93,8 @@ struct Worker {
     hooks: JoinSet<(String, bool)>,
     /// What was last acted upon.
     seen: Option<Desired>,
+    /// Volumes could not be brought up to date; they are tried again then.
+    refresh_at: Option<Timestamp>,
     /// The last status could not be kept, and so was not reported.
     unpublished: bool,
     at_start: bool,
@@ -101,8 +105,18 @@ struct Worker {
 pub async fn run(context: Arc<Context>, desired: watch::Receiver<Desired>, beginning: Beginning) {
     let Beginning { memory, mut observed, at_start, over } = beginning;
     let hooks = JoinSet::new();
-    let mut worker =
-        Worker { context, desired, memory, probes: None, hooks, seen: None, unpublished: false, at_start, over };
+    let mut worker = Worker {
+        context,
+        desired,
+        memory,
+        probes: None,
+        hooks,
+        seen: None,
+        refresh_at: None,
+        unpublished: false,
+        at_start,
+        over,
+    };
     loop {
         let desired = worker.desired.borrow_and_update().clone();
         let Some(observed) = worker.look(&desired, observed.take()).await else { continue };
@@ -171,7 +185,8 @@ impl Worker {
         let refresh = self
             .seen
             .as_ref()
-            .is_some_and(|seen| seen.references != desired.references || !Arc::ptr_eq(&seen.pod, &desired.pod));
+            .is_some_and(|seen| seen.references != desired.references || !Arc::ptr_eq(&seen.pod, &desired.pod))
+            || self.refresh_at.is_some_and(|at| !holds(at, REFRESH_RETRY, now));
         self.seen = Some(desired.clone());
 
         for event in &plan.events {
@@ -202,6 +217,7 @@ impl Worker {
             tokio::join!(self.act(desired, observed, plan, refresh, &status), publish)
         };
         self.unpublished = !published;
+        let wake_at = earliest(wake_at, self.refresh_at);
         match again {
             Again::AtOnce => {}
             Again::At(at) => self.wait(earliest(Some(at), wake_at)).await,
@@ -256,6 +272,10 @@ impl Worker {
         status: &PodStatus,
     ) -> Again {
         let refresh = refresh && self.memory.volumes == Volumes::Ready && desired.life == Life::Wanted;
+        if self.memory.volumes != Volumes::Ready || desired.life != Life::Wanted {
+            // They are set up anew, or not needed any more.
+            self.refresh_at = None;
+        }
         if plan.steps.is_empty() && !refresh {
             return Again::WhenNeeded;
         }
@@ -270,7 +290,8 @@ impl Worker {
         };
         if refresh {
             // What cannot be brought up to date keeps its content; the event says so.
-            let _reported = execution.set_up().await;
+            let failed = execution.set_up().await.is_err();
+            self.refresh_at = failed.then(|| after(clock::wall(), REFRESH_RETRY));
         }
         let mut retry: Option<Timestamp> = None;
         let acted = !plan.steps.is_empty();
