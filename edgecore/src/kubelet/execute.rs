@@ -21,7 +21,7 @@ use super::hooks::{self, Hook};
 use super::hosts;
 use super::images::{self, Found, Image, PullPolicy, Want};
 use super::logs;
-use super::memory::Failure;
+use super::memory::{Failure, NETWORK_NOT_READY};
 use super::observed::Observed;
 use super::plan::{Action, stop_timeout};
 use super::prober::Target;
@@ -143,8 +143,8 @@ impl Execution {
             let spec = Spec::new(&self.pod);
             let trouble = self.context.network.borrow().clone();
             if let Some(message) = trouble.filter(|_| !spec.host_network()) {
-                self.event(true, "NetworkNotReady", format!("network is not ready: {message}"));
-                return Err(failed(message));
+                self.event(true, NETWORK_NOT_READY, format!("network is not ready: {message}"));
+                return Err(Failure { reason: NETWORK_NOT_READY.to_owned(), message });
             }
             // Never closed; if it were, all at once would do no harm.
             let _turn = self.context.sandbox_turns.acquire().await;

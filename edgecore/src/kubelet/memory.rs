@@ -13,12 +13,16 @@ use super::observed::Observed;
 use super::plan::{Action, Plan};
 
 /// A failed step that has no timer of its own is tried again after this.
-const RETRY: SignedDuration = SignedDuration::from_secs(10);
-/// A sandbox that could not be made is tried again after this: mostly the network is not there yet.
+pub(super) const RETRY: SignedDuration = SignedDuration::from_secs(10);
+/// A sandbox that could not be made is tried again after this, doubling to [`SANDBOX_RETRY_MAX`] unless the network is not there yet.
 const SANDBOX_RETRY: SignedDuration = SignedDuration::from_secs(1);
+pub(super) const SANDBOX_RETRY_MAX: SignedDuration = SignedDuration::from_secs(60);
 /// A volume that could not be set up is tried again after this, doubling to [`VOLUMES_RETRY_MAX`].
 const VOLUMES_RETRY: SignedDuration = SignedDuration::from_millis(500);
-const VOLUMES_RETRY_MAX: SignedDuration = SignedDuration::from_secs(120);
+pub(super) const VOLUMES_RETRY_MAX: SignedDuration = SignedDuration::from_secs(120);
+
+/// Why there is no sandbox when the runtime says that it cannot give a network yet.
+pub const NETWORK_NOT_READY: &str = "NetworkNotReady";
 
 /// What a pod's worker remembers.
 #[derive(Clone, Debug, Default)]
@@ -158,6 +162,8 @@ pub struct Held {
     pub message: String,
     /// When to try again.
     pub retry_at: Timestamp,
+    /// The delay that led to it.
+    pub delay: SignedDuration,
 }
 
 /// How an action failed.
@@ -272,8 +278,14 @@ impl Memory {
                 due
             }
             Action::CreateSandbox { .. } => {
-                let retry_at = after(now, SANDBOX_RETRY);
-                self.sandbox_error = Some(Held { message: failure.message, retry_at });
+                let delay = match &self.sandbox_error {
+                    Some(held) if failure.reason != NETWORK_NOT_READY => {
+                        held.delay.saturating_mul(2).min(SANDBOX_RETRY_MAX)
+                    }
+                    Some(_) | None => SANDBOX_RETRY,
+                };
+                let retry_at = after(now, delay);
+                self.sandbox_error = Some(Held { message: failure.message, retry_at, delay });
                 retry_at
             }
             Action::SetUpVolumes => {
@@ -316,4 +328,22 @@ impl Memory {
 /// The image could not be had, so that its own timer decides about the next try.
 pub fn is_pull_failure(reason: &str) -> bool {
     matches!(reason, "ErrImagePull" | "ImagePullBackOff" | "RegistryUnavailable" | "SignatureValidationFailed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sandboxes_are_tried_ever_more_rarely_but_not_for_want_of_a_network() {
+        let mut memory = Memory::default();
+        let now = Timestamp::UNIX_EPOCH;
+        let mut fail = |reason: &str| {
+            let failure = Failure { reason: reason.to_owned(), message: String::new() };
+            memory.failed(&Action::CreateSandbox { attempt: 0 }, failure, now).as_second()
+        };
+        let waits: Vec<i64> = (0..8).map(|_| fail("FailedCreatePodSandBox")).collect();
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!([fail(NETWORK_NOT_READY), fail(NETWORK_NOT_READY)], [1, 1]);
+    }
 }

@@ -3,8 +3,9 @@
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Action, Blocked, KillReason, Moment, Plan, Stage, Step, earliest, is_alive, removals};
+use crate::kubelet::backoff::holds;
 use crate::kubelet::gc;
-use crate::kubelet::memory::{PostStart, ProbeResult, Volumes};
+use crate::kubelet::memory::{PostStart, ProbeResult, RETRY, SANDBOX_RETRY_MAX, VOLUMES_RETRY_MAX, Volumes};
 use crate::kubelet::observed::{Instance, State};
 use crate::kubelet::references::PodEvent;
 use crate::kubelet::spec::{ContainerView, Kind};
@@ -61,11 +62,10 @@ impl Sync<'_> {
     fn look_at_volumes(&mut self) {
         match &self.at.memory.volumes {
             Volumes::Ready => self.may_start = true,
-            Volumes::Pending => (self.set_up, self.may_start) = (true, true),
-            Volumes::Failed { retry_at, .. } if *retry_at <= self.at.now => {
-                (self.set_up, self.may_start) = (true, true);
+            Volumes::Failed { retry_at, .. } if holds(*retry_at, VOLUMES_RETRY_MAX, self.at.now) => {
+                self.wake_at(*retry_at);
             }
-            Volumes::Failed { retry_at, .. } => self.wake_at(*retry_at),
+            Volumes::Pending | Volumes::Failed { .. } => (self.set_up, self.may_start) = (true, true),
             Volumes::Unsupported(_) => {}
         }
     }
@@ -74,7 +74,8 @@ impl Sync<'_> {
     fn anew(&mut self, attempt: u32) {
         let at = self.at;
         let busy = at.observed.is_alive();
-        if let Some(held) = at.memory.sandbox_error.as_ref().filter(|held| held.retry_at > at.now) {
+        let held = at.memory.sandbox_error.as_ref();
+        if let Some(held) = held.filter(|held| holds(held.retry_at, SANDBOX_RETRY_MAX, at.now)) {
             self.wake_at(held.retry_at);
             self.may_start = false;
         }
@@ -323,7 +324,7 @@ impl Sync<'_> {
             return;
         }
         if let Some((error, until)) =
-            error.and_then(|error| Some((error, error.retry_at.filter(|until| *until > at.now)?)))
+            error.and_then(|error| Some((error, error.retry_at.filter(|until| holds(*until, RETRY, at.now))?)))
         {
             self.wake_at(until);
             let (reason, message) = (error.reason.clone(), error.message.clone());
