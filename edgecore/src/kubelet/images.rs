@@ -1,29 +1,37 @@
 //! Sees to it that a container's image is on the box: names, pull policy, credentials, one pull at a time.
 //!
 //! Identical pulls are one pull; it is cancelled when the last one who waits for it goes away. An image that must always be pulled
-//! starts from the copy on the box when the registry cannot be reached: without a link the pod would otherwise not come back.
+//! starts from the copy on the box when the registry cannot be reached: without a link the pod would otherwise not come back. While
+//! the box is offline the copy does not wait for long, and a registry that could not be reached is left alone for a minute, so that
+//! pods do not queue up behind pulls that cannot succeed. Online a pull may take as long as it takes.
 
 mod credentials;
 mod reference;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use skerry_proto::cri;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tonic::Code;
 
 use super::references::PodEvent;
 use crate::clock;
+use crate::link::LinkState;
 use crate::runtime::Cri;
 use crate::runtime::cri::Error;
 
 pub use credentials::{credentials, usable_secret};
 pub(crate) use reference::canonical;
 pub use reference::{Invalid, normalize, repository};
+
+/// How long a pull may take on a box that is offline and has a copy.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a registry is left alone, for images with a copy on the box, after it could not be reached.
+const LEFT_ALONE: Duration = Duration::from_secs(60);
 
 /// When to pull.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +136,10 @@ pub struct Images {
     cri: Cri,
     turn: Arc<Semaphore>,
     flights: Arc<Mutex<HashMap<Key, WeakShared<BoxFuture<'static, Pulled>>>>>,
+    link: watch::Receiver<LinkState>,
+    /// When each registry was last found to be out of reach (monotonic).
+    unreachable: Arc<Mutex<HashMap<String, Duration>>>,
+    patience: Duration,
 }
 
 /// Pulls with the same key are one pull.
@@ -140,8 +152,9 @@ struct Key {
 
 impl Images {
     /// Pulls go through this runtime, one at a time.
-    pub fn new(cri: Cri) -> Self {
-        Self { cri, turn: Arc::new(Semaphore::new(1)), flights: Arc::default() }
+    pub fn new(cri: Cri, link: watch::Receiver<LinkState>) -> Self {
+        let turn = Arc::new(Semaphore::new(1));
+        Self { cri, turn, flights: Arc::default(), link, unreachable: Arc::default(), patience: PATIENCE }
     }
 
     /// Looks whether the image is there and whether it has to be pulled. The caller asks its back-off in between, then [`Self::pull`].
@@ -187,9 +200,34 @@ impl Images {
         let name = normalize(want.image)
             .map_err(|error| Failure { reason: "InvalidImageName", message: error.to_string() })?;
         let asked = clock::monotonic();
+        let registry = registry(&name);
+        let copy = |cause: &str| {
+            let message = format!("Failed to pull image {:?}, the copy on the machine is used: {cause}", want.image);
+            warning("Failed", message, want.field_path)
+        };
+        if let Some(present) = &present
+            && self.is_left_alone(&registry, asked)
+        {
+            event(copy(&format!("{registry} could not be reached a moment ago")));
+            return Ok(present.clone());
+        }
         event(pulling(want.image, want.field_path));
-        let errors = match self.flight(want, &name).await {
+        let is_online = matches!(*self.link.borrow(), LinkState::Online { .. });
+        let mut flight = self.flight(want, &name);
+        let pulled = match &present {
+            Some(present) if !is_online => match tokio::time::timeout(self.patience, &mut flight).await {
+                Ok(pulled) => pulled,
+                Err(_) => {
+                    self.leave_alone(registry);
+                    event(copy(&format!("the box is offline and nothing came within {:?}", self.patience)));
+                    return Ok(present.clone());
+                }
+            },
+            Some(_) | None => flight.await,
+        };
+        let errors = match pulled {
             Ok((reference, took)) => {
+                self.lock_unreachable().remove(&registry);
                 let pulled = cri::ImageSpec { image: reference.clone(), ..spec(want, &name) };
                 let image = match self.cri.image_status(pulled).await {
                     Ok(Some(image)) => found(want, image),
@@ -209,17 +247,32 @@ impl Images {
             Err(errors) => errors,
         };
         let text = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        if let Some(present) = present
-            && errors.iter().all(|error| !is_verdict(error))
-        {
-            let message = format!("Failed to pull image {:?}, the copy on the machine is used: {text}", want.image);
-            event(warning("Failed", message, want.field_path));
-            return Ok(present);
+        if errors.iter().all(|error| !is_verdict(error)) {
+            self.leave_alone(registry);
+            if let Some(present) = present {
+                event(copy(&text));
+                return Ok(present);
+            }
         }
         let reason = failure_reason(&text);
         event(warning("Failed", format!("Failed to pull image {:?}: {text}", want.image), want.field_path));
         event(failed(reason, want.field_path));
         Err(Failure { reason, message: text })
+    }
+
+    fn is_left_alone(&self, registry: &str, now: Duration) -> bool {
+        self.lock_unreachable().get(registry).is_some_and(|at| now.saturating_sub(*at) < LEFT_ALONE)
+    }
+
+    fn leave_alone(&self, registry: String) {
+        let now = clock::monotonic();
+        let mut unreachable = self.lock_unreachable();
+        unreachable.retain(|_, at| now.saturating_sub(*at) < LEFT_ALONE);
+        unreachable.insert(registry, now);
+    }
+
+    fn lock_unreachable(&self) -> MutexGuard<'_, HashMap<String, Duration>> {
+        self.unreachable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The pull that is under way for this, or a new one.
@@ -333,6 +386,12 @@ fn found(want: &Want<'_>, image: cri::Image) -> Image {
         username: image.username,
         size: image.size,
     }
+}
+
+/// The host (and port) an image comes from.
+fn registry(name: &str) -> String {
+    let repository = repository(name).unwrap_or_default();
+    repository.split('/').next().unwrap_or_default().to_owned()
 }
 
 fn failure_reason(text: &str) -> &'static str {

@@ -73,6 +73,7 @@ pub async fn run(parts: KubeletParts) {
     prepare(&config, &volumes).await;
     let (node, mut news) = NodeLoop::new(store.clone(), cri.clone(), config.clone()).await;
     let (context_sender, context_receiver) = watch::channel(None);
+    let linked = link.clone();
     // In one task, so that a panic in either ends both, and the kubelet is started again as a whole.
     let node = node.run(link, wanted.subscribe(), context_receiver, shutdown.clone());
     let pods = async {
@@ -98,7 +99,7 @@ pub async fn run(parts: KubeletParts) {
             }
         };
         let sandbox_image = cri.setup().await.ok().and_then(|setup| setup.sandbox_image);
-        let images = Images::new(cri.clone());
+        let images = Images::new(cri.clone(), linked.clone());
         let (facts, network) = (news.facts.clone(), news.network.clone());
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let sandbox_turns = Semaphore::new(cores + 1);

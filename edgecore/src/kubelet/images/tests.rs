@@ -10,7 +10,13 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 fn start() -> Result<(tempfile::TempDir, FakeRuntime, Images), Box<dyn std::error::Error>> {
     let dir = tempfile::tempdir()?;
     let (endpoint, fake) = FakeRuntime::start(dir.path())?;
-    Ok((dir, fake, Images::new(Cri::new(connect::channel(&endpoint)?))))
+    Ok((dir, fake, Images::new(Cri::new(connect::channel(&endpoint)?), link(true))))
+}
+
+fn link(online: bool) -> watch::Receiver<LinkState> {
+    let since = jiff::Timestamp::UNIX_EPOCH;
+    let offline = LinkState::Offline { since, reason: String::new() };
+    watch::channel(if online { LinkState::Online { since, epoch: 1 } } else { offline }).1
 }
 
 fn want(image: &str, policy: PullPolicy) -> Want<'_> {
@@ -122,13 +128,48 @@ async fn without_a_link_the_copy_on_the_box_serves_but_not_against_the_registry_
     assert_eq!(used.as_ref(), Ok(&present));
     assert!(events[1].warning && events[1].message.contains("the copy on the machine is used"));
 
+    // The registry is not asked again at once.
+    fake.calls();
+    fake.image("registry.local:5000/app:latest", Script::default());
+    let used = images.pull(&wanted, Some(present.clone()), |_| ()).await;
+    assert_eq!((used.as_ref(), fake.calls().len()), (Ok(&present), 0));
+
     events.clear();
     fake.fail("PullImage", Status::not_found("app:latest: not found"));
+    let wanted = want("registry.local:5000/app", PullPolicy::Always);
     let failure = images.pull(&wanted, Some(present), |event| events.push(event)).await;
     assert_eq!(failure.err().map(|failure| failure.reason), Some("ErrImagePull"));
     assert_eq!(
         texts(&events)[1..],
-        ["Failed Failed to pull image \"app\": app:latest: not found", "Failed Error: ErrImagePull"]
+        [
+            "Failed Failed to pull image \"registry.local:5000/app\": app:latest: not found",
+            "Failed Error: ErrImagePull"
+        ]
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn offline_a_copy_does_not_wait_for_a_pull_that_gets_nowhere_and_online_it_does() -> Outcome {
+    let (_dir, fake, online) = start()?;
+    fake.image("app:latest", Script::default());
+    fake.registry("app:latest", 7);
+    let wanted = want("app", PullPolicy::Always);
+    let Found::Absent(Some(present)) =
+        online.find(&wanted, &mut Vec::new()).await.map_err(|failure| failure.message)?
+    else {
+        return Err("it is to be pulled and there".into());
+    };
+    let patience = Duration::from_millis(20);
+    let offline = Images { link: link(false), patience, unreachable: Arc::default(), ..online.clone() };
+    fake.hold("PullImage");
+    let used = offline.pull(&wanted, Some(present.clone()), |_| ()).await;
+    assert_eq!(used.as_ref(), Ok(&present));
+    let online = Images { patience, ..online };
+    let (pulled, ()) = tokio::join!(online.pull(&wanted, Some(present.clone()), |_| ()), async {
+        tokio::time::sleep(patience * 3).await;
+        fake.release("PullImage");
+    });
+    assert_eq!(pulled.map(|image| image.size), Ok(7));
     Ok(())
 }

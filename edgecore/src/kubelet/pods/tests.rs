@@ -16,6 +16,7 @@ use crate::kubelet::images::Images;
 use crate::kubelet::node::{Paths, Resources, facts};
 use crate::kubelet::resources::Machine;
 use crate::kubelet::volumes::Volumes;
+use crate::link::LinkState;
 use crate::runtime::cri::Setup;
 use crate::runtime::fake::{FakeRuntime, Script};
 use crate::runtime::{Cri, connect};
@@ -45,7 +46,10 @@ impl Agent {
             volumes: Volumes::new(dir.join("pods")),
             // With systemd's driver none is made by hand.
             cgroups: Cgroups::discover(true).unwrap(),
-            images: Images::new(cri.clone()),
+            images: Images::new(
+                cri.clone(),
+                watch::channel(LinkState::Online { since: jiff::Timestamp::UNIX_EPOCH, epoch: 1 }).1,
+            ),
             facts: watch::channel(Arc::new(facts)).1,
             machine: Machine::default(),
             network: watch::channel(None).1,
