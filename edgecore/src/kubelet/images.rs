@@ -229,16 +229,19 @@ impl Images {
             Ok((reference, took)) => {
                 self.lock_unreachable().remove(&registry);
                 let pulled = cri::ImageSpec { image: reference.clone(), ..spec(want, &name) };
-                let image = match self.cri.image_status(pulled).await {
-                    Ok(Some(image)) => found(want, image),
-                    // It was pulled, so it is there; only its size is not known.
-                    Ok(None) | Err(_) => Image {
-                        id: reference,
-                        user_specified: want.image.to_owned(),
-                        uid: None,
-                        username: String::new(),
-                        size: 0,
-                    },
+                let cause = match self.cri.image_status(pulled).await {
+                    Ok(Some(image)) => Ok(found(want, image)),
+                    Ok(None) => Err(format!("{reference} was pulled and is not there")),
+                    Err(error) => Err(error.to_string()),
+                };
+                // Without its status nobody knows as which user it runs. The next try finds it on the box.
+                let image = match cause {
+                    Ok(image) => image,
+                    Err(cause) => {
+                        let message = format!("Failed to inspect image {name:?}: {cause}");
+                        event(warning("InspectFailed", message.clone(), want.field_path));
+                        return Err(Failure { reason: "ImageInspectError", message });
+                    }
                 };
                 let waited = clock::monotonic().saturating_sub(asked).max(took);
                 event(pulled_in(want.image, took, waited, image.size, want.field_path));

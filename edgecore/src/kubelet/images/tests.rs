@@ -173,3 +173,17 @@ async fn offline_a_copy_does_not_wait_for_a_pull_that_gets_nowhere_and_online_it
     assert_eq!(pulled.map(|image| image.size), Ok(7));
     Ok(())
 }
+
+#[tokio::test]
+async fn an_image_of_which_nobody_knows_the_user_is_not_started() -> Outcome {
+    let (_dir, fake, images) = start()?;
+    fake.registry("app:1", 1);
+    fake.fail("ImageStatus", Status::internal("busy"));
+    let wanted = want("app:1", PullPolicy::IfNotPresent);
+    let mut events = Vec::new();
+    let failure = images.pull(&wanted, None, |event| events.push(event)).await;
+    assert_eq!(failure.map_err(|failure| failure.reason), Err("ImageInspectError"));
+    assert_eq!(events[1].reason, "InspectFailed");
+    assert!(matches!(images.find(&wanted, &mut events).await, Ok(Found::Ready(_))));
+    Ok(())
+}
