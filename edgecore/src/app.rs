@@ -6,7 +6,6 @@
 //! | configuration | nothing works without |
 //! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
-//! | pod network | the first pod needs it |
 //! | control socket | a technician can look, whatever comes next |
 //! | link, renewal | waits for nobody, and nobody waits for it |
 //! | kubelet | starts pods from the store alone |
@@ -27,7 +26,6 @@ use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cni::{self, Network};
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
 use crate::identity::{self, Identity};
@@ -94,7 +92,6 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     }
     let server = config.server()?;
     let store = Store::open(&data_dir, clock::wall())?;
-    network(&config);
 
     let (identity, first) = match identity {
         Ok(identity) => {
@@ -235,19 +232,6 @@ pub fn running(data_dir: &Path) -> Option<i32> {
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
         Ok(_) => None,
         Err(_) => pid.trim().parse().ok(),
-    }
-}
-
-fn network(config: &Config) {
-    match cni::ensure(&config.cni_conf_dir, &config.cni_bin_dirs, &config.pod_cidr) {
-        Ok(Network::Present(_)) => {}
-        Ok(Network::Absent) => {
-            info!(dir = %config.cni_conf_dir.display(), pod_cidr = config.pod_cidr, "wrote a network configuration")
-        }
-        Ok(Network::PluginsMissing(missing)) => {
-            warn!(?missing, "no pod network: only pods with hostNetwork start; install containernetworking-plugins");
-        }
-        Err(error) => error!(%error, "the network configuration cannot be written: only pods with hostNetwork start"),
     }
 }
 

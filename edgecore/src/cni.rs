@@ -1,10 +1,13 @@
-//! A working pod network where the box has none: a bridge with host-local addresses, as a file that the runtime picks up.
+//! A working pod network where the box has none: a bridge with host-local addresses, as a file that the runtime picks up. It is looked
+//! for, and written, where the runtime looks for it.
 //!
 //! A configuration that is there already is never touched.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use crate::config::Config;
 use crate::files;
+use crate::runtime::cri::Setup;
 
 /// The file edgecore writes, and by whose name `reset` knows it.
 pub const FILE: &str = "10-skerry.conflist";
@@ -12,6 +15,32 @@ pub const FILE: &str = "10-skerry.conflist";
 pub const BRIDGE: &str = "skerry0";
 /// The plugins it needs.
 const PLUGINS: [&str; 4] = ["bridge", "host-local", "portmap", "loopback"];
+
+/// Where a runtime looks that does not say where.
+const CONF_DIR: &str = "/etc/cni/net.d";
+const BIN_DIRS: [&str; 3] = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"];
+
+/// Where configurations and plugins are looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Configurations.
+    pub conf_dir: PathBuf,
+    /// Plugins.
+    pub bin_dirs: Vec<PathBuf>,
+}
+
+impl Places {
+    /// As the configuration says, else as the runtime does, else where they usually are.
+    pub fn of(config: &Config, setup: &Setup) -> Self {
+        let conf_dir = config.cni_conf_dir.clone().or_else(|| setup.cni_conf_dir.as_ref().map(PathBuf::from));
+        let told = || setup.cni_bin_dirs.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let bin_dirs = config.cni_bin_dirs.clone().unwrap_or_else(told);
+        Self {
+            conf_dir: conf_dir.unwrap_or_else(|| CONF_DIR.into()),
+            bin_dirs: if bin_dirs.is_empty() { BIN_DIRS.iter().map(PathBuf::from).collect() } else { bin_dirs },
+        }
+    }
+}
 
 /// What there is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +54,7 @@ pub enum Network {
 }
 
 /// Looks at what the runtime would find.
-pub fn look(conf_dir: &Path, bin_dirs: &[PathBuf]) -> Network {
+pub fn look(Places { conf_dir, bin_dirs }: &Places) -> Network {
     let mut found: Vec<PathBuf> = std::fs::read_dir(conf_dir)
         .into_iter()
         .flatten()
@@ -45,11 +74,11 @@ pub fn look(conf_dir: &Path, bin_dirs: &[PathBuf]) -> Network {
 }
 
 /// Writes the configuration if there is none. Answers what there was before.
-pub fn ensure(conf_dir: &Path, bin_dirs: &[PathBuf], pod_cidr: &str) -> std::io::Result<Network> {
-    let network = look(conf_dir, bin_dirs);
+pub fn ensure(places: &Places, pod_cidr: &str) -> std::io::Result<Network> {
+    let network = look(places);
     if network == Network::Absent {
-        std::fs::create_dir_all(conf_dir)?;
-        files::write(&conf_dir.join(FILE), conflist(pod_cidr).as_bytes(), 0o644)?;
+        std::fs::create_dir_all(&places.conf_dir)?;
+        files::write(&places.conf_dir.join(FILE), conflist(pod_cidr).as_bytes(), 0o644)?;
     }
     Ok(network)
 }
@@ -80,6 +109,8 @@ fn conflist(pod_cidr: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -87,15 +118,34 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (conf, bin) = (dir.path().join("net.d"), dir.path().join("bin"));
         std::fs::create_dir(&bin).unwrap();
-        let bins = [bin.clone()];
-        assert_eq!(ensure(&conf, &bins, "10.88.0.0/16").unwrap(), Network::PluginsMissing(PLUGINS.to_vec()));
+        let places = Places { conf_dir: conf.clone(), bin_dirs: vec![bin.clone()] };
+        assert_eq!(ensure(&places, "10.88.0.0/16").unwrap(), Network::PluginsMissing(PLUGINS.to_vec()));
         for plugin in PLUGINS {
             std::fs::write(bin.join(plugin), "").unwrap();
         }
-        assert_eq!(ensure(&conf, &bins, "10.88.0.0/16").unwrap(), Network::Absent);
+        assert_eq!(ensure(&places, "10.88.0.0/16").unwrap(), Network::Absent);
         let written = std::fs::read_to_string(conf.join(FILE)).unwrap();
         assert!(serde_json::from_str::<serde_json::Value>(&written).is_ok());
-        assert_eq!(ensure(&conf, &bins, "10.99.0.0/16").unwrap(), Network::Present(conf.join(FILE)));
+        assert_eq!(ensure(&places, "10.99.0.0/16").unwrap(), Network::Present(conf.join(FILE)));
         assert_eq!(std::fs::read_to_string(conf.join(FILE)).unwrap(), written);
+    }
+
+    #[test]
+    fn the_configuration_goes_before_the_runtime_and_that_before_habit() {
+        let mut config = Config::new(&"h:1".parse().unwrap(), "box");
+        let usual = Places::of(&config, &Setup::default());
+        assert_eq!(usual.conf_dir, Path::new("/etc/cni/net.d"));
+        assert_eq!(usual.bin_dirs.len(), 3);
+        let setup = Setup {
+            cni_conf_dir: Some("/run/net.d".to_owned()),
+            cni_bin_dirs: vec!["/usr/lib/cni".to_owned()],
+            ..Setup::default()
+        };
+        let told = Places::of(&config, &setup);
+        assert_eq!((told.conf_dir, told.bin_dirs), ("/run/net.d".into(), vec!["/usr/lib/cni".into()]));
+        config.cni_conf_dir = Some("/srv/net.d".into());
+        config.cni_bin_dirs = Some(vec!["/srv/bin".into()]);
+        let chosen = Places::of(&config, &setup);
+        assert_eq!((chosen.conf_dir, chosen.bin_dirs), ("/srv/net.d".into(), vec!["/srv/bin".into()]));
     }
 }

@@ -35,12 +35,12 @@ pub struct Config {
     /// Links to the logs, where collectors look.
     #[serde(default = "default::log_links_dir")]
     pub log_links_dir: PathBuf,
-    /// Where the runtime looks for network configurations.
-    #[serde(default = "default::cni_conf_dir")]
-    pub cni_conf_dir: PathBuf,
-    /// Where CNI plugins may be.
-    #[serde(default = "default::cni_bin_dirs")]
-    pub cni_bin_dirs: Vec<PathBuf>,
+    /// Where network configurations are looked for; if absent, where the runtime does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where CNI plugins may be; if absent, where the runtime looks for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni_bin_dirs: Option<Vec<PathBuf>>,
     /// Addresses for pods, used in the network configuration that edgecore writes where there is none.
     #[serde(default = "default::pod_cidr")]
     pub pod_cidr: String,
@@ -66,12 +66,6 @@ mod default {
     }
     pub(super) fn log_links_dir() -> PathBuf {
         "/var/log/containers".into()
-    }
-    pub(super) fn cni_conf_dir() -> PathBuf {
-        "/etc/cni/net.d".into()
-    }
-    pub(super) fn cni_bin_dirs() -> Vec<PathBuf> {
-        vec!["/opt/cni/bin".into(), "/usr/lib/cni".into(), "/usr/libexec/cni".into()]
     }
     pub(super) fn pod_cidr() -> String {
         "10.88.0.0/16".to_owned()
@@ -138,8 +132,8 @@ impl Config {
             pods_dir: default::pods_dir(),
             logs_dir: default::logs_dir(),
             log_links_dir: default::log_links_dir(),
-            cni_conf_dir: default::cni_conf_dir(),
-            cni_bin_dirs: default::cni_bin_dirs(),
+            cni_conf_dir: None,
+            cni_bin_dirs: None,
             pod_cidr: default::pod_cidr(),
             control_socket: None,
             labels: BTreeMap::new(),
@@ -189,19 +183,15 @@ impl Config {
             );
             return Err(("runtime_endpoint", cause));
         }
-        for (key, path) in [
-            ("pods_dir", &self.pods_dir),
-            ("logs_dir", &self.logs_dir),
-            ("log_links_dir", &self.log_links_dir),
-            ("cni_conf_dir", &self.cni_conf_dir),
-        ] {
+        let dirs = [("pods_dir", &self.pods_dir), ("logs_dir", &self.logs_dir), ("log_links_dir", &self.log_links_dir)];
+        for (key, path) in dirs.into_iter().chain(self.cni_conf_dir.as_ref().map(|dir| ("cni_conf_dir", dir))) {
             // What reset removes under it must never be the whole disk.
             if !path.is_absolute() || path.parent().is_none() || path.components().any(|part| part.as_os_str() == "..")
             {
                 return Err((key, format!("{path:?} must be an absolute path below the root, without `..`")));
             }
         }
-        if let Some(dir) = self.cni_bin_dirs.iter().find(|dir| !dir.is_absolute()) {
+        if let Some(dir) = self.cni_bin_dirs.iter().flatten().find(|dir| !dir.is_absolute()) {
             return Err(("cni_bin_dirs", format!("{dir:?} must be an absolute path")));
         }
         if !is_cidr(&self.pod_cidr) {

@@ -9,9 +9,10 @@ use jiff::Timestamp;
 use skerry_proto::cri::VersionRequest;
 use skerry_proto::cri::runtime_service_client::RuntimeServiceClient;
 
-use crate::cni::{self, Network};
+use crate::cni::{self, Network, Places as CniPlaces};
 use crate::config::Config;
-use crate::runtime::connect;
+use crate::runtime::cri::Setup;
+use crate::runtime::{Cri, connect};
 
 /// Before this, no clock is right.
 const EARLIEST_YEAR: i16 = 2025;
@@ -80,12 +81,13 @@ impl Default for Places {
 
 /// Looks at everything. `running`: an edgecore of this data directory runs already, which explains what else would be in the way.
 pub async fn run(config: &Config, data_dir: &Path, places: &Places, now: Timestamp, running: bool) -> Vec<Check> {
+    let setup = setup(&config.runtime_endpoint).await;
     vec![
         Check { what: "privileges", verdict: root(places.root) },
         Check { what: "node name", verdict: name(&config.node_name) },
         Check { what: "data directory", verdict: writable(data_dir) },
         Check { what: "container runtime", verdict: runtime(&config.runtime_endpoint).await },
-        Check { what: "pod network", verdict: network(config) },
+        Check { what: "pod network", verdict: network(config, &setup) },
         Check { what: "cgroups", verdict: cgroups(&places.cgroups) },
         Check { what: "clock", verdict: clock(now) },
         Check {
@@ -155,13 +157,21 @@ async fn runtime(endpoint: &str) -> Verdict {
     }
 }
 
-fn network(config: &Config) -> Verdict {
-    match cni::look(&config.cni_conf_dir, &config.cni_bin_dirs) {
+/// What the runtime tells of itself; nothing if it does not answer, which is another check's matter.
+async fn setup(endpoint: &str) -> Setup {
+    let Ok(channel) = connect::channel(endpoint) else { return Setup::default() };
+    let asked = tokio::time::timeout(RUNTIME_TIMEOUT, Cri::new(channel).setup()).await;
+    asked.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+fn network(config: &Config, setup: &Setup) -> Verdict {
+    let places = CniPlaces::of(config, setup);
+    match cni::look(&places) {
         Network::Present(path) => Verdict::Ok(path.display().to_string()),
         Network::Absent => Verdict::Ok(format!("a bridge with {} will be set up", config.pod_cidr)),
         Network::PluginsMissing(missing) => Verdict::Warning(format!(
             "no configuration in {} and no plugins ({}): only pods with hostNetwork will start; install containernetworking-plugins",
-            config.cni_conf_dir.display(),
+            places.conf_dir.display(),
             missing.join(", ")
         )),
     }
@@ -220,8 +230,8 @@ mod tests {
     fn config(dir: &Path) -> Config {
         let mut config = Config::new(&"h:1".parse().unwrap(), "box");
         config.runtime_endpoint = format!("unix://{}/none.sock", dir.display());
-        config.cni_conf_dir = dir.join("net.d");
-        config.cni_bin_dirs = vec![dir.join("bin")];
+        config.cni_conf_dir = Some(dir.join("net.d"));
+        config.cni_bin_dirs = Some(vec![dir.join("bin")]);
         config
     }
 

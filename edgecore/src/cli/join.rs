@@ -159,7 +159,7 @@ impl Join {
             config.runtime_endpoint.clone_from(endpoint);
         }
         if let Some(dir) = &self.cni_conf_dir {
-            config.cni_conf_dir.clone_from(dir);
+            config.cni_conf_dir = Some(dir.clone());
         }
         if let Some(dir) = &self.pods_dir {
             config.pods_dir.clone_from(dir);

@@ -20,7 +20,7 @@ use crate::config::{self, Config};
 use crate::control::{self, Request};
 use crate::kubelet::dirs;
 use crate::kubelet::observed::label;
-use crate::runtime::connect;
+use crate::runtime::{Cri, connect};
 use crate::{app, cni, files, identity, store};
 
 /// How long the agent may take to end.
@@ -76,6 +76,7 @@ impl Reset {
         steps.done("stop the agent", stopped)?;
         // A running agent would start again what is ended here.
         if alone {
+            let network = network(&config).await;
             let pods = remove_pods(&config.runtime_endpoint).await;
             let gone = pods.is_ok();
             steps.done("remove the pods", pods)?;
@@ -93,7 +94,7 @@ impl Reset {
             steps.done("remove pod logs", remove_tree(&config.logs_dir))?;
             steps.done("remove log links", remove_links(&config.log_links_dir, &config.logs_dir))?;
             steps.done("remove cgroups", remove_cgroups(Path::new("/sys/fs/cgroup")))?;
-            steps.done("remove the pod network", remove_network(&config.cni_conf_dir).await)?;
+            steps.done("remove the pod network", remove_network(&network.conf_dir).await)?;
             steps.done("remove the service", remove_unit().await)?;
             let again = !steps.left.is_empty();
             steps.done("remove identity, store and configuration", remove_state(data_dir, &config, again))?;
@@ -150,6 +151,13 @@ async fn stop(config: &Config, data_dir: &Path) -> anyhow::Result<()> {
     tokio::time::timeout(END_TIMEOUT, ended).await.with_context(|| {
         format!("process {pid} did not end within {} s; end it with `kill -9 {pid}`", END_TIMEOUT.as_secs())
     })
+}
+
+/// Where the network configuration was written: the runtime is asked as long as it is of use.
+async fn network(config: &Config) -> cni::Places {
+    let setup = async { Cri::new(connect::channel(&config.runtime_endpoint).ok()?).setup().await.ok() };
+    let setup = tokio::time::timeout(CALL_TIMEOUT, setup).await.ok().flatten().unwrap_or_default();
+    cni::Places::of(config, &setup)
 }
 
 /// Every sandbox that belongs to a pod: on an edge box no one else makes any.

@@ -22,6 +22,7 @@ use super::quantity::Amount;
 use super::references::{NodeFacts, PodEvent, RuntimeHandler};
 use super::resources;
 use crate::clock;
+use crate::cni::{self, Network, Places};
 use crate::config::Config;
 use crate::link::{LinkState, ReportWanted};
 use crate::runtime::Cri;
@@ -45,6 +46,8 @@ pub struct NodeLoop {
     capacity: Resources,
     addresses: Vec<IpAddr>,
     setup: Option<Setup>,
+    /// What was found last where the runtime looks for a network.
+    cni: Option<Network>,
     version: Option<RuntimeVersion>,
     images: Vec<cri::Image>,
     images_at: Option<Duration>,
@@ -91,6 +94,7 @@ impl NodeLoop {
             capacity,
             addresses,
             setup: None,
+            cni: None,
             version: None,
             images: Vec::new(),
             images_at: None,
@@ -168,6 +172,10 @@ impl NodeLoop {
             Ok(health) => health.network.clone(),
             Err(error) => Some(error.to_string()),
         };
+        if let (Ok(Health { network: Some(_), .. }), Some(setup)) = (&health, &self.setup) {
+            let places = Places::of(&self.config, setup);
+            self.provide_network(places).await;
+        }
         self.network.send_if_modified(|network| {
             let changed = *network != trouble;
             if changed {
@@ -214,6 +222,28 @@ impl NodeLoop {
             context.record(&reference(&self.config.node_name), &event);
         }
         health.is_ok() && trouble.is_none()
+    }
+
+    /// The runtime lacks a network: if nobody has configured one, ours is.
+    async fn provide_network(&mut self, places: Places) {
+        let pod_cidr = self.config.pod_cidr.clone();
+        let (found, places) = blocking(move || (cni::ensure(&places, &pod_cidr), places)).await;
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                return warn!(%error, dir = %places.conf_dir.display(), "the network configuration cannot be written: only pods with hostNetwork start");
+            }
+        };
+        match &found {
+            Network::Absent => {
+                info!(dir = %places.conf_dir.display(), pod_cidr = self.config.pod_cidr, "wrote a network configuration")
+            }
+            Network::PluginsMissing(missing) if self.cni.as_ref() != Some(&found) => {
+                warn!(?missing, dirs = ?places.bin_dirs, "no pod network: only pods with hostNetwork start; install containernetworking-plugins");
+            }
+            Network::PluginsMissing(_) | Network::Present(_) => {}
+        }
+        self.cni = Some(found);
     }
 
     /// Asks the runtime what it is, the first time it answers.
@@ -365,5 +395,29 @@ mod tests {
         let now = node::addresses();
         assert_eq!(news.facts.borrow().host_ips, now);
         assert_eq!(reported().await, now.iter().map(ToString::to_string).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn a_network_is_written_where_the_runtime_looks_once_there_are_plugins() {
+        let dir = tempfile::tempdir().unwrap();
+        let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+        fake.condition("NetworkReady", false, "no network config found");
+        let (conf, bin) = (dir.path().join("net.d"), dir.path().join("bin"));
+        std::fs::create_dir(&bin).unwrap();
+        let told = serde_json::json!({"cni": {"confDir": conf, "binDir": bin}});
+        fake.setup(&told.to_string(), None);
+        let cri = Cri::new(connect::channel(&endpoint).unwrap());
+        let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
+        let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
+        config.pods_dir = dir.path().to_owned();
+        let (mut node, news) = NodeLoop::new(store, cri, Arc::new(config)).await;
+        assert!(!node.look(None).await);
+        assert!(news.network.borrow().is_some() && !conf.exists());
+        // They are installed later.
+        for plugin in ["bridge", "host-local", "portmap", "loopback"] {
+            std::fs::write(bin.join(plugin), "").unwrap();
+        }
+        node.look(None).await;
+        assert!(conf.join(cni::FILE).exists());
     }
 }
