@@ -88,19 +88,9 @@ impl Cgroups {
         }
     }
 
-    /// Makes `kubepods` and its QoS children. Harmless when they are there.
-    pub fn prepare(&self) -> Vec<Warning> {
-        let of = |path: String, shares| PodCgroup { path, cpu_shares: shares, ..PodCgroup::default() };
-        let mut warnings = self.apply(&of(format!("/{}", self.base), None));
-        warnings.extend(self.apply(&of(format!("/{}/burstable", self.base), None)));
-        warnings.extend(self.apply(&of(format!("/{}/besteffort", self.base), Some(MIN_SHARES))));
-        warnings
-    }
-
-    /// Sets the shares of all burstable pods together: the sum of their requests.
-    pub fn set_burstable_shares(&self, shares: u64) -> Vec<Warning> {
-        let path = format!("/{}/burstable", self.base);
-        self.apply_shares(&path, shares.max(MIN_SHARES))
+    /// Makes `kubepods` and its QoS children and sets their limits ([`super::resources::qos_cgroups`]). Only changes are written.
+    pub fn set_tiers(&self, tiers: &[PodCgroup; 3]) -> Vec<Warning> {
+        tiers.iter().flat_map(|tier| self.apply(tier)).collect()
     }
 
     /// Leaves a cgroup the least of the CPU: for what cannot be removed yet.

@@ -101,6 +101,7 @@ pub async fn run(parts: KubeletParts) {
         let sandbox_image = cri.setup().await.ok().and_then(|setup| setup.sandbox_image);
         let images = Images::new(cri.clone(), linked.clone());
         let (facts, network) = (news.facts.clone(), news.network.clone());
+        let machine = resources::Machine { pods_memory: Some(facts.borrow().memory), ..machine };
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let sandbox_turns = Semaphore::new(cores + 1);
         let parts = ContextParts {
@@ -117,10 +118,6 @@ pub async fn run(parts: KubeletParts) {
         let (context, events) = Context::new(parts, &config.node_name);
         let context = Arc::new(context);
         context_sender.send_replace(Some(context.clone()));
-        let prepared = context.clone();
-        for warning in blocking(move || prepared.cgroups.prepare()).await {
-            info!(warning = warning.0, "cgroups");
-        }
         let pods = Pods::new(context.clone()).run(
             crate::runtime::events(cri, channel),
             wanted.subscribe(),

@@ -17,13 +17,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::admission;
-use super::context::{Context, STATUS_NOTE};
+use super::context::{Context, STATUS_NOTE, blocking};
 use super::gather::{Needs, parse};
 use super::memory::Memory;
 use super::observed::Observed;
 use super::panics::Panics;
 use super::plan::Life;
 use super::references::NodeFacts;
+use super::resources::{self, PodCgroup};
 use super::spec::Spec;
 use super::worker::{self, Admission, Beginning, Desired};
 use crate::app::ResetRequests;
@@ -45,6 +46,10 @@ pub struct Pods {
     /// Which pod each task of [`Pods::ended`] is about.
     tasks: HashMap<Id, String>,
     panics: Panics,
+    /// The cgroups above the pods' as they were set last.
+    tiers: Option<[PodCgroup; 3]>,
+    /// Pods came or went since.
+    moved: bool,
     /// The store could not be read, or the runtime not be asked: all is compared again soon.
     doubtful: bool,
     /// Set once the node is being reset: whom to tell when no pod is left.
@@ -74,6 +79,8 @@ impl Pods {
             ended: JoinSet::new(),
             tasks: HashMap::new(),
             panics: Panics::default(),
+            tiers: None,
+            moved: true,
             doubtful: false,
             reset: None,
         }
@@ -93,6 +100,10 @@ impl Pods {
         let mut host_ips = facts.borrow_and_update().host_ips.clone();
         self.begin().await;
         loop {
+            if std::mem::take(&mut self.moved) {
+                let pods = self.active();
+                self.set_tiers(pods.iter().map(AsRef::as_ref)).await;
+            }
             let next = self.panics.next();
             if self.workers.is_empty()
                 && next.is_none()
@@ -116,6 +127,7 @@ impl Pods {
                     Wake::RuntimeDown(reason) => warn!(reason, "the runtime is away; what runs goes on running"),
                 },
                 Ok(()) = known.changed() => {
+                    self.moved = true;
                     // What went while the store did not know is only now known to be gone.
                     self.compare().await;
                     self.look_at_all().await;
@@ -150,6 +162,7 @@ impl Pods {
         let notes = self.notes().await;
         match self.wanted().await {
             Ok(wanted) => {
+                self.set_tiers(wanted.pods.iter()).await;
                 for pod in wanted.pods {
                     let uid = Spec::new(&pod).uid().to_owned();
                     let memory = Memory::restored(notes.get(&uid).cloned());
@@ -305,12 +318,35 @@ impl Pods {
         let over = Arc::new(AtomicBool::new(false));
         self.workers.insert(uid.clone(), Worker { desired: sender, needs, over: over.clone() });
         let beginning = Beginning { memory, observed, at_start, over };
+        self.moved = true;
         let (context, of) = (self.context.clone(), uid.clone());
         let task = self.ended.spawn(async move {
             worker::run(context.clone(), receiver, beginning).await;
             context.remove_rest(&of).await;
         });
         self.tasks.insert(task.id(), uid);
+    }
+
+    /// Pods that may run.
+    fn active(&self) -> Vec<Arc<Pod>> {
+        let workers = self.workers.values().filter(|worker| !worker.over.load(Ordering::Relaxed));
+        workers.map(|worker| worker.desired.borrow().pod.clone()).collect()
+    }
+
+    /// Shares and limits of all pods together and of each QoS class. While the store lacks pods that run, they stay as they are.
+    async fn set_tiers(&mut self, pods: impl Iterator<Item = &Pod>) {
+        if !*self.context.store.pods_known().borrow() {
+            return;
+        }
+        let tiers = resources::qos_cgroups(pods, &self.context.node(), &self.context.machine);
+        if self.tiers.as_ref() == Some(&tiers) {
+            return;
+        }
+        let (context, wanted) = (self.context.clone(), tiers.clone());
+        for warning in blocking(move || context.cgroups.set_tiers(&wanted)).await {
+            info!(warning = warning.0, "the cgroups of all pods lack something");
+        }
+        self.tiers = Some(tiers);
     }
 
     /// A pod that ran here before, or whose end was reported, is not judged again.
@@ -394,6 +430,7 @@ impl Pods {
         };
         let Some(uid) = self.tasks.remove(&id) else { return };
         self.workers.remove(&uid);
+        self.moved = true;
         self.context.forget_events(&uid);
         if panicked {
             let wait = self.panics.add(&uid, clock::monotonic(), rand::random());

@@ -38,7 +38,7 @@ pub struct Machine {
     pub thermal_throttle: Vec<String>,
     /// How many processes one pod may have.
     pub pod_pids: Option<i64>,
-    /// Bytes all pods together may use: capacity without what is kept for the system, eviction's threshold not taken off.
+    /// Bytes all pods together may use: what is allocatable.
     pub pods_memory: Option<i64>,
     /// Processes all pods together may have.
     pub pods_pids: Option<i64>,

@@ -143,12 +143,13 @@ fn on_the_real_hierarchies() {
         return;
     }
     let mut cleanup = Cleanup(cgroups.clone(), None);
-    assert_eq!(cgroups.prepare(), []);
     let base = cgroups.base.clone();
+    let tier = |qos: &str, shares| PodCgroup { cpu_shares: Some(shares), ..limits(&format!("/{base}{qos}")) };
+    assert_eq!(cgroups.set_tiers(&[tier("", 2048), tier("/burstable", 2), tier("/besteffort", 2)]), []);
     let path = format!("/{base}/burstable/pod0b7a-1");
     assert_eq!(cgroups.apply(&limits(&path)), []);
     assert_eq!(cgroups.apply(&limits(&path)), []);
-    assert_eq!(cgroups.set_burstable_shares(1024), []);
+    assert_eq!(cgroups.set_tiers(&[tier("", 2048), tier("/burstable", 1024), tier("/besteffort", 2)]), []);
     if let Hierarchies::V1(mounts) = &cgroups.hierarchies {
         let read = |controller: &str, file: &str| {
             let path = mounts[controller].join(path.trim_start_matches('/')).join(file);
