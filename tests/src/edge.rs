@@ -61,6 +61,11 @@ impl Edge {
         self.dir.join("logs")
     }
 
+    /// The links to them.
+    pub fn log_links(&self) -> PathBuf {
+        self.dir.join("log-links")
+    }
+
     /// edgecore's log.
     pub fn log(&self) -> PathBuf {
         self.dir.join("edgecore.log")
@@ -91,7 +96,7 @@ impl Edge {
         let output = self.try_join(address, token, &[])?;
         ensure!(output.success, "edgecore join failed: {}", output.text());
         self.configure("logs_dir", &self.logs().display().to_string())?;
-        self.configure("log_links_dir", &self.dir.join("log-links").display().to_string())
+        self.configure("log_links_dir", &self.log_links().display().to_string())
     }
 
     /// Sets a text key of its config.toml.

@@ -56,6 +56,11 @@ impl Runtime {
         self.dir.join("cni")
     }
 
+    /// Where it keeps the network namespaces of its sandboxes.
+    pub fn network_namespaces(&self) -> PathBuf {
+        self.dir.join("state/io.containerd.grpc.v1.cri/netns")
+    }
+
     /// What it says of its containers.
     pub fn cri(&self) -> &Cri {
         &self.cri

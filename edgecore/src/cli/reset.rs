@@ -329,9 +329,6 @@ fn remove_cgroup(dir: &Path) -> std::io::Result<()> {
 
 async fn remove_network(conf_dir: &Path) -> anyhow::Result<()> {
     let ours = conf_dir.join(cni::FILE);
-    if !ours.exists() && !Path::new("/sys/class/net").join(cni::BRIDGE).exists() {
-        return Ok(());
-    }
     files::remove(&ours).with_context(|| format!("cannot remove {}", ours.display()))?;
     remove_tree(Path::new("/var/lib/cni/networks/skerry"))?;
     if !Path::new("/sys/class/net").join(cni::BRIDGE).exists() {

@@ -1,15 +1,16 @@
 //! A node is taken out of the cluster.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::peer::{self, Session};
 use skerry_tests::procfs;
+use skerry_tests::runtime::Cni;
 use skerry_tests::wait::{stays, until};
 
-use crate::world::{Setup, alone};
+use crate::world::{Setup, World, alone};
 
 #[test]
 fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
@@ -28,12 +29,7 @@ fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
         let output = world.edge.cli(&["reset", "--yes"])?;
         ensure!(output.success, "edgecore reset failed: {}", output.text());
         until("edgecore to end", 30, || Ok(!world.edge.is_running()))?;
-        nothing_is_left(world.edge.data().as_path(), world.edge.pods().as_path())?;
-        ensure!(
-            world.runtime.cri().sandboxes()?.is_empty(),
-            "sandboxes are left: {:?}",
-            world.runtime.cri().sandboxes()?
-        );
+        nothing_is_left(world)?;
 
         // The same box may come back.
         world.join()
@@ -86,7 +82,16 @@ fn the_certificate_of_a_deleted_node_is_refused() -> Result<()> {
 
 #[test]
 fn reset_of_a_living_node_leaves_nothing() -> Result<()> {
-    alone("nodedelete-reset", Setup::default(), |world| {
+    reset_leaves_nothing("nodedelete-reset", Setup::default())
+}
+
+#[test]
+fn reset_takes_the_network_along_that_edgecore_brought() -> Result<()> {
+    reset_leaves_nothing("nodedelete-network", Setup { cni: Cni::Empty, ..Setup::default() })
+}
+
+fn reset_leaves_nothing(name: &str, setup: Setup) -> Result<()> {
+    alone(name, setup, |world| {
         let node = world.edge.name().to_owned();
         world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
         world.edge.stop();
@@ -95,18 +100,42 @@ fn reset_of_a_living_node_leaves_nothing() -> Result<()> {
             let output = world.edge.cli(&["reset", "--yes"])?;
             ensure!(output.success, "edgecore reset failed: {}", output.text());
         }
-        ensure!(world.running()?.is_empty(), "containers are left: {:?}", world.running());
-        ensure!(world.runtime.cri().sandboxes()?.is_empty(), "sandboxes are left");
-        nothing_is_left(world.edge.data().as_path(), world.edge.pods().as_path())
+        nothing_is_left(world)
     })
 }
 
-fn nothing_is_left(data: &Path, pods: &Path) -> Result<()> {
-    for dir in [data, pods] {
-        let mounts = procfs::mounts_below(dir);
+/// Of what edgecore, and the runtime on its behalf, put on the box.
+fn nothing_is_left(world: &World) -> Result<()> {
+    let cri = world.runtime.cri();
+    ensure!(cri.containers()?.is_empty(), "containers are left: {:?}", cri.containers()?);
+    ensure!(cri.sandboxes()?.is_empty(), "sandboxes are left: {:?}", cri.sandboxes()?);
+    for dir in [world.edge.data(), world.edge.pods(), world.edge.logs(), world.edge.log_links()] {
+        let mounts = procfs::mounts_below(&dir);
         ensure!(mounts.is_empty(), "mounts are left: {mounts:?}");
-        let files: Vec<_> = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-        ensure!(files.is_empty(), "files are left: {files:?}");
+        ensure!(entries(&dir).is_empty(), "files are left: {:?}", entries(&dir));
     }
+    let namespaces = entries(&world.runtime.network_namespaces());
+    ensure!(namespaces.is_empty(), "network namespaces are left: {namespaces:?}");
+    let cgroups = Path::new("/sys/fs/cgroup");
+    let roots = entries(cgroups).into_iter().chain([cgroups.to_owned()]);
+    let pods: Vec<_> = roots.flat_map(|root| entries(&root)).filter(|path| is_called(path, "kubepods")).collect();
+    ensure!(pods.is_empty(), "cgroups are left: {pods:?}");
+    for path in [
+        Path::new("/sys/class/net/skerry0"),
+        Path::new("/var/lib/cni/networks/skerry"),
+        &world.runtime.cni_conf_dir().join("10-skerry.conflist"),
+    ] {
+        ensure!(!path.exists(), "{} is left", path.display());
+    }
+    let results = entries(Path::new("/var/lib/cni/results"));
+    ensure!(!results.iter().any(|path| is_called(path, "skerry-")), "results of the network are left: {results:?}");
     Ok(())
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+fn is_called(path: &Path, prefix: &str) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
 }

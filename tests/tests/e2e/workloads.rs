@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skerry_proto::EDGE_LABEL;
+use skerry_tests::cri::POD_NAME;
 use skerry_tests::images::{BUSYBOX, BUSYBOX_NEXT, SERVER};
 use skerry_tests::kubectl::{container_ids, is_ready, restarts};
 use skerry_tests::manifests::{container, sleeper};
@@ -131,7 +132,74 @@ fn a_crashing_container_backs_off_and_counts() -> Result<()> {
         let last = &pod["status"]["containerStatuses"][0]["lastState"]["terminated"];
         ensure!(last["exitCode"] == 3 && last["reason"] == "Error", "its last end: {last}");
         ensure!(pod["status"]["phase"] == "Running", "its phase is {}", pod["status"]["phase"]);
-        until("the BackOff event", 30, || has_event(world, "falls", "BackOff"))
+        until("the BackOff event", 30, || has_event(world, "falls", "BackOff"))?;
+        until("only the last of its dead containers to be kept", 30, || {
+            let all = world.runtime.cri().containers()?;
+            let name = |container: &skerry_proto::cri::Container| container.labels.get(POD_NAME).cloned();
+            Ok(all.iter().filter(|container| name(container).as_deref() == Some("falls")).count() == 1)
+        })
+    })
+}
+
+#[test]
+fn on_failure_a_container_is_tried_again_until_it_succeeds() -> Result<()> {
+    story("work-on-failure", |world| {
+        let mut pod = sleeper("tries", world.edge.name(), false);
+        pod["spec"]["restartPolicy"] = json!("OnFailure");
+        pod["spec"]["volumes"] = json!([{"name": "out", "emptyDir": {}}]);
+        let script = "test -e /out/tried && exit 0; touch /out/tried; exit 4";
+        pod["spec"]["containers"][0] = container("main", &["sh", "-c", script]);
+        pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "out", "mountPath": "/out"}]);
+        world.kubectl.apply(&pod.to_string())?;
+        let pod = world.kubectl.wait("pod", "tries", "Succeeded", 60, |pod| pod["status"]["phase"] == "Succeeded")?;
+        ensure!(restarts(&pod) == 1, "it was tried again {} times", restarts(&pod));
+        let last = &pod["status"]["containerStatuses"][0]["lastState"]["terminated"];
+        ensure!(last["exitCode"] == 4, "its first end: {last}");
+        Ok(())
+    })
+}
+
+#[test]
+fn hooks_run_and_a_sidecar_comes_first_and_goes_last() -> Result<()> {
+    story("work-sidecar", |world| {
+        let scratch = world.dir().join("lives");
+        std::fs::create_dir_all(&scratch)?;
+        let lives = |name: &str| {
+            let script = format!(
+                "echo {name} up >> /out/order; trap 'echo {name} down >> /out/order; exit 0' TERM; while :; do sleep 0.1; done"
+            );
+            let mut container = container(name, &["sh", "-c", &script]);
+            container["volumeMounts"] = json!([{"name": "out", "mountPath": "/out"}]);
+            container
+        };
+        let (mut sidecar, mut main) = (lives("sidecar"), lives("main"));
+        sidecar["restartPolicy"] = json!("Always");
+        sidecar["startupProbe"] = json!({"exec": {"command": ["grep", "sidecar", "/out/order"]}, "periodSeconds": 1});
+        let hook = |script: &str| json!({"exec": {"command": ["sh", "-c", script]}});
+        main["lifecycle"] = json!({
+            "postStart": hook("until grep main /out/order; do sleep 0.1; done; echo started >> /out/order"),
+            "preStop": hook("echo stopping >> /out/order; sleep 1"),
+        });
+        let mut pod = sleeper("pair", world.edge.name(), false);
+        pod["spec"]["terminationGracePeriodSeconds"] = json!(30);
+        pod["spec"]["volumes"] = json!([{"name": "out", "hostPath": {"path": scratch}}]);
+        pod["spec"]["initContainers"] = json!([sidecar]);
+        pod["spec"]["containers"] = json!([main]);
+        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        let sidecar = world.runtime.cri().container("pair", "sidecar")?;
+        // One that ends is started again, with the pod as it is.
+        let main = world.runtime.cri().container("pair", "main")?;
+        let pid = world.runtime.cri().exec("pair", "sidecar", &["kill", "1"])?;
+        ensure!(pid.success, "the sidecar cannot be ended: {}", pid.text());
+        until("the sidecar to run again", 60, || {
+            Ok(world.runtime.cri().container("pair", "sidecar").is_ok_and(|id| id != sidecar))
+        })?;
+        ensure!(world.runtime.cri().container("pair", "main")? == main, "its end restarted the other container");
+        world.kubectl.run(&["delete", "pod", "pair"])?;
+        let order = std::fs::read_to_string(scratch.join("order"))?;
+        let expected = "sidecar up\nmain up\nstarted\nsidecar down\nsidecar up\nstopping\nmain down\nsidecar down\n";
+        ensure!(order == expected, "in this order: {order:?}");
+        Ok(())
     })
 }
 
@@ -273,6 +341,7 @@ fn pods_share_what_they_ask_of_the_host() -> Result<()> {
         let mut pod = sleeper("on-host", world.edge.name(), false);
         pod["spec"]["hostNetwork"] = json!(true);
         pod["spec"]["hostPID"] = json!(true);
+        pod["spec"]["hostIPC"] = json!(true);
         let pods = world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
         ensure!(
             pods[0]["status"]["podIP"] == pods[0]["status"]["hostIP"],
@@ -285,6 +354,9 @@ fn pods_share_what_they_ask_of_the_host() -> Result<()> {
             world.inside("on-host", &["cat", "/proc/net/route"])? == std::fs::read_to_string("/proc/net/route")?,
             "not the host's network"
         );
+        let ipc = world.inside("on-host", &["readlink", "/proc/self/ns/ipc"])?;
+        let host = std::fs::read_link("/proc/self/ns/ipc")?;
+        ensure!(ipc.trim() == host.to_string_lossy(), "not the host's IPC: {ipc}");
         Ok(())
     })
 }
@@ -302,6 +374,26 @@ fn logs_are_files_where_collectors_look() -> Result<()> {
             Ok((text.lines().count() == 2).then_some(text))
         })?;
         ensure!(text.contains(" stdout F hello") && text.contains(" stderr F oops"), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_log_that_grows_is_rotated() -> Result<()> {
+    story("work-rotation", |world| {
+        let mut pod = sleeper("chatters", world.edge.name(), false);
+        let script = "yes \"$(printf %01000d 0)\" | head -n 11000; while :; do echo tick; sleep 0.2; done";
+        pod["spec"]["containers"][0] = container("main", &["sh", "-c", script]);
+        let pods = world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        let uid = pods[0]["metadata"]["uid"].as_str().unwrap_or_default();
+        let logs = world.edge.logs().join(format!("{}_chatters_{uid}/main", world.kubectl.namespace()));
+        let before = world.running()?;
+        until("the large log to be put aside and a new one to be written", 60, || {
+            let files = std::fs::read_dir(&logs)?.count();
+            let now = std::fs::read_to_string(logs.join("0.log")).unwrap_or_default();
+            Ok(files > 1 && now.len() < 1 << 20 && now.contains(" stdout F tick"))
+        })?;
+        ensure!(world.running()? == before, "the container was restarted for its log");
         Ok(())
     })
 }
