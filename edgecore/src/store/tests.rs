@@ -181,14 +181,14 @@ async fn deltas_make_the_new_state_of_the_old_and_one_that_does_not_fit_changes_
     for collection in [Collection::ConfigMaps, Collection::Secrets] {
         let dir = tempfile::tempdir().unwrap();
         let store = reopen(dir.path());
-        let states: Vec<Object> = (0..3)
-            .map(|n| object(collection, "a", &format!("{n}{}", "x".repeat(2000))))
-            .scan(None, |before: &mut Option<Object>, object| {
-                let object = before.as_ref().map_or(object.clone(), |before| object.succeeding(before));
-                *before = Some(object.clone());
-                Some(object)
-            })
-            .collect();
+        let mut states: Vec<Object> = Vec::new();
+        for n in 0..3 {
+            let object = object(collection, "a", &format!("{n}{}", "x".repeat(2000)));
+            states.push(match states.last() {
+                Some(before) => object.succeeding(before),
+                None => object,
+            });
+        }
         let patch = |object: &Object| Op::Patch(collection, object.entry.clone(), object.delta.clone().unwrap());
         let mut changes = store.changes();
         store.apply(vec![Op::Upsert(states[0].clone()), patch(&states[1])]).await.unwrap();

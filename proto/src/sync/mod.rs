@@ -97,6 +97,7 @@ impl Object {
 
     /// This, which takes the place of `before`: with the delta between the two, or `before` itself when nothing changed. Both versions have
     /// to be fingerprints.
+    #[must_use]
     pub fn succeeding(mut self, before: &Self) -> Self {
         if self.entry == before.entry {
             return before.clone();
