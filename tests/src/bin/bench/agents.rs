@@ -1,19 +1,15 @@
-//! `bench`: the promised figures, ours and the upstream kubelet's, from one run on one machine.
-//!
-//! Standard output has one line a figure, `figure subject value unit`, separated by tabs; what is being done goes to standard error.
-#![allow(clippy::print_stdout, reason = "its output is its purpose")]
-#![allow(clippy::disallowed_methods, reason = "it measures the time that passes outside")]
+//! One agent, ours or the upstream kubelet, on a runtime of its own: what it weighs, and how fast its pods are.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use clap::{Parser, ValueEnum};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use skerry_tests::cloudcore::Cloudcore;
 use skerry_tests::controlplane::ControlPlane;
@@ -21,11 +17,13 @@ use skerry_tests::edge::Edge;
 use skerry_tests::kubectl::{Kubectl, is_ready};
 use skerry_tests::kubelet::Kubelet;
 use skerry_tests::manifests::{list, sleeper};
-use skerry_tests::paths::{self, RunDir};
 use skerry_tests::relay::Relay;
 use skerry_tests::runtime::{Cni, Runtime};
 use skerry_tests::wait::until;
-use skerry_tests::{cleanup, procfs};
+use skerry_tests::{paths, procfs};
+
+use crate::Subject;
+use crate::figures::{megabytes, rss, tell};
 
 /// How many pods the figures with many pods use.
 const MANY: usize = 11;
@@ -36,61 +34,8 @@ const SETTLE: Duration = Duration::from_secs(20);
 /// How long processor time is counted.
 const WINDOW: Duration = Duration::from_secs(60);
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Group {
-    /// Sizes, memory, processor time.
-    Weight,
-    /// How fast pods start, and start again.
-    Pods,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Subject {
-    Edgecore,
-    Kubelet,
-}
-
-#[derive(Parser)]
-struct Arguments {
-    /// Only these figures.
-    group: Option<Group>,
-    /// Only this agent.
-    #[arg(long)]
-    subject: Option<Subject>,
-}
-
-fn main() -> Result<()> {
-    // As a janitor it is called `bench janitor DIR`, which is no group.
-    let words: Vec<String> = std::env::args().collect();
-    if let [_, word, dir] = words.as_slice()
-        && word == "janitor"
-    {
-        std::io::stdin().read_to_end(&mut Vec::new())?;
-        return cleanup::sweep(Path::new(dir));
-    }
-    let arguments = Arguments::parse();
-    if std::env::var_os("KUBECONFIG").is_some_and(|value| !value.is_empty()) {
-        bail!("the benchmark needs a control plane of its own, beside which nothing else runs: unset KUBECONFIG");
-    }
-    let run = RunDir::temporary(&std::env::current_exe()?)?;
-    eprintln!("starting a control plane");
-    let control = ControlPlane::start(&run.path().join("control"))?;
-    for subject in [Subject::Edgecore, Subject::Kubelet] {
-        if arguments.subject.is_none_or(|only| only == subject) {
-            let mut bench = Bench::start(&control, run.path(), subject)?;
-            if arguments.group != Some(Group::Pods) {
-                bench.weight()?;
-            }
-            if arguments.group != Some(Group::Weight) {
-                bench.pods()?;
-            }
-        }
-    }
-    Ok(())
-}
-
 /// One agent on a runtime of its own.
-struct Bench {
+pub(crate) struct Bench {
     name: &'static str,
     agent: Agent,
     runtime: Runtime,
@@ -103,7 +48,7 @@ enum Agent {
 }
 
 impl Bench {
-    fn start(control: &ControlPlane, dir: &Path, subject: Subject) -> Result<Self> {
+    pub(crate) fn start(control: &ControlPlane, dir: &Path, subject: Subject) -> Result<Self> {
         let name = match subject {
             Subject::Edgecore => "edgecore",
             Subject::Kubelet => "kubelet",
@@ -127,7 +72,7 @@ impl Bench {
         Ok(Self { name, agent, runtime, kubectl })
     }
 
-    fn weight(&mut self) -> Result<()> {
+    pub(crate) fn weight(&mut self) -> Result<()> {
         self.say("agent.binary", megabytes(fs::metadata(self.agent.binary()?)?.len()), "MB");
         if let Agent::Edgecore { .. } = &self.agent {
             tell("cloud.binary", "cloudcore", megabytes(fs::metadata(paths::product("cloudcore")?)?.len()), "MB");
@@ -151,7 +96,7 @@ impl Bench {
         self.remove_pods()
     }
 
-    fn pods(&mut self) -> Result<()> {
+    pub(crate) fn pods(&mut self) -> Result<()> {
         for (figure, count) in [("pods.ready.1", 1), ("pods.ready.10", 10)] {
             let mut times = Vec::new();
             for round in 1..=ROUNDS {
@@ -308,7 +253,7 @@ impl Watch {
     }
 
     fn all_ready(mut self, count: usize) -> Result<Instant> {
-        let mut ready = std::collections::BTreeSet::new();
+        let mut ready = BTreeSet::new();
         let last = loop {
             let (seen, line) = self
                 .events
@@ -326,17 +271,4 @@ impl Watch {
         ensure!(ready.len() == count, "other pods than were asked for: {ready:?}");
         Ok(last)
     }
-}
-
-fn tell(figure: &str, subject: &str, value: f64, unit: &str) {
-    println!("{figure}\t{subject}\t{value:.2}\t{unit}");
-}
-
-fn rss(pid: i32) -> Result<f64> {
-    Ok(megabytes(u64::from(procfs::rss_kb(pid).context("no memory figures")?) * 1024))
-}
-
-#[expect(clippy::cast_precision_loss, reason = "two digits are told")]
-fn megabytes(bytes: u64) -> f64 {
-    bytes as f64 / 1e6
 }

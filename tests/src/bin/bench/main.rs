@@ -1,0 +1,72 @@
+//! `bench`: the promised figures, ours and the upstream kubelet's, from one run on one machine.
+//!
+//! Standard output has one line a figure, `figure subject value unit`, separated by tabs; what is being done goes to standard error.
+#![allow(clippy::print_stdout, reason = "its output is its purpose")]
+#![allow(clippy::disallowed_methods, reason = "it measures the time that passes outside")]
+
+use std::io::Read as _;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use clap::{Parser, ValueEnum};
+use skerry_tests::cleanup;
+use skerry_tests::controlplane::ControlPlane;
+use skerry_tests::paths::RunDir;
+
+use crate::agents::Bench;
+
+mod agents;
+mod figures;
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// Sizes, memory, processor time.
+    Weight,
+    /// How fast pods start, and start again.
+    Pods,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Subject {
+    Edgecore,
+    Kubelet,
+}
+
+#[derive(Parser)]
+struct Arguments {
+    /// Only these figures.
+    group: Option<Group>,
+    /// Only this agent.
+    #[arg(long)]
+    subject: Option<Subject>,
+}
+
+fn main() -> Result<()> {
+    // As a janitor it is called `bench janitor DIR`, which is no group.
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, word, dir] = words.as_slice()
+        && word == "janitor"
+    {
+        std::io::stdin().read_to_end(&mut Vec::new())?;
+        return cleanup::sweep(Path::new(dir));
+    }
+    let arguments = Arguments::parse();
+    if std::env::var_os("KUBECONFIG").is_some_and(|value| !value.is_empty()) {
+        bail!("the benchmark needs a control plane of its own, beside which nothing else runs: unset KUBECONFIG");
+    }
+    let run = RunDir::temporary(&std::env::current_exe()?)?;
+    eprintln!("starting a control plane");
+    let control = ControlPlane::start(&run.path().join("control"))?;
+    for subject in [Subject::Edgecore, Subject::Kubelet] {
+        if arguments.subject.is_none_or(|only| only == subject) {
+            let mut bench = Bench::start(&control, run.path(), subject)?;
+            if arguments.group != Some(Group::Pods) {
+                bench.weight()?;
+            }
+            if arguments.group != Some(Group::Weight) {
+                bench.pods()?;
+            }
+        }
+    }
+    Ok(())
+}
