@@ -134,6 +134,21 @@ impl ControlPlane {
         self.wait_ready()
     }
 
+    /// Ends the controller-manager and the scheduler: etcd and the apiserver go on alone.
+    pub fn stop_controllers(&mut self) -> Result<()> {
+        let own = self.own.as_mut().context("the cluster of $KUBECONFIG is not ours to stop")?;
+        for process in own.others.drain(1..) {
+            process.stop(Duration::from_secs(2));
+        }
+        Ok(())
+    }
+
+    /// Process ids of the apiserver and of etcd, while they run.
+    pub fn pids(&self) -> Option<(i32, i32)> {
+        let own = self.own.as_ref()?;
+        Some((own.apiserver.as_ref()?.pid(), own.others.first()?.pid()))
+    }
+
     /// Lets the processes live on.
     pub fn detach(mut self) {
         if let Some(mut own) = self.own.take() {

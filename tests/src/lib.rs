@@ -27,5 +27,6 @@ pub mod process;
 pub mod procfs;
 pub mod relay;
 pub mod runtime;
+pub mod swarm;
 pub mod tar;
 pub mod wait;

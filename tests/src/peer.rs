@@ -68,22 +68,34 @@ pub fn post(
 ) -> Result<(u16, Vec<u8>)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let exchange = async {
-            let mut stream = connect(address, identity).await?;
-            let length = body.len();
-            let head = format!("POST {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Content-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
-            stream.write_all(head.as_bytes()).await?;
-            stream.write_all(body).await.ok();
-            let mut answer = Vec::new();
-            // A server that closes without close_notify has still answered.
-            stream.read_to_end(&mut answer).await.ok();
-            let end = answer.windows(4).position(|window| window == b"\r\n\r\n").context("no complete answer")?;
-            let body = answer.split_off(end + 4);
-            let status = String::from_utf8_lossy(&answer).split(' ').nth(1).and_then(|word| word.parse().ok());
-            Ok((status.context("no status in the answer")?, body))
-        };
+        let exchange = exchange(address, identity, path, headers, body);
         tokio::time::timeout(Duration::from_secs(30), exchange).await.context("cloudcore did not answer within 30 s")?
     })
+}
+
+/// As [`post`], for as long as it takes.
+pub async fn exchange(
+    address: SocketAddr,
+    identity: Option<&Identity>,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> Result<(u16, Vec<u8>)> {
+    let mut stream = connect(address, identity).await?;
+    let length = body.len();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Content-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await?;
+    // A refusal may come before the whole body went.
+    stream.write_all(body).await.ok();
+    let mut answer = Vec::new();
+    // A server that closes without close_notify has still answered.
+    stream.read_to_end(&mut answer).await.ok();
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n").context("no complete answer")?;
+    let body = answer.split_off(end + 4);
+    let status = String::from_utf8_lossy(&answer).split(' ').nth(1).and_then(|word| word.parse().ok());
+    Ok((status.context("no status in the answer")?, body))
 }
 
 /// A session, driven frame by frame.

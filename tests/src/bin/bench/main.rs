@@ -17,6 +17,7 @@ use crate::agents::Bench;
 
 mod agents;
 mod figures;
+mod scale;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Group {
@@ -24,6 +25,8 @@ pub(crate) enum Group {
     Weight,
     /// How fast pods start, and start again.
     Pods,
+    /// Many nodes on one cloudcore.
+    Scale,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -39,6 +42,9 @@ struct Arguments {
     /// Only this agent.
     #[arg(long)]
     subject: Option<Subject>,
+    /// How many nodes `scale` has.
+    #[arg(long, default_value_t = 10_000)]
+    nodes: usize,
 }
 
 fn main() -> Result<()> {
@@ -55,6 +61,10 @@ fn main() -> Result<()> {
         bail!("the benchmark needs a control plane of its own, beside which nothing else runs: unset KUBECONFIG");
     }
     let run = RunDir::temporary(&std::env::current_exe()?)?;
+    match arguments.group {
+        Some(Group::Scale) => return scale::run(run.path(), arguments.nodes),
+        Some(Group::Weight | Group::Pods) | None => {}
+    }
     eprintln!("starting a control plane");
     let control = ControlPlane::start(&run.path().join("control"))?;
     for subject in [Subject::Edgecore, Subject::Kubelet] {
