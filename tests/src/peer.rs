@@ -98,6 +98,18 @@ pub async fn exchange(
     Ok((status.context("no status in the answer")?, body))
 }
 
+/// A TLS handshake, and nothing after it.
+pub fn handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut stream = connect(address, Some(identity)).await?;
+        stream.shutdown().await?;
+        // The server's word after it is a part of it.
+        tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut Vec::new())).await.ok();
+        Ok(())
+    })
+}
+
 /// A session, driven frame by frame.
 #[derive(Debug)]
 pub struct Session {

@@ -85,6 +85,12 @@ pub fn rss_kb(pid: i32) -> Option<u32> {
     rollup.lines().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
 }
 
+/// Bytes that a process has caused to be written to disks so far.
+pub fn written_bytes(pid: i32) -> Option<u64> {
+    let io = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+    io.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.parse().ok())
+}
+
 /// Mount points inside a directory, the latest first.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

@@ -55,8 +55,12 @@ pub struct Relay {
 struct Counters {
     up: AtomicU64,
     down: AtomicU64,
+    segments: AtomicU64,
     connections: AtomicU64,
 }
+
+/// What a segment carries on an Ethernet.
+const SEGMENT: usize = 1448;
 
 impl Relay {
     /// Listens on a free loopback port and passes to `target`.
@@ -99,6 +103,11 @@ impl Relay {
     /// Bytes that went up and down since the start.
     pub fn bytes(&self) -> (u64, u64) {
         (self.counters.up.load(Ordering::Relaxed), self.counters.down.load(Ordering::Relaxed))
+    }
+
+    /// Segments that the bytes of [`Self::bytes`] would have been on an Ethernet, taking what came at once for one write.
+    pub fn segments(&self) -> u64 {
+        self.counters.segments.load(Ordering::Relaxed)
     }
 
     /// Connections accepted since the start.
@@ -190,6 +199,7 @@ async fn pump(
         if let Some(nanos) = (count as u64 * 1_000_000_000).checked_div(now.bandwidth) {
             sleep(Duration::from_nanos(nanos)).await;
         }
+        counters.segments.fetch_add(count.div_ceil(SEGMENT) as u64, Ordering::Relaxed);
         match direction {
             Direction::Up => counters.up.fetch_add(count as u64, Ordering::Relaxed),
             Direction::Down => counters.down.fetch_add(count as u64, Ordering::Relaxed),

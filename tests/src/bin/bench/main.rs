@@ -6,6 +6,7 @@
 
 use std::io::Read as _;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
@@ -17,6 +18,7 @@ use crate::agents::Bench;
 
 mod agents;
 mod figures;
+mod link;
 mod scale;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -27,6 +29,8 @@ pub(crate) enum Group {
     Pods,
     /// Many nodes on one cloudcore.
     Scale,
+    /// What the link carries.
+    Link,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,6 +49,9 @@ struct Arguments {
     /// How many nodes `scale` has.
     #[arg(long, default_value_t = 10_000)]
     nodes: usize,
+    /// For how long `link` listens to an idle node.
+    #[arg(long, default_value_t = 600)]
+    idle_seconds: u64,
 }
 
 fn main() -> Result<()> {
@@ -63,6 +70,7 @@ fn main() -> Result<()> {
     let run = RunDir::temporary(&std::env::current_exe()?)?;
     match arguments.group {
         Some(Group::Scale) => return scale::run(run.path(), arguments.nodes),
+        Some(Group::Link) => return link::run(run.path(), Duration::from_secs(arguments.idle_seconds)),
         Some(Group::Weight | Group::Pods) | None => {}
     }
     eprintln!("starting a control plane");
