@@ -3,19 +3,20 @@
 //! Whoever connects is a stranger until a certificate of our CA says otherwise: handshakes, requests and their sizes are bounded, and
 //! a client that is slow or sends garbage costs one task and a few kilobytes for some seconds.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use self::places::{Place, Places};
 use crate::backend::{Backend, NodeCheck, NodeIdentity};
 use crate::metrics::Metrics;
 use crate::pki::{CaError, CertificateAuthority, ServerCertificate};
@@ -27,6 +28,7 @@ use crate::token::JoinTokens;
 
 mod http;
 mod join;
+mod places;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -36,7 +38,11 @@ mod wire;
 pub const AGENT: &str = concat!("cloudcore ", env!("CARGO_PKG_VERSION"));
 
 const MAX_SESSIONS: usize = 100_000;
-const MAX_HANDSHAKES: usize = 256;
+/// Connections that have not said a word. Who means it speaks at once: whoever has been silent longest gives way at once.
+const MAX_SILENT: usize = if cfg!(test) { 8 } else { 1024 };
+/// Handshakes at once. One that has begun is not waited for when others do, once it has had [`HANDSHAKE_GRACE`].
+const MAX_HANDSHAKES: usize = if cfg!(test) { 8 } else { 512 };
+const HANDSHAKE_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 3 });
 /// Connections past the handshake that are not sessions yet.
 const MAX_REQUESTS: usize = 4096;
 const MAX_JOINS: usize = 64;
@@ -74,7 +80,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     /// Serves the port until told to stop, then says goodbye to every session, but for no longer than `drain`.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, tls: Arc<ServerConfig>, drain: Duration) {
         let acceptor = TlsAcceptor::from(tls);
-        let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        let silent = Places::new(MAX_SILENT, Duration::ZERO);
+        let handshakes = Places::new(MAX_HANDSHAKES, HANDSHAKE_GRACE);
         let requests = Arc::new(Semaphore::new(MAX_REQUESTS));
         let mut connections = Tasks::new("connection");
         let mut trouble = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
@@ -82,10 +89,11 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             let accepted = tokio::select! {
                 () = self.stop.cancelled() => break,
                 () = connections.reap() => continue,
-                accepted = accept(&listener, &handshakes) => accepted,
+                // What is not accepted waits in the kernel.
+                accepted = async { handshakes.room().await; silent.room().await; listener.accept().await } => accepted,
             };
-            let (stream, permit) = match accepted {
-                Ok(accepted) => accepted,
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
                 Err(error) => {
                     // Out of file descriptors, mostly: connections that end give some back.
                     warn!("cannot accept a connection: {error}");
@@ -95,7 +103,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             };
             trouble.reset();
             let (front, acceptor, requests) = (Arc::clone(&self), acceptor.clone(), Arc::clone(&requests));
-            connections.spawn(async move { front.connection(stream, acceptor, permit, requests).await });
+            let (silent, handshakes) = (silent.take(), handshakes.clone());
+            connections.spawn(async move { front.connection(stream, acceptor, silent, handshakes, requests).await });
         }
         drop(listener);
         let cut = connections.drain(drain).await;
@@ -145,26 +154,22 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         self: Arc<Self>,
         stream: TcpStream,
         acceptor: TlsAcceptor,
-        handshake: OwnedSemaphorePermit,
+        silent: Place,
+        handshakes: Places,
         requests: Arc<Semaphore>,
     ) {
         let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
         // Small frames go at once; a failure only costs time.
         let _ = stream.set_nodelay(true);
-        let tls = match tokio::time::timeout(HANDSHAKE_PATIENCE, acceptor.accept(stream)).await {
-            Ok(Ok(tls)) => tls,
-            Ok(Err(error)) => {
+        let tls = match Box::pin(handshake(stream, acceptor, silent, &handshakes)).await {
+            Ok(tls) => tls,
+            Err(what) => {
                 self.metrics.handshake_failed();
-                debug!(peer, "the TLS handshake failed: {error}");
-                return;
-            }
-            Err(_) => {
-                self.metrics.handshake_failed();
-                debug!(peer, "the TLS handshake took too long");
+                debug!(peer, "no TLS connection: {what}");
                 return;
             }
         };
-        drop(handshake);
+        drop(handshakes);
         let Ok(request) = requests.try_acquire_owned() else {
             debug!(peer, "too many requests at once, the connection is closed");
             return;
@@ -202,10 +207,25 @@ pub fn tls(
     Ok(Arc::new(config))
 }
 
-async fn accept(listener: &TcpListener, handshakes: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
-    let permit = Arc::clone(handshakes).acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, permit))
+/// Waits for the first byte, then carries out the handshake; `Err` says why there is none.
+async fn handshake(
+    stream: TcpStream,
+    acceptor: TlsAcceptor,
+    mut silent: Place,
+    handshakes: &Places,
+) -> Result<TlsStream<TcpStream>, String> {
+    tokio::select! {
+        readable = stream.readable() => readable.map_err(|error| error.to_string())?,
+        () = silent.evicted() => return Err("silent while others came".to_owned()),
+        () = tokio::time::sleep(HANDSHAKE_PATIENCE) => return Err("silent".to_owned()),
+    }
+    let mut place = handshakes.take();
+    drop(silent);
+    tokio::select! {
+        accepted = acceptor.accept(stream) => accepted.map_err(|error| format!("the handshake failed: {error}")),
+        () = place.evicted() => Err("the handshake took too long while others waited".to_owned()),
+        () = tokio::time::sleep(HANDSHAKE_PATIENCE) => Err("the handshake took too long".to_owned()),
+    }
 }
 
 /// What a log line calls a node.

@@ -1,6 +1,7 @@
 //! The port over real sockets, with a backend and Secrets in memory.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -465,6 +466,29 @@ async fn what_is_no_request_is_answered_and_harms_nobody() {
     garbage.write_all(&[0xff; 4096]).await.unwrap();
     let _ = tokio::time::timeout(PATIENCE, garbage.read_to_end(&mut answer)).await.expect("garbage is not waited for");
     assert_eq!(cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await.0, 200);
+}
+
+#[tokio::test]
+async fn who_says_nothing_or_never_ends_keeps_nobody_out() {
+    let cloud = Cloud::start().await;
+    let mut idlers = Vec::new();
+    for _ in 0..4 * MAX_SILENT {
+        idlers.push(TcpStream::connect(cloud.address).await.unwrap());
+    }
+    assert_eq!(cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await.0, 200);
+    // The head of a record that does not come.
+    for idler in idlers.iter_mut().rev().take(MAX_SILENT) {
+        let _ = idler.write_all(&[22, 3, 1, 2, 0]).await;
+    }
+    for _ in 0..2 * MAX_HANDSHAKES {
+        let mut begun = TcpStream::connect(cloud.address).await.unwrap();
+        begun.write_all(&[22, 3, 1, 2, 0]).await.unwrap();
+        idlers.push(begun);
+    }
+    assert_eq!(cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await.0, 200);
+    let mut end = [0];
+    let first = tokio::time::timeout(PATIENCE, idlers[0].read(&mut end)).await.expect("the first is sent away");
+    assert!(matches!(first, Ok(0) | Err(_)));
 }
 
 #[tokio::test]
