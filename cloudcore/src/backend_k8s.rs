@@ -119,8 +119,8 @@ pub async fn connect(
     let dns = options.cluster_dns.iter().map(ToString::to_string).collect();
     let shared = Shared::new(Closures::new(&options.cluster_domain, dns));
     metrics.register_collector(Box::new(Held(shared.clone())));
-    let upstream = Upstream::new(api.clone(), shared.clone());
     let leases = Arc::new(Leases::default());
+    let upstream = Upstream::new(api.clone(), shared.clone(), leases.clone());
     let autonomy = Arc::new(Autonomy::default());
     let (deletions, _) = broadcast::channel(DELETIONS);
     let watches = Watches {

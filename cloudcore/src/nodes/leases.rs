@@ -24,10 +24,14 @@ use crate::retry::chain;
 pub(crate) const NAMESPACE: &str = "kube-node-lease";
 /// How long a lease is good without renewal.
 pub(crate) const DURATION_SECONDS: i64 = 40;
-/// How often it is renewed.
-const RENEW: Duration = Duration::from_secs(10);
-/// After a failure.
+/// How often it is renewed at least and at most: more seldom the more nodes there are, and twice while it is good even if one is lost.
+const RENEW: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(24)];
+/// Renewals a second, of all nodes, that [`RENEW`] is stretched for.
+const RATE: u32 = 400;
+/// After a failure, stretched in the same measure.
 const RETRY: Duration = Duration::from_secs(2);
+/// A renewal that is so late has the apiserver to itself: reports wait.
+const LATE: Duration = Duration::from_secs(3);
 /// Requests under way at once.
 const AT_ONCE: usize = 64;
 const EPOCH_ANNOTATION: &str = "skerry.dev/epoch";
@@ -96,16 +100,19 @@ impl Wheel {
 
     /// `spread` in 0..1 keeps renewals apart.
     fn renewed(&mut self, renewal: &Renewal, how: Renewed, now: Duration, spread: f64) {
+        let period = self.period();
         let Some(spoke) = self.nodes.get_mut(&renewal.node.name).filter(|spoke| spoke.epoch == renewal.epoch) else {
             return;
         };
         let wait = match how {
             Renewed::Epoch(epoch) if epoch > spoke.epoch => return self.remove(&renewal.node.name),
-            Renewed::Yes | Renewed::Epoch(_) => RENEW,
-            Renewed::Failed => RETRY,
+            // Those that begin together do not go on together.
+            Renewed::Yes | Renewed::Epoch(_) if renewal.first => period.mul_f64(spread.mul_add(0.75, 0.25)),
+            Renewed::Yes | Renewed::Epoch(_) => period.mul_f64(spread.mul_add(0.2, 0.9)),
+            Renewed::Failed => RETRY.mul_f64(period.div_duration_f64(RENEW[0]) * spread.mul_add(0.2, 0.9)),
         };
         spoke.written |= how != Renewed::Failed;
-        spoke.due = now + wait.mul_f64(spread.mul_add(0.2, 0.9));
+        spoke.due = now + wait;
         self.due.insert((spoke.due, renewal.node.name.clone()));
     }
 
@@ -116,6 +123,12 @@ impl Wheel {
             spoke.due = now;
             self.due.insert((now, name.clone()));
         }
+    }
+
+    /// How often each lease is renewed.
+    fn period(&self) -> Duration {
+        let nodes = u32::try_from(self.nodes.len()).unwrap_or(u32::MAX);
+        (Duration::from_secs(1) * nodes / RATE).clamp(RENEW[0], RENEW[1])
     }
 
     fn next(&self) -> Option<Duration> {
@@ -146,6 +159,17 @@ impl Leases {
     /// A session ends.
     pub(crate) fn end(&self, node: &NodeIdentity, epoch: u64) {
         self.lock().end(&node.name, epoch);
+    }
+
+    /// Waits while renewals are late, for reports do more harm than good then; not for ever, because they count too.
+    pub(crate) async fn on_time(&self) {
+        for _ in 0..40 {
+            let due = self.lock().next();
+            if due.is_none_or(|due| clock::monotonic() < due + LATE) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
     }
 
     /// Renews what is due, for ever.
@@ -247,11 +271,41 @@ mod tests {
         assert_eq!(first, Renewal { node: node(), epoch: 3, first: true });
         assert_eq!(wheel.take(seconds(0)), None, "one request at a time");
         wheel.renewed(&first, Renewed::Epoch(3), seconds(1), 0.5);
-        assert_eq!(wheel.next(), Some(seconds(11)));
-        assert!(!wheel.take(seconds(11)).unwrap().first);
+        assert_eq!(
+            wheel.next(),
+            Some(Duration::from_millis(7250)),
+            "the second soon, so that those who began together part"
+        );
+        assert!(!wheel.take(seconds(8)).unwrap().first);
         wheel.end("e", 3);
         wheel.renewed(&first, Renewed::Yes, seconds(12), 0.5);
         assert_eq!(wheel.next(), None, "an answer that comes after the end");
+    }
+
+    #[test]
+    fn many_nodes_are_renewed_more_seldom_and_not_together() {
+        let mut wheel = Wheel::default();
+        for number in 0..8000 {
+            wheel.begin(&NodeIdentity { name: format!("e-{number}"), uid: "u".into() }, 1, seconds(0));
+        }
+        assert_eq!(wheel.period(), seconds(20));
+        let mut spread = 0.0;
+        while let Some(renewal) = wheel.take(seconds(0)) {
+            wheel.renewed(&renewal, Renewed::Yes, seconds(0), spread);
+            spread += 1.0 / 8000.0;
+        }
+        for quarter in [5, 10, 15] {
+            let due =
+                wheel.due.iter().filter(|(due, _)| (seconds(quarter)..seconds(quarter + 5)).contains(due)).count();
+            assert!((2600..2700).contains(&due), "{due} from {quarter} s on");
+        }
+        let renewal = wheel.take(seconds(6)).unwrap();
+        wheel.renewed(&renewal, Renewed::Yes, seconds(6), 1.0);
+        assert_eq!(wheel.nodes[&renewal.node.name].due, seconds(28), "well before the lease ends");
+        wheel.begin(&node(), 1, seconds(7));
+        let renewal = wheel.take(seconds(7)).filter(|renewal| renewal.first || renewal.node.name != "e").unwrap();
+        wheel.renewed(&renewal, Renewed::Failed, seconds(7), 1.0);
+        assert!(wheel.nodes[&renewal.node.name].due > seconds(11), "what fails is tried again more seldom too");
     }
 
     #[test]

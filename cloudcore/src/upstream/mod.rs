@@ -24,6 +24,7 @@ use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
 use crate::closure::PodFacts;
+use crate::nodes::leases::Leases;
 use crate::{clock, supervise};
 
 mod event;
@@ -40,6 +41,7 @@ const AT_ONCE: usize = 32;
 pub(crate) struct Upstream {
     api: Apiserver,
     shared: Arc<Shared>,
+    leases: Arc<Leases>,
     permits: Semaphore,
     queues: Mutex<HashMap<String, Arc<Queue>>>,
 }
@@ -87,8 +89,9 @@ impl Outcome {
 }
 
 impl Upstream {
-    pub(crate) fn new(api: Apiserver, shared: Arc<Shared>) -> Arc<Self> {
-        Arc::new(Self { api, shared, permits: Semaphore::new(AT_ONCE), queues: Mutex::default() })
+    /// `leases` go first.
+    pub(crate) fn new(api: Apiserver, shared: Arc<Shared>, leases: Arc<Leases>) -> Arc<Self> {
+        Arc::new(Self { api, shared, leases, permits: Semaphore::new(AT_ONCE), queues: Mutex::default() })
     }
 
     /// Begins a session.
@@ -158,10 +161,13 @@ impl Upstream {
         let report = &waiting.report;
         let (id, kind) = (report.id, kind_name(report.kind));
         let outcome = match self.permits.acquire().await {
-            Ok(_permit) => AssertUnwindSafe(self.attempt(queue, report)).catch_unwind().await.unwrap_or_else(|_| {
-                error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
-                Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
-            }),
+            Ok(_permit) => {
+                self.leases.on_time().await;
+                AssertUnwindSafe(self.attempt(queue, report)).catch_unwind().await.unwrap_or_else(|_| {
+                    error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
+                    Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
+                })
+            }
             Err(_) => Outcome::Later(None),
         };
         let outcome = match outcome {
