@@ -20,6 +20,7 @@ pub(crate) use self::session::Session;
 use self::session::Subscribers;
 use crate::backend::NodeIdentity;
 use crate::sa_tokens::{TokenRequest, Tokens};
+use crate::upstream::node::NodeShown;
 
 mod objects;
 mod pod;
@@ -65,6 +66,8 @@ pub(crate) struct NodeInput {
     pub(crate) autonomous: bool,
     /// status.capacity
     pub(crate) capacity: Value,
+    /// What reports are held against.
+    pub(crate) shown: NodeShown,
 }
 
 impl NodeInput {
@@ -78,6 +81,7 @@ impl NodeInput {
             },
             autonomous: metadata["annotations"][AUTONOMY_ANNOTATION].as_str() != Some("false"),
             capacity: node["status"]["capacity"].clone(),
+            shown: NodeShown::of(&node),
             object: sanitise::object(Collection::Node, node),
         }
     }
@@ -125,6 +129,7 @@ struct Node {
     object: Object,
     autonomous: bool,
     capacity: Value,
+    shown: NodeShown,
     /// All its pods are known.
     listed: bool,
     /// While its pods are being listed: those the watch said were deleted meanwhile.
@@ -231,13 +236,14 @@ impl Closures {
 
     /// A Node is there.
     pub(crate) fn node_applied(&mut self, input: NodeInput) -> NodeChange {
-        let NodeInput { identity, object, autonomous, capacity } = input;
+        let NodeInput { identity, object, autonomous, capacity, shown } = input;
         let mut change = NodeChange::default();
         if let Some(node) = self.nodes.get_mut(identity.name.as_str()) {
             if node.uid == identity.uid {
                 change.now_autonomous = autonomous && !node.autonomous;
                 node.autonomous = autonomous;
                 node.capacity = capacity;
+                node.shown = shown;
                 let object = object.succeeding(&node.object);
                 if node.object != object {
                     node.object = object;
@@ -254,6 +260,7 @@ impl Closures {
             object,
             autonomous,
             capacity,
+            shown,
             listed: false,
             deleted_meanwhile: HashSet::new(),
             pods: BTreeMap::new(),
@@ -322,6 +329,11 @@ impl Closures {
     /// status.capacity of a node as the apiserver has it.
     pub(crate) fn capacity(&self, name: &str) -> Option<&Value> {
         self.nodes.get(name).map(|node| &node.capacity)
+    }
+
+    /// What the apiserver shows of a node's status.
+    pub(crate) fn node_shown(&self, name: &str) -> Option<NodeShown> {
+        self.nodes.get(name).map(|node| node.shown)
     }
 
     /// A pod is there; `seen` counts the watch's lists. Answers whether it was taken: pods of nodes that are not edge nodes are not.

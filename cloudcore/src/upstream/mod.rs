@@ -28,7 +28,7 @@ use crate::nodes::leases::Leases;
 use crate::{clock, supervise};
 
 mod event;
-mod node;
+pub(crate) mod node;
 pub(crate) mod pod;
 mod queue;
 
@@ -343,11 +343,17 @@ impl Upstream {
             Ok(content) => content,
             Err(error) => return Outcome::Refused(format!("not a node report: {error}")),
         };
-        let capacity = self.shared.closures().capacity(&node.name).cloned();
+        let (capacity, shown) = {
+            let closures = self.shared.closures();
+            (closures.capacity(&node.name).cloned(), closures.node_shown(&node.name))
+        };
         let patch = match node::patch(&node.name, &node.uid, &content, capacity.as_ref()) {
             Ok(patch) => patch,
             Err(reason) => return Outcome::Refused(reason),
         };
+        if shown.is_some_and(|shown| shown.says(&patch, capacity.as_ref())) {
+            return Outcome::Unchanged;
+        }
         match self.api.patch_status(Kind::Node, "", &node.name, patch).await {
             Ok(_) => Outcome::Taken,
             Err(error) => match verdict(&error) {

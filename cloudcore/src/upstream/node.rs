@@ -1,11 +1,14 @@
 //! Node status: the patch that carries a report.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use skerry_proto::ADDRESSES_ANNOTATION;
 use skerry_proto::payload::NodeReport;
 
+use super::pod::meaning;
 use crate::nodes::labels;
 
 /// What an edge may say of its node; the rest of a NodeStatus is the cloud's.
@@ -19,6 +22,74 @@ const FIELDS: [&str; 8] = [
     "runtimeHandlers",
     "declaredFeatures",
 ];
+
+/// Conditions of a kubelet's.
+const OWN_CONDITIONS: [&str; 4] = ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"];
+/// Heartbeats of conditions are for people, and so are renewed this seldom, in seconds: a little more often than an edge that has nothing new reports.
+const HEARTBEAT: i64 = 270;
+
+/// What is remembered of a Node's status, to tell whether a report changes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NodeShown {
+    /// Of all that the edge is the author of, heartbeats apart.
+    fingerprint: u64,
+    /// When the condition Ready was last confirmed, seconds since the Unix epoch.
+    heartbeat: i64,
+}
+
+impl NodeShown {
+    /// Reads it off a Node as the apiserver has it.
+    pub(crate) fn of(node: &Value) -> Self {
+        Self { fingerprint: fingerprint(node, None), heartbeat: heartbeat(node) }
+    }
+
+    /// Whether a patch that [`patch`] made would change nothing that anybody waits for.
+    pub(super) fn says(&self, patch: &Value, capacity: Option<&Value>) -> bool {
+        self.fingerprint == fingerprint(patch, capacity) && heartbeat(patch).saturating_sub(self.heartbeat) < HEARTBEAT
+    }
+}
+
+/// Of a Node, or of a patch and the capacity that it is merged into. What the patch would not take away, but the Node has, makes a difference
+/// too: that costs a write and loses nothing.
+fn fingerprint(node: &Value, capacity: Option<&Value>) -> u64 {
+    let (metadata, status) = (&node["metadata"], &node["status"]);
+    let mut own = Map::new();
+    for field in FIELDS.into_iter().chain(["features"]).filter(|field| !matches!(*field, "conditions" | "capacity")) {
+        own.extend(status.get(field).and_then(meaning).map(|value| (field.to_owned(), value)));
+    }
+    let mut merged = status["capacity"].as_object().cloned().unwrap_or_default();
+    for (resource, quantity) in foreign(capacity, status.get("capacity")) {
+        merged.entry(resource).or_insert(quantity);
+    }
+    own.insert("capacity".into(), merged.into());
+    let conditions = status["conditions"].as_array().into_iter().flatten();
+    let mut conditions: Vec<Value> = conditions
+        .filter(|condition| condition["type"].as_str().is_some_and(|kind| OWN_CONDITIONS.contains(&kind)))
+        .filter_map(|condition| {
+            let mut condition = meaning(condition)?;
+            condition.as_object_mut()?.remove("lastHeartbeatTime");
+            Some(condition)
+        })
+        .collect();
+    conditions.sort_by_key(|condition| condition["type"].to_string());
+    own.insert("conditions".into(), conditions.into());
+    let addresses = status["addresses"].as_array().into_iter().flatten();
+    own.insert("addresses".into(), addresses.filter(|address| address.get("$patch").is_none()).cloned().collect());
+    let labels = metadata["labels"].as_object().into_iter().flatten();
+    let measured = labels.filter(|(key, _)| labels::is_measured(key)).map(|(key, value)| (key.clone(), value.clone()));
+    own.insert("labels".into(), measured.collect::<Map<_, _>>().into());
+    own.insert("box".into(), metadata["annotations"][ADDRESSES_ANNOTATION].clone());
+    let mut hasher = DefaultHasher::new();
+    Value::Object(own).to_string().hash(&mut hasher);
+    hasher.finish()
+}
+
+fn heartbeat(node: &Value) -> i64 {
+    let conditions = node["status"]["conditions"].as_array().into_iter().flatten();
+    let ready = conditions.into_iter().find(|condition| condition["type"] == "Ready");
+    let time = ready.and_then(|ready| ready["lastHeartbeatTime"].as_str()?.parse::<Timestamp>().ok());
+    time.map(Timestamp::as_second).unwrap_or_default()
+}
 
 /// The strategic merge patch of nodes/status, with the box's addresses and the labels it may set. `capacity` is what the apiserver has: resources that others added to it must also be
 /// allocatable.
@@ -91,6 +162,45 @@ mod tests {
                 },
             })
         );
+    }
+
+    #[test]
+    fn a_status_is_written_once_until_something_changes_or_its_heartbeat_is_old() {
+        let report = |disk: &str, minute: u32| NodeReport {
+            status: json!({
+                "capacity": {"cpu": "2"}, "allocatable": {"cpu": "2"}, "nodeInfo": {"kernelVersion": "6", "kubeProxyVersion": ""},
+                "conditions": [
+                    {"type": "Ready", "status": "True", "lastHeartbeatTime": format!("2026-01-01T00:{minute:02}:00Z")},
+                    {"type": "DiskPressure", "status": disk, "lastHeartbeatTime": format!("2026-01-01T00:{minute:02}:00Z")},
+                ],
+            }),
+            addresses: vec!["192.168.1.5".into()],
+            labels: BTreeMap::from([("kubernetes.io/arch".into(), "arm64".into())]),
+        };
+        // As the apiserver has it after the first: with what others wrote, in another order.
+        let node = json!({
+            "metadata": {
+                "labels": {"kubernetes.io/arch": "arm64", "site": "mill"},
+                "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5", "other": "x"},
+            },
+            "status": {
+                "capacity": {"cpu": "2", "example.com/dongle": "3"}, "allocatable": {"cpu": "2", "example.com/dongle": "3"},
+                "nodeInfo": {"kernelVersion": "6"}, "daemonEndpoints": {"kubeletEndpoint": {"Port": 0}},
+                "conditions": [
+                    {"type": "NetworkUnavailable", "status": "False"},
+                    {"type": "DiskPressure", "status": "False", "lastHeartbeatTime": "2026-01-01T00:00:00Z"},
+                    {"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-01-01T00:00:00Z"},
+                ],
+                "addresses": [{"type": "InternalIP", "address": "192.168.1.5"}, {"type": "Hostname", "address": "e"}],
+            },
+        });
+        let (shown, capacity) = (NodeShown::of(&node), Some(&node["status"]["capacity"]));
+        let says = |report: &NodeReport| shown.says(&patch("e", "u", report, capacity).unwrap(), capacity);
+        assert!(says(&report("False", 4)));
+        assert!(!says(&report("True", 0)), "something changed");
+        assert!(!says(&report("False", 5)), "the heartbeat is old");
+        assert!(!says(&NodeReport { addresses: vec!["10.0.0.1".into()], ..report("False", 0) }), "the box moved");
+        assert!(!NodeShown::default().says(&patch("e", "u", &report("False", 0), None).unwrap(), None));
     }
 
     #[test]

@@ -138,7 +138,8 @@ fn fingerprint(status: &Value) -> u64 {
     hasher.finish()
 }
 
-fn meaning(value: &Value) -> Option<Value> {
+/// A value without what is empty, and with times in seconds.
+pub(super) fn meaning(value: &Value) -> Option<Value> {
     match value {
         Value::Null => None,
         Value::String(text) if text.is_empty() => None,
