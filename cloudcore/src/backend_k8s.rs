@@ -184,7 +184,9 @@ impl Backend for K8sBackend {
     }
 
     async fn check(&self, node: &NodeIdentity) -> Result<NodeCheck, BackendError> {
-        // A watch that agrees is enough; whoever lost their Node is asked for by name.
+        // A watch that agrees is enough; whoever lost their Node is asked for by name. Everybody comes back to a cloudcore that has just
+        // started: they are not all asked for.
+        self.shared.until_ready(Source::Nodes).await;
         if self.shared.closures().node(&node.name).as_ref() == Some(node) {
             return Ok(NodeCheck::Live);
         }

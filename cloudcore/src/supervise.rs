@@ -1,8 +1,10 @@
 //! Tasks that have a name and do not die unseen.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tracing::error;
 
@@ -19,9 +21,9 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     tokio::spawn(async move {
-        let mut inner = Aborting(tokio::spawn(future));
-        if let Err(ended) = (&mut inner.0).await {
-            note(name, &ended);
+        // What it was at is dropped with it.
+        if AssertUnwindSafe(future).catch_unwind().await.is_err() {
+            error!(task = name, "the task panicked");
         }
     })
 }

@@ -29,8 +29,8 @@ const FAREWELL: Duration = Duration::from_secs(3);
 /// Small buffers, for there are many sessions and most are idle.
 pub(super) fn config() -> WebSocketConfig {
     WebSocketConfig::default()
-        .read_buffer_size(8 << 10)
-        .write_buffer_size(8 << 10)
+        .read_buffer_size(2 << 10)
+        .write_buffer_size(2 << 10)
         .max_message_size(Some(MAX_FRAME))
         .max_frame_size(Some(MAX_FRAME))
 }

@@ -136,7 +136,8 @@ impl Upstream {
         loop {
             let next = lock(&queue.state).next(clock::monotonic());
             let ended = match next {
-                Next::Now(waiting) => self.carry_out(&queue, waiting).await,
+                // Thousands of sessions have nothing to carry out: what it takes is there only while it lasts.
+                Next::Now(waiting) => Box::pin(self.carry_out(&queue, waiting)).await,
                 Next::In(wait) => {
                     // A new report may be due before.
                     let _ = tokio::time::timeout(wait, queue.wake.notified()).await;
