@@ -34,8 +34,9 @@ pub const COLLECTIONS: [Collection; 8] = [
     Collection::Tokens,
     Collection::Pods,
 ];
-/// An edge that sent or heard nothing for this long sends a ping; the cloud answers, so that both sides hear something.
-pub const PING_AFTER: Duration = Duration::from_secs(13);
+/// An edge that sent or heard nothing for this long sends a ping; the cloud answers, so that both sides hear something. Pings are most of
+/// what an idle link costs, about 300 bytes each with all headers; ten seconds are left for one to be lost and sent again.
+pub const PING_AFTER: Duration = Duration::from_secs(18);
 /// A side that heard nothing for this long takes the session for dead.
 pub const DEAD_AFTER: Duration = Duration::from_secs(28);
 /// The largest frame either side accepts, in bytes.
