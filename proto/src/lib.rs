@@ -1,9 +1,10 @@
-//! What cloudcore and edgecore agree on: the frames of the link, the two sync state machines, the payloads of reports and, with
-//! the feature `cri`, the CRI bindings.
+//! What cloudcore and edgecore agree on: the frames of the link, the two sync state machines, the multiplexer of a session's streams,
+//! the payloads of reports and, with the feature `cri`, the CRI bindings.
 //!
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
 pub mod delta;
+pub mod mux;
 pub mod payload;
 pub mod sync;
 pub mod token;

@@ -53,6 +53,8 @@ pub enum EdgeInput {
     Connected,
     /// A frame of the cloud's.
     Frame(Frame),
+    /// Something else of the cloud's: a part of a frame, data of a stream.
+    Heard,
     /// The batch of this ticket, and every one before it, is durable.
     Committed {
         /// [`EdgeOutput::Apply`]'s `ticket`.
@@ -170,6 +172,11 @@ impl Edge {
                     self.session = None;
                     let reason = Reason::Protocol.into();
                     out.push(EdgeOutput::Close(Some(wire::Goodbye { reason, message: violation, retry_after_ms: 0 })));
+                }
+            }
+            EdgeInput::Heard => {
+                if let Some(session) = &mut self.session {
+                    session.last_heard = now;
                 }
             }
             EdgeInput::Committed { ticket } => self.committed(ticket, &mut out),
@@ -309,6 +316,13 @@ impl Edge {
             Some(Body::Hello(_) | Body::Inventory(_) | Body::Ack(_) | Body::Report(_)) => {
                 Err("a frame that only the edge sends".to_owned())
             }
+            Some(
+                Body::StreamOpen(_)
+                | Body::StreamData(_)
+                | Body::StreamCredit(_)
+                | Body::StreamReset(_)
+                | Body::ControlPart(_),
+            ) => Err("a frame that is not of the control class".to_owned()),
         }
     }
 

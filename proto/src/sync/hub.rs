@@ -39,6 +39,8 @@ pub struct Hub {
 pub enum HubInput {
     /// A frame of the edge's.
     Frame(Frame),
+    /// Something else of the edge's: a part of a frame, data of a stream.
+    Heard,
     /// The edge should hold this object; replaces an older version, also one not sent yet.
     Desired(Object),
     /// The edge should hold this version, which it holds already as far as the caller knows (from [`HubOutput::Inventory`]), so that no
@@ -211,6 +213,10 @@ impl Hub {
                     return out;
                 }
             }
+            HubInput::Heard => {
+                self.last_heard = now;
+                return out;
+            }
             HubInput::Desired(object) => {
                 let Object { collection, entry, .. } = &object;
                 let (collection, entry) = (*collection, entry.clone());
@@ -288,6 +294,13 @@ impl Hub {
                 | Body::ReportAck(_)
                 | Body::ReportRequest(_),
             ) => Err("a frame that only the cloud sends".to_owned()),
+            Some(
+                Body::StreamOpen(_)
+                | Body::StreamData(_)
+                | Body::StreamCredit(_)
+                | Body::StreamReset(_)
+                | Body::ControlPart(_),
+            ) => Err("a frame that is not of the control class".to_owned()),
         }
     }
 

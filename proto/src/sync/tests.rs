@@ -608,6 +608,21 @@ fn a_dead_link_is_noticed_on_both_sides() {
 }
 
 #[test]
+fn parts_of_a_large_frame_are_signs_of_life() {
+    let late = DEAD_AFTER - Duration::from_secs(1);
+    let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+    assert!(hub.step(late, HubInput::Heard).is_empty());
+    assert!(hub.step(DEAD_AFTER, HubInput::Timeout).is_empty());
+    assert!(matches!(hub.step(late + DEAD_AFTER, HubInput::Timeout).as_slice(), [HubOutput::Close(None)]));
+    let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+    edge.step(Duration::ZERO, EdgeInput::Connected);
+    assert!(edge.step(late, EdgeInput::Heard).is_empty());
+    assert!(edge.step(DEAD_AFTER, EdgeInput::Timeout).is_empty());
+    assert!(matches!(edge.step(late + DEAD_AFTER, EdgeInput::Timeout).as_slice(), [EdgeOutput::Close(None)]));
+}
+
+#[test]
 fn an_idle_link_is_kept_alive() {
     let mut world = in_sync();
     for _ in 0..600 {
