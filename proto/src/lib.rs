@@ -6,6 +6,8 @@
 pub mod delta;
 pub mod mux;
 pub mod payload;
+#[cfg(feature = "streams")]
+pub mod streams;
 pub mod sync;
 pub mod token;
 

@@ -13,11 +13,13 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 
+pub use self::error::{OpenError, Violation};
 pub use self::id::{Class, Side, StreamId};
 use self::stream::{Finish, Reset, Stream};
 use crate::sync::MAX_FRAME;
 use crate::wire::{self, Frame, frame::Body};
 
+mod error;
 mod id;
 mod stream;
 #[cfg(test)]
@@ -81,70 +83,10 @@ pub enum Event {
 pub struct Waiting {
     /// Frames of the control class.
     pub control: usize,
+    /// Of these, what is left of the one that is being sent in parts.
+    pub cut: usize,
     /// Data of the streams of each class, in the order of [`Class::ALL`].
     pub streams: [usize; Class::ALL.len()],
-}
-
-/// Why a stream cannot be opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OpenError {
-    /// [`MAX_STREAMS`].
-    #[error("{MAX_STREAMS} streams are open already")]
-    TooMany,
-    /// [`MAX_HEADER`].
-    #[error("a header of {0} bytes is longer than {MAX_HEADER}")]
-    Header(usize),
-    /// So many streams in one session, that their numbers are used up.
-    #[error("this session can open no more streams")]
-    Exhausted,
-}
-
-/// How the peer broke the protocol: the session has to end.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Violation {
-    /// An id without a class, or of the other side's.
-    #[error("stream {0} cannot be opened: its id belongs to the other side or to no class")]
-    Id(u32),
-    /// An id that was used before.
-    #[error("stream {0} is opened a second time")]
-    Reused(StreamId),
-    /// [`MAX_STREAMS`].
-    #[error("more than {MAX_STREAMS} streams at a time")]
-    TooMany,
-    /// [`MAX_HEADER`].
-    #[error("stream {0} has a header of {1} bytes where {MAX_HEADER} are allowed")]
-    Header(StreamId, usize),
-    /// Something of a stream that was never opened.
-    #[error("a frame of stream {0}, which was never opened")]
-    Unknown(u32),
-    /// Data behind the last.
-    #[error("data of stream {0}, which the sender had ended")]
-    Ended(StreamId),
-    /// A frame without data that is not the last one.
-    #[error("a frame of stream {0} without data")]
-    Empty(StreamId),
-    /// More than there was credit for.
-    #[error("{bytes} bytes of stream {id} where {credit} were allowed")]
-    Overrun {
-        /// The stream.
-        id: StreamId,
-        /// What came.
-        bytes: usize,
-        /// What might have come.
-        credit: usize,
-    },
-    /// More credit than there was data.
-    #[error("credit of {1} bytes for stream {0}, which is more than was sent")]
-    Credit(StreamId, u32),
-    /// A control frame between the parts of another.
-    #[error("a control frame between the parts of another")]
-    Interleaved,
-    /// A control frame that is larger than [`MAX_FRAME`] when put together.
-    #[error("a control frame in parts is larger than {MAX_FRAME} bytes")]
-    TooLarge,
-    /// Parts that are not a control frame when put together.
-    #[error("what came in parts is not a control frame")]
-    Malformed,
 }
 
 /// A control frame that waits.
@@ -309,7 +251,16 @@ impl Mux {
 
     /// What waits to be sent.
     pub fn waiting(&self) -> Waiting {
-        Waiting { control: self.control_bytes, streams: self.classes.each_ref().map(|lane| lane.bytes) }
+        let cut = match self.control.front() {
+            Some(Control::Parts(rest)) => rest.len(),
+            Some(Control::Whole(_)) | None => 0,
+        };
+        Waiting { control: self.control_bytes, cut, streams: self.classes.each_ref().map(|lane| lane.bytes) }
+    }
+
+    /// Whose end this is.
+    pub fn side(&self) -> Side {
+        self.side
     }
 
     /// Streams that have not ended, counting those whose end the peer has not confirmed.
