@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use skerry_proto::streams::Streams;
 use tokio::sync::oneshot;
 
 use crate::backend::NodeIdentity;
@@ -60,6 +61,8 @@ struct Node {
 struct Session {
     uid: String,
     evict: oneshot::Sender<Eviction>,
+    /// Once it stands.
+    streams: Option<Streams>,
 }
 
 /// A session's place; dropping it gives the place up.
@@ -92,7 +95,7 @@ impl Sessions {
         }
         let epoch = inner.now.max(last_epoch + 1).max(held.map_or(0, |held| held.epoch + 1));
         let (evict, evicted) = oneshot::channel();
-        let session = Session { uid: node.uid.clone(), evict };
+        let session = Session { uid: node.uid.clone(), evict, streams: None };
         let older = inner.nodes.insert(node.name.clone(), Node { epoch, session: Some(session) });
         match older.and_then(|older| older.session) {
             // It may have ended by itself just now.
@@ -117,6 +120,11 @@ impl Sessions {
             let _ = session.evict.send(Eviction::NodeDeleted);
             inner.live -= 1;
         }
+    }
+
+    /// What opens streams on a node's session, if that stands.
+    pub fn streams(&self, name: &str) -> Option<Streams> {
+        self.lock().nodes.get(name)?.session.as_ref()?.streams.clone()
     }
 
     /// The nodes that have a session.
@@ -147,6 +155,15 @@ impl Place {
     /// The session's epoch.
     pub fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// The session stands: streams can be opened on it.
+    pub fn offer(&self, streams: Streams) {
+        let mut inner = self.sessions.lock();
+        let held = inner.nodes.get_mut(&self.name).filter(|held| held.epoch == self.epoch);
+        if let Some(session) = held.and_then(|held| held.session.as_mut()) {
+            session.streams = Some(streams);
+        }
     }
 
     /// Waits until the session has to end. Cancel safe; not to be asked again after it answered.

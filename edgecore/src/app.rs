@@ -21,6 +21,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
+use skerry_proto::streams::Services;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -127,6 +128,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         let link = supervise::module("link", stop.clone(), {
             let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
             let wanted = wanted.clone();
+            // Nobody serves or opens streams yet.
+            let streams = watch::Sender::new(None);
             move || {
                 let link = Link {
                     node: node.clone(),
@@ -134,6 +137,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
                     store: store.clone(),
                     identity: identity_seen.clone(),
                     wanted: wanted.clone(),
+                    services: Services::default(),
+                    streams: streams.clone(),
                     state: link_state.clone(),
                     shutdown: stop.clone(),
                 };

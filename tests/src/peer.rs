@@ -12,6 +12,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use skerry_proto::mux::{Event, Mux, Side};
 use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
 use skerry_proto::wire::{self, Frame, frame::Body};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -115,6 +116,8 @@ pub fn handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
 pub struct Session {
     runtime: Runtime,
     socket: WebSocketStream<TlsStream<TcpStream>>,
+    /// Puts large frames together.
+    mux: Mux,
 }
 
 impl Session {
@@ -130,7 +133,7 @@ impl Session {
             };
             tokio::time::timeout(Duration::from_secs(30), open).await.context("no session within 30 s")?
         })?;
-        Ok(Self { runtime, socket })
+        Ok(Self { runtime, socket, mux: Mux::new(Side::Edge) })
     }
 
     /// Opens one and says Hello as `node`, whose store is empty.
@@ -161,15 +164,18 @@ impl Session {
 
     /// The next frame, `None` when the session is over; an error after `seconds` of silence.
     pub fn receive(&mut self, seconds: u64) -> Result<Option<Body>> {
-        let socket = &mut self.socket;
-        self.runtime.block_on(async {
+        let Self { runtime, socket, mux } = self;
+        runtime.block_on(async {
             let next = async {
                 loop {
                     match socket.next().await {
                         Some(Ok(Message::Binary(bytes))) => {
                             let frame: Frame =
                                 prost::Message::decode(bytes.as_ref()).context("cloudcore sent no frame")?;
-                            return Ok(frame.body);
+                            mux.receive(frame).context("cloudcore broke the protocol")?;
+                            if let Some(Event::Control(frame)) = mux.poll() {
+                                return Ok(frame.body);
+                            }
                         }
                         Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(None),
                         Some(Ok(_)) => {}

@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use skerry_proto::mux::Class;
+use skerry_proto::streams::{Incoming, Services, Streams};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -46,6 +49,10 @@ const HANDSHAKE_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else {
 /// Connections past the handshake that are not sessions yet.
 const MAX_REQUESTS: usize = 4096;
 const MAX_JOINS: usize = 64;
+/// Bytes that the system takes of a connection before it has sent them.
+const UNSENT: u32 = 16 << 10;
+/// Bytes that TLS takes before the system does.
+const TLS_BUFFER: usize = 16 << 10;
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Everything that a connection may need.
@@ -54,6 +61,7 @@ pub struct Front<B, S> {
     authority: Arc<CertificateAuthority>,
     tokens: JoinTokens<S>,
     sessions: Sessions,
+    services: Services<(NodeIdentity, Incoming)>,
     metrics: Metrics,
     joins: Semaphore,
     stop: CancellationToken,
@@ -69,7 +77,26 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         stop: CancellationToken,
     ) -> Self {
         let sessions = Sessions::new(MAX_SESSIONS);
-        Self { backend, authority, tokens, sessions, metrics, joins: Semaphore::new(MAX_JOINS), stop }
+        Self {
+            backend,
+            authority,
+            tokens,
+            sessions,
+            services: Services::default(),
+            metrics,
+            joins: Semaphore::new(MAX_JOINS),
+            stop,
+        }
+    }
+
+    /// The streams of this class that edges open come here; one more than `waiting` that nobody has taken is refused.
+    pub fn serve_streams(&mut self, class: Class, waiting: usize) -> mpsc::Receiver<(NodeIdentity, Incoming)> {
+        self.services.serve(class, waiting)
+    }
+
+    /// What opens streams on a node's session, if it has one.
+    pub fn streams(&self, node: &str) -> Option<Streams> {
+        self.sessions.streams(node)
     }
 
     /// What is behind it.
@@ -161,8 +188,13 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
         // Small frames go at once; a failure only costs time.
         let _ = stream.set_nodelay(true);
+        // Without it the system takes megabytes, and what is urgent waits behind them.
+        let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
         let tls = match Box::pin(handshake(stream, acceptor, silent, &handshakes)).await {
-            Ok(tls) => tls,
+            Ok(mut tls) => {
+                tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
+                tls
+            }
             Err(what) => {
                 self.metrics.handshake_failed();
                 debug!(peer, "no TLS connection: {what}");

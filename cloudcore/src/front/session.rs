@@ -83,7 +83,9 @@ where
     };
     let hello = match heard {
         Ok(Ok(Event::Frame(Frame { body: Some(Body::Hello(hello)) }))) => hello,
-        Ok(Ok(Event::Frame(_) | Event::Drained)) => return Err(protocol("the first frame must be a Hello")),
+        Ok(Ok(Event::Frame(_) | Event::Opened(_) | Event::Heard | Event::Drained)) => {
+            return Err(protocol("the first frame must be a Hello"));
+        }
         Ok(Err(End::Garbage(what))) => return Err(protocol(&what)),
         Ok(Err(End::Closed | End::Broken(_))) => return Err(("closed", None)),
         Err(_) => return Err(protocol("no Hello came in time")),
@@ -139,10 +141,12 @@ where
     let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch);
     let (mut hub, outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), wall_millis(), AGENT);
     let mut outputs = outputs;
+    // Whoever opens a stream on it now is sent behind the Welcome.
+    place.offer(wire.streams());
     loop {
         for output in outputs.drain(..) {
             match output {
-                HubOutput::Send(frame) => wire.push(&frame),
+                HubOutput::Send(frame) => wire.push(frame),
                 HubOutput::Inventory(collection, entries) => feed.inventory(collection, entries),
                 HubOutput::InSync => {
                     front.metrics.in_sync();
@@ -162,6 +166,11 @@ where
             () = front.stop.cancelled() => return Some(goodbye(Reason::Shutdown, "cloudcore is going down")),
             event = wire.next() => match event {
                 Ok(Event::Frame(frame)) => outputs = hub.step(clock::monotonic(), HubInput::Frame(frame)),
+                Ok(Event::Heard) => outputs = hub.step(clock::monotonic(), HubInput::Heard),
+                Ok(Event::Opened(incoming)) => {
+                    outputs = hub.step(clock::monotonic(), HubInput::Heard);
+                    front.services.deliver(incoming, |incoming| (node.clone(), incoming));
+                }
                 Ok(Event::Drained) => {}
                 Err(End::Garbage(what)) => return Some(goodbye(Reason::Protocol, what)),
                 Err(end @ (End::Closed | End::Broken(_))) => {

@@ -1,6 +1,7 @@
 //! The port over real sockets, with a backend and Secrets in memory.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -10,7 +11,9 @@ use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
+use skerry_proto::mux::Side;
 use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
+use skerry_proto::streams::{Carrier, Received, Stream};
 use skerry_proto::sync::{Collection, Entry, MAX_FRAME, Object, Reason, Report};
 use skerry_proto::token::JoinToken;
 use skerry_proto::wire::frame::Body;
@@ -138,6 +141,8 @@ struct Cloud {
     front: Arc<Front<FakeBackend, MemorySecrets>>,
     secrets: Arc<MemorySecrets>,
     opened: mpsc::Receiver<Opened>,
+    /// Streams of class api that edges open.
+    incoming: mpsc::Receiver<(NodeIdentity, Incoming)>,
     address: std::net::SocketAddr,
     stop: CancellationToken,
     serving: tokio::task::JoinHandle<()>,
@@ -171,12 +176,14 @@ impl Cloud {
         let backend = FakeBackend { script: Mutex::new(script), deletions: broadcast::channel(8).0, opened };
         let stop = CancellationToken::new();
         let tokens = JoinTokens::new(Arc::clone(&secrets));
-        let front = Arc::new(Front::new(backend, authority, tokens, Metrics::default(), stop.clone()));
+        let mut front = Front::new(backend, authority, tokens, Metrics::default(), stop.clone());
+        let incoming = front.serve_streams(Class::Api, 4);
+        let front = Arc::new(front);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = crate::supervise::spawn("port", Arc::clone(&front).serve(listener, tls, Duration::from_secs(5)));
         drop(crate::supervise::spawn("deletions", Arc::clone(&front).watch_deletions()));
-        Self { front, secrets, opened: opened_out, address, stop, serving }
+        Self { front, secrets, opened: opened_out, incoming, address, stop, serving }
     }
 
     fn script(&self) -> std::sync::MutexGuard<'_, Script> {
@@ -710,4 +717,96 @@ async fn at_the_end_every_session_hears_goodbye() {
     tokio::time::timeout(PATIENCE, cloud.serving).await.expect("the port is given back").unwrap();
     assert!(opened.events.is_closed());
     assert!(TcpStream::connect(cloud.address).await.is_err());
+}
+
+/// A service for tests: sends back what comes.
+async fn echo(stream: Stream) {
+    let (mut read, mut write) = tokio::io::split(stream);
+    if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+        write.shutdown().await.unwrap();
+    }
+}
+
+/// Writes all of this, and reads to the end.
+async fn exchange(stream: Stream, sent: &[u8]) -> io::Result<Vec<u8>> {
+    let (mut read, mut write) = tokio::io::split(stream);
+    let mut got = Vec::new();
+    let writes = async { write.write_all(sent).await.and(write.shutdown().await) };
+    let (wrote, read) = tokio::join!(writes, read.read_to_end(&mut got));
+    wrote.and(read).map(|_| got)
+}
+
+impl Edge {
+    /// Carries streams both ways until the connection ends; what the cloud opens is echoed.
+    async fn carry(&mut self, carrier: &mut Carrier) {
+        let mut echoes = tokio::task::JoinSet::new();
+        loop {
+            let message = tokio::select! {
+                frame = poll_fn(|context| carrier.poll_frame(context)) => {
+                    self.raw(Message::Binary(frame.encode_to_vec().into())).await;
+                    continue;
+                }
+                message = self.0.next() => message,
+            };
+            let Some(Ok(Message::Binary(bytes))) = message else { return };
+            if let Received::Opened(incoming) = carrier.receive(Frame::decode(bytes).unwrap()).unwrap() {
+                echoes.spawn(echo(incoming.stream));
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn streams_go_both_ways_and_end_with_the_session() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    assert!(cloud.front.streams("box-1").is_none());
+    let (mut edge, feed, _) = cloud.session(&identity, "box-1", 0).await;
+    let streams = cloud.front.streams("box-1").expect("the session stands");
+    let mut carrier = Carrier::new(Side::Edge);
+    let theirs = carrier.streams();
+    let sent: Vec<u8> = (0..600_000_u32).flat_map(u32::to_le_bytes).collect();
+    let story = async {
+        let down = async {
+            let stream = streams.open(Class::Ops, bytes::Bytes::from_static(b"logs")).await.unwrap();
+            assert!(exchange(stream, &sent).await.unwrap() == sent);
+        };
+        let up = async {
+            let stream = theirs.open(Class::Api, bytes::Bytes::from_static(b"GET /")).await.unwrap();
+            let (node, served) = cloud.incoming.recv().await.unwrap();
+            assert_eq!((node.name.as_str(), served.class, &served.header[..]), ("box-1", Class::Api, &b"GET /"[..]));
+            let (got, ()) = tokio::join!(exchange(stream, &sent), echo(served.stream));
+            assert!(got.unwrap() == sent);
+        };
+        let unserved = async {
+            let mut stream = theirs.open(Class::Device, bytes::Bytes::new()).await.unwrap();
+            let error = stream.read(&mut [0]).await.unwrap_err();
+            assert!(error.to_string().contains("nobody serves streams of class device"), "{error}");
+        };
+        tokio::join!(down, up, unserved);
+        streams.open(Class::Ops, bytes::Bytes::new()).await.unwrap()
+    };
+    let story = tokio::time::timeout(PATIENCE, story);
+    let mut unread = tokio::select! {
+        unread = story => unread.expect("the streams get on"),
+        () = edge.carry(&mut carrier) => panic!("the session ended"),
+    };
+    assert!(!feed.events.is_closed(), "it is still the same session");
+    drop(edge);
+    assert_eq!(unread.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+    assert!(streams.is_ended());
+    tokio::time::timeout(PATIENCE, feed.events.closed()).await.expect("the feed ends with the connection");
+    assert!(cloud.front.streams("box-1").is_none());
+}
+
+#[tokio::test]
+async fn who_breaks_the_rules_of_streams_is_told() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (mut edge, feed, _) = cloud.session(&identity, "box-1", 0).await;
+    let credit = skerry_proto::wire::StreamCredit { id: 3, bytes: 1 };
+    edge.send(Body::StreamCredit(credit)).await;
+    let (reason, said) = edge.goodbye().await;
+    assert!(reason == Reason::Protocol && said.message.contains("never opened"), "{said:?}");
+    feed.events.closed().await;
 }

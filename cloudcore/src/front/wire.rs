@@ -1,16 +1,18 @@
 //! A WebSocket as a pipe of frames, with one writer and a count of what is not yet written.
 //!
-//! Reading and writing go on in one poll, so that a session is one task; whatever is dropped half-way, no byte is lost, because the
-//! queue is here and not in a future. What waits here is bounded by whoever pushes: see [`Wire::is_full`].
+//! Reading and writing go on in one poll, so that a session is one task; whatever is dropped half-way, no byte is lost, because what
+//! waits is here and not in a future. No more than a frame or two is handed to the system, so that what is urgent goes first. What
+//! waits of the control class is bounded by whoever pushes: see [`Wire::is_full`].
 
-use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::{Sink as _, SinkExt as _, StreamExt as _};
+use futures_util::{SinkExt as _, StreamExt as _};
 use prost::Message as _;
+use skerry_proto::mux::Side;
+use skerry_proto::streams::{Carrier, Incoming, Received, Streams};
 use skerry_proto::sync::MAX_FRAME;
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye};
@@ -23,6 +25,10 @@ use crate::metrics::Metrics;
 
 /// From here on, no more is taken from whoever can wait.
 const FULL: usize = 512 << 10;
+/// Small frames are sent together until they are this long.
+const BATCH: usize = 1 << 10;
+/// Batches that are sent before what came is looked at.
+const BURST: usize = 16;
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -30,7 +36,8 @@ const FAREWELL: Duration = Duration::from_secs(3);
 pub(super) fn config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(2 << 10)
-        .write_buffer_size(2 << 10)
+        // A batch fits: it is written when it is flushed.
+        .write_buffer_size(8 << 10)
         .max_message_size(Some(MAX_FRAME))
         .max_frame_size(Some(MAX_FRAME))
 }
@@ -38,17 +45,21 @@ pub(super) fn config() -> WebSocketConfig {
 /// A session's connection.
 pub(super) struct Wire<T> {
     socket: WebSocketStream<T>,
-    unsent: VecDeque<Bytes>,
-    unsent_bytes: usize,
-    unflushed: bool,
+    carrier: Carrier,
+    /// Bytes of frames that the system has not taken yet.
+    unflushed: usize,
     metrics: Metrics,
 }
 
 /// What came.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// A frame.
+    /// A frame of the control class.
     Frame(Frame),
+    /// The edge opened a stream.
+    Opened(Incoming),
+    /// Something else, which has been dealt with.
+    Heard,
     /// It was full and is no more.
     Drained,
 }
@@ -69,20 +80,24 @@ pub(super) enum End {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Wire<T> {
     pub(super) fn new(socket: WebSocketStream<T>, metrics: Metrics) -> Self {
-        Self { socket, unsent: VecDeque::new(), unsent_bytes: 0, unflushed: false, metrics }
+        Self { socket, carrier: Carrier::new(Side::Cloud), unflushed: 0, metrics }
     }
 
-    /// Queues a frame; it is written while [`Wire::next`] is awaited.
-    pub(super) fn push(&mut self, frame: &Frame) {
-        let bytes = Bytes::from(frame.encode_to_vec());
-        self.metrics.sent(bytes.len());
-        self.unsent_bytes += bytes.len();
-        self.unsent.push_back(bytes);
+    /// Queues a frame of the control class; it is written while [`Wire::next`] is awaited.
+    pub(super) fn push(&mut self, frame: Frame) {
+        self.carrier.control(frame);
     }
 
-    /// Whether the edge does not keep up.
+    /// What opens streams of this session.
+    pub(super) fn streams(&self) -> Streams {
+        self.carrier.streams()
+    }
+
+    /// Whether the edge does not keep up. One large object does not count: on a slow line it takes longer than an edge that is not
+    /// listened to is taken for alive.
     pub(super) fn is_full(&self) -> bool {
-        self.unsent_bytes >= FULL
+        let waiting = self.carrier.waiting();
+        waiting.control - waiting.cut >= FULL
     }
 
     /// Writes what is queued and waits for a frame. A full one reads nothing: an edge that does not read is not listened to.
@@ -93,7 +108,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Wire<T> {
 
     /// Says goodbye and closes, as far as that works within a few seconds. What was queued before is dropped.
     pub(super) async fn finish(mut self, goodbye: Option<Goodbye>) {
-        self.unsent.clear();
+        self.carrier.end(goodbye.as_ref().map_or("the connection ended", |said| &said.message));
         let farewell = async {
             if let Some(goodbye) = goodbye {
                 let frame = Frame { body: Some(Body::Goodbye(goodbye)) };
@@ -110,8 +125,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Wire<T> {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, End>> {
         let was_full = self.is_full();
-        if let Poll::Ready(Err(error)) = self.poll_write(cx) {
-            return Poll::Ready(Err(End::Broken(error)));
+        let all = match self.write_some(cx) {
+            Ok(all) => all,
+            Err(error) => return Poll::Ready(Err(End::Broken(error))),
+        };
+        if !all {
+            cx.waker().wake_by_ref();
         }
         if self.is_full() {
             return Poll::Pending;
@@ -126,13 +145,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Wire<T> {
                 None => return Poll::Ready(Err(End::Closed)),
             };
             return Poll::Ready(match message {
-                Message::Binary(bytes) => {
-                    self.metrics.received(bytes.len());
-                    match Frame::decode(bytes) {
-                        Ok(frame) => Ok(Event::Frame(frame)),
-                        Err(error) => Err(End::Garbage(format!("a frame cannot be decoded: {error}"))),
-                    }
-                }
+                Message::Binary(bytes) => self.receive(bytes),
                 Message::Text(_) => Err(End::Garbage("a frame is text where it must be binary".to_owned())),
                 Message::Close(_) => Err(End::Closed),
                 Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => continue,
@@ -140,19 +153,39 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Wire<T> {
         }
     }
 
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        while !self.unsent.is_empty() {
-            ready!(self.socket.poll_ready_unpin(cx))?;
-            let Some(bytes) = self.unsent.pop_front() else { break };
-            self.unsent_bytes -= bytes.len();
-            self.unflushed = true;
-            self.socket.start_send_unpin(Message::Binary(bytes))?;
+    fn receive(&mut self, bytes: Bytes) -> Result<Event, End> {
+        self.metrics.received(bytes.len());
+        let frame =
+            Frame::decode(bytes).map_err(|error| End::Garbage(format!("a frame cannot be decoded: {error}")))?;
+        match self.carrier.receive(frame) {
+            Ok(Received::Control(frame)) => Ok(Event::Frame(frame)),
+            Ok(Received::Opened(incoming)) => Ok(Event::Opened(incoming)),
+            Ok(Received::Other) => Ok(Event::Heard),
+            Err(violation) => Err(End::Garbage(violation.to_string())),
         }
-        if self.unflushed {
-            ready!(std::pin::Pin::new(&mut self.socket).poll_flush(cx))?;
-            self.unflushed = false;
+    }
+
+    /// Writes until nothing waits or the system takes no more, but not for ever: `false` if there is more to be written now.
+    fn write_some(&mut self, cx: &mut Context<'_>) -> Result<bool, Error> {
+        for _ in 0..BURST {
+            while self.unflushed < BATCH
+                && let Poll::Ready(frame) = self.carrier.poll_frame(cx)
+            {
+                let bytes = Bytes::from(frame.encode_to_vec());
+                self.metrics.sent(bytes.len());
+                self.unflushed += bytes.len();
+                self.socket.start_send_unpin(Message::Binary(bytes))?;
+            }
+            if self.unflushed == 0 {
+                return Ok(true);
+            }
+            match self.socket.poll_flush_unpin(cx) {
+                Poll::Ready(flushed) => flushed?,
+                Poll::Pending => return Ok(true),
+            }
+            self.unflushed = 0;
         }
-        Poll::Ready(Ok(()))
+        Ok(false)
     }
 }
 
@@ -174,6 +207,7 @@ fn end(error: Error) -> End {
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt as _;
+    use skerry_proto::mux::Mux;
     use skerry_proto::wire::Ping;
     use tokio_tungstenite::tungstenite::protocol::Role;
 
@@ -192,14 +226,22 @@ mod tests {
         edge.send(Message::Binary(ping(1).encode_to_vec().into())).await.unwrap();
         let big = Frame { body: Some(Body::Goodbye(Goodbye { message: "x".repeat(100_000), ..Goodbye::default() })) };
         for _ in 0..7 {
-            wire.push(&big);
+            wire.push(big.clone());
         }
         assert!(wire.is_full());
         assert!(wire.next().now_or_never().is_none(), "a frame waits, and is left waiting");
 
         let reader = async {
+            let mut mux = Mux::new(Side::Edge);
             for _ in 0..7 {
-                assert_eq!(edge.next().await.unwrap().unwrap().into_data(), big.encode_to_vec());
+                let came = loop {
+                    let frame = Frame::decode(edge.next().await.unwrap().unwrap().into_data()).unwrap();
+                    mux.receive(frame).unwrap();
+                    if let Some(event) = mux.poll() {
+                        break event;
+                    }
+                };
+                assert_eq!(came, skerry_proto::mux::Event::Control(big.clone()));
             }
             edge.close(None).await.unwrap();
         };

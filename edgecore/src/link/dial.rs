@@ -7,12 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 /// For the whole of name resolution, TCP and TLS.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes that the system takes before it has sent them.
+const UNSENT: u32 = 16 << 10;
+/// Bytes that TLS takes before the system does.
+const TLS_BUFFER: usize = 16 << 10;
 
 /// Where cloudcore is: a name or an address, and a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,9 +152,14 @@ async fn dial_patiently(server: &Server, config: Arc<rustls::ClientConfig>) -> R
         });
     };
     stream.set_nodelay(true).map_err(|error| DialError::Network(server.clone(), error))?;
+    // Without it the system takes megabytes, and what is urgent waits behind them.
+    SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT).map_err(|error| DialError::Network(server.clone(), error))?;
     let name = ServerName::try_from(server.host.clone())
         .map_err(|_| DialError::Name(server.host.clone(), io::Error::other("not a host name")))?;
-    TlsConnector::from(config).connect(name, stream).await.map_err(|error| tls_error(server, error))
+    let mut stream =
+        TlsConnector::from(config).connect(name, stream).await.map_err(|error| tls_error(server, error))?;
+    stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
+    Ok(stream)
 }
 
 /// What an error of a TLS stream means, during the handshake or after it: in TLS 1.3 a client learns only with its first read

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use skerry_proto::streams::{Incoming, Services};
 use skerry_proto::sync::{Edge, Op, Reason, ReportKind};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +18,7 @@ use tracing::{error, info, warn};
 use self::backoff::Backoff;
 use self::dial::Server;
 use self::session::{Ended, Session};
+pub use self::streams::{OpenError, Streams};
 use self::ws::{Socket, SocketError};
 use crate::clock;
 use crate::identity::Identity;
@@ -25,6 +27,7 @@ use crate::store::{self, Store};
 pub mod backoff;
 pub mod dial;
 mod session;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod ws;
@@ -38,6 +41,8 @@ pub const DELETED_NOTE: &str = "deleted";
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 /// The longest wait between attempts.
 const LAST_RETRY: Duration = Duration::from_secs(30);
+/// A session that lasted so long was a good one: what ends it is not the same trouble again.
+const STEADY: Duration = Duration::from_secs(30);
 /// Between attempts of a node that was deleted in the cloud.
 const DELETED_RETRY: Duration = Duration::from_secs(300);
 
@@ -96,6 +101,10 @@ pub struct Link {
     pub identity: watch::Receiver<Arc<Identity>>,
     /// Where it says what is to be reported once more.
     pub wanted: broadcast::Sender<ReportWanted>,
+    /// Who serves the streams that the cloud opens.
+    pub services: Services<Incoming>,
+    /// Where it puts what opens streams of the session that stands.
+    pub streams: watch::Sender<Option<skerry_proto::streams::Streams>>,
     /// Where it says how it is.
     pub state: watch::Sender<LinkState>,
     /// Ends it.
@@ -164,15 +173,19 @@ impl Link {
             }
             Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
         };
+        let begun = clock::monotonic();
         let (ended, machine) = Session::new(self, machine, damaged, socket, given).run().await;
+        let lasted = clock::monotonic().saturating_sub(begun) >= STEADY;
         let outcome = match ended {
             Ended::Shutdown => Outcome::Shutdown,
-            Ended::Broken { established, cause } => Outcome::Ended { established, cause, retry_after: None },
+            Ended::Broken { established, cause } => {
+                Outcome::Ended { steady: established && lasted, cause, retry_after: None }
+            }
             Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {
                 Outcome::Deleted(goodbye.message)
             }
             Ended::Dismissed { goodbye, established } => Outcome::Ended {
-                established,
+                steady: established && lasted,
                 cause: format!("the cloud ended the session ({:?}): {}", goodbye.reason(), goodbye.message),
                 retry_after: (goodbye.retry_after_ms > 0).then(|| Duration::from_millis(goodbye.retry_after_ms.into())),
             },
@@ -200,9 +213,9 @@ impl Link {
                 self.lost(&cause);
                 if matches!(*self.state.borrow(), LinkState::Deleted { .. }) { DELETED_RETRY } else { backoff.wait() }
             }
-            Outcome::Ended { established, cause, retry_after } => {
+            Outcome::Ended { steady, cause, retry_after } => {
                 self.lost(&cause);
-                if established {
+                if steady {
                     backoff.reset();
                 }
                 let own = backoff.wait();
@@ -309,7 +322,7 @@ enum Outcome {
     Failed(String),
     Deleted(String),
     Ended {
-        established: bool,
+        steady: bool,
         cause: String,
         retry_after: Option<Duration>,
     },

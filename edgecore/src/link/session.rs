@@ -4,6 +4,7 @@
 //! [`MAX_GIVEN`] bytes of them are unanswered or [`MAX_UNSENT`] bytes wait for the socket.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use tracing::{debug, error, warn};
 
 use super::Link;
 use super::backoff::Backoff;
-use super::ws::{Socket, SocketError};
+use super::ws::{Exchanged, Socket, SocketError};
 use crate::clock;
 use crate::store::{self, Store};
 
@@ -31,6 +32,16 @@ pub(super) enum Ended {
     Shutdown,
     Broken { established: bool, cause: String },
     Dismissed { established: bool, goodbye: wire::Goodbye },
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("edgecore ends or restarts"),
+            Self::Broken { cause, .. } => f.write_str(cause),
+            Self::Dismissed { goodbye, .. } => f.write_str(&goodbye.message),
+        }
+    }
 }
 
 /// Reports that the machine holds: each is given to it once in its life.
@@ -128,6 +139,7 @@ impl<'a> Session<'a> {
                     break self.broken(format!("the session's epoch cannot be recorded: {failed}"));
                 }
                 self.was_established = true;
+                self.link.streams.send_replace(Some(self.socket.streams()));
             }
             if let Some(ended) = self.ending.take() {
                 break ended;
@@ -145,13 +157,12 @@ impl<'a> Session<'a> {
             }
             let due = self.edge.next_timeout().map(|at| at.saturating_sub(clock::monotonic()));
             let reading = self.job_bytes < MAX_UNCOMMITTED;
-            let sending = !self.socket.is_idle();
             let wants = tokio::select! {
                 biased;
                 () = self.link.shutdown.cancelled() => Event::Shutdown,
                 result = write(&mut self.writing) => Event::Written(result),
                 // Both ways at once: a peer that does not read until it has written must not stop us.
-                result = self.socket.exchange(reading, sending) => Event::Exchanged(result),
+                result = self.socket.exchange(reading) => Event::Exchanged(result),
                 () = outbox.notified() => Event::Outbox,
                 Ok(_) = damaged.wait_for(|damaged| *damaged != known) => Event::Damaged,
                 () = tokio::time::sleep(due.unwrap_or(Duration::from_secs(3600))), if due.is_some() => Event::Timeout,
@@ -172,7 +183,12 @@ impl<'a> Session<'a> {
                     }
                 }
                 Event::Written(Err(failed)) => self.write_again(&failed),
-                Event::Exchanged(Ok(Some(frame))) => {
+                Event::Exchanged(Ok(Exchanged::Heard)) => self.step(EdgeInput::Heard),
+                Event::Exchanged(Ok(Exchanged::Opened(incoming))) => {
+                    self.step(EdgeInput::Heard);
+                    self.link.services.deliver(incoming, |incoming| incoming);
+                }
+                Event::Exchanged(Ok(Exchanged::Frame(frame))) => {
                     self.step(EdgeInput::Frame(frame));
                     if self.socket.waiting() > MAX_UNSENT_EVER {
                         break self.broken("the cloud asks and does not read".to_owned());
@@ -183,7 +199,7 @@ impl<'a> Session<'a> {
                     break self.broken(SocketError::Malformed(cause).to_string());
                 }
                 Event::Exchanged(Err(failed)) => break self.broken(failed.to_string()),
-                Event::Exchanged(Ok(None)) => {}
+                Event::Exchanged(Ok(Exchanged::Sent)) => {}
                 Event::Outbox => look = true,
                 Event::Damaged => {
                     break self.broken("the store lost rows to damage, a new session fetches them".to_owned());
@@ -208,14 +224,15 @@ impl<'a> Session<'a> {
         };
         let durable = matches!(tokio::time::timeout(LAST_COMMIT, commits).await, Ok(Ok(_)));
         self.edge.step(clock::monotonic(), EdgeInput::Disconnected);
-        self.socket.close().await;
+        self.link.streams.send_replace(None);
+        self.socket.close(&ended.to_string()).await;
         (ended, durable.then_some(self.edge))
     }
 
     fn step(&mut self, input: EdgeInput) {
         for output in self.edge.step(clock::monotonic(), input) {
             match output {
-                EdgeOutput::Send(frame) => self.socket.queue(&frame),
+                EdgeOutput::Send(frame) => self.socket.queue(frame),
                 EdgeOutput::Established { epoch, server_time } => self.established = Some((epoch, server_time)),
                 EdgeOutput::Apply { ops, ticket } => self.push(Job::Apply { ops, ticket }),
                 EdgeOutput::Reported { id, refused } => {
@@ -238,7 +255,7 @@ impl<'a> Session<'a> {
                         None => "nothing was heard of the cloud for too long".to_owned(),
                     };
                     if let Some(goodbye) = goodbye {
-                        self.socket.queue(&Frame { body: Some(Body::Goodbye(goodbye)) });
+                        self.socket.queue(Frame { body: Some(Body::Goodbye(goodbye)) });
                     }
                     if self.ending.is_none() {
                         self.ending = Some(self.broken(cause));
@@ -301,7 +318,7 @@ impl<'a> Session<'a> {
 
     fn goodbye(&mut self, reason: Reason, message: &str) {
         let goodbye = wire::Goodbye { reason: reason.into(), message: message.to_owned(), retry_after_ms: 0 };
-        self.socket.queue(&Frame { body: Some(Body::Goodbye(goodbye)) });
+        self.socket.queue(Frame { body: Some(Body::Goodbye(goodbye)) });
     }
 
     fn broken(&self, cause: String) -> Ended {
@@ -312,7 +329,7 @@ impl<'a> Session<'a> {
 enum Event {
     Shutdown,
     Written(Result<Option<u64>, store::Error>),
-    Exchanged(Result<Option<Frame>, SocketError>),
+    Exchanged(Result<Exchanged, SocketError>),
     Outbox,
     Damaged,
     Timeout,

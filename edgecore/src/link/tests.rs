@@ -1,10 +1,17 @@
 //! The link against a cloud of the test's own: real sockets, real TLS with client certificates, the real hub machine or a script.
 
+use std::future::poll_fn;
+use std::task::Poll;
+
 use futures_util::{SinkExt as _, StreamExt as _};
 use prost::Message as _;
+use skerry_proto::mux::{Class, Side};
+use skerry_proto::streams::{Carrier, Received, Stream};
 use skerry_proto::sync::{COLLECTIONS, Collection, Hub, HubInput, HubOutput, Object, Report, ReportKind};
 use skerry_proto::wire::{self, Frame, frame::Body};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -14,11 +21,83 @@ use super::*;
 use crate::identity::tests::{Authority, identity_of};
 use crate::supervise;
 
-type Peer = WebSocketStream<TlsStream<TcpStream>>;
+/// The cloud's end of a session.
+struct Peer {
+    socket: WebSocketStream<TlsStream<TcpStream>>,
+    carrier: Carrier,
+}
+
+impl Peer {
+    /// Sends what waits.
+    async fn flush(&mut self) {
+        while let Some(frame) = poll_fn(|context| match self.carrier.poll_frame(context) {
+            Poll::Ready(frame) => Poll::Ready(Some(frame)),
+            Poll::Pending => Poll::Ready(None),
+        })
+        .await
+        {
+            self.socket.send(Message::Binary(frame.encode_to_vec().into())).await.unwrap();
+        }
+    }
+
+    /// What comes next; `None` at the end.
+    async fn next(&mut self) -> Option<Received> {
+        loop {
+            match self.socket.next().await {
+                Some(Ok(Message::Binary(bytes))) => {
+                    return Some(self.carrier.receive(Frame::decode(bytes).unwrap()).unwrap());
+                }
+                Some(Ok(Message::Close(_))) | Some(Err(_)) | None => return None,
+                Some(Ok(_)) => {}
+            }
+        }
+    }
+
+    /// Carries streams both ways until the connection ends; what the edge opens is echoed.
+    async fn carry(&mut self) {
+        let mut echoes = tokio::task::JoinSet::new();
+        loop {
+            self.flush().await;
+            let received = tokio::select! {
+                frame = poll_fn(|context| self.carrier.poll_frame(context)) => {
+                    self.socket.send(Message::Binary(frame.encode_to_vec().into())).await.unwrap();
+                    continue;
+                }
+                message = self.socket.next() => match message {
+                    Some(Ok(Message::Binary(bytes))) => self.carrier.receive(Frame::decode(bytes).unwrap()).unwrap(),
+                    _ => return,
+                },
+            };
+            if let Received::Opened(incoming) = received {
+                echoes.spawn(echo(incoming.stream));
+            }
+        }
+    }
+}
+
+/// A service for tests: sends back what comes.
+async fn echo(stream: Stream) {
+    let (mut read, mut write) = tokio::io::split(stream);
+    if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+        write.shutdown().await.unwrap();
+    }
+}
+
+/// Writes all of this, and reads to the end.
+async fn exchange(stream: Stream, sent: &[u8]) -> std::io::Result<Vec<u8>> {
+    let (mut read, mut write) = tokio::io::split(stream);
+    let mut got = Vec::new();
+    let writes = async { write.write_all(sent).await.and(write.shutdown().await) };
+    let (wrote, read) = tokio::join!(writes, read.read_to_end(&mut got));
+    wrote.and(read).map(|_| got)
+}
 
 struct Bed {
     store: Store,
     state: watch::Receiver<LinkState>,
+    streams: Streams,
+    /// Streams of class ops that the cloud opens.
+    incoming: mpsc::Receiver<Incoming>,
     listener: TcpListener,
     acceptor: tokio_rustls::TlsAcceptor,
     shutdown: CancellationToken,
@@ -52,12 +131,17 @@ impl Bed {
         let store = Store::open(dir.path(), Timestamp::UNIX_EPOCH).unwrap();
         let (sender, state) = watch::channel(LinkState::Connecting { attempt: 1, last_error: None });
         let shutdown = CancellationToken::new();
+        let mut services = Services::default();
+        let incoming = services.serve(Class::Ops, 4);
+        let (opener, streams) = watch::channel(None);
         let link = Link {
             node: "box".to_owned(),
             server,
             store: store.clone(),
             identity: watch::channel(Arc::new(identity)).1,
             wanted: broadcast::channel(1).0,
+            services,
+            streams: opener,
             state: sender,
             shutdown: shutdown.clone(),
         };
@@ -65,6 +149,8 @@ impl Bed {
         Self {
             store,
             state,
+            streams: Streams::new(streams),
+            incoming,
             listener,
             acceptor: tokio_rustls::TlsAcceptor::from(Arc::new(config)),
             shutdown,
@@ -78,7 +164,8 @@ impl Bed {
             let (stream, _) = self.listener.accept().await.unwrap();
             // The link may have been turned away by a test before.
             if let Ok(stream) = self.acceptor.accept(stream).await {
-                return tokio_tungstenite::accept_async(stream).await.unwrap();
+                let socket = tokio_tungstenite::accept_async(stream).await.unwrap();
+                return Peer { socket, carrier: Carrier::new(Side::Cloud) };
             }
         }
     }
@@ -95,17 +182,15 @@ impl Bed {
 
 async fn receive(peer: &mut Peer) -> Option<Frame> {
     loop {
-        match peer.next().await {
-            Some(Ok(Message::Binary(bytes))) => return Some(Frame::decode(bytes).unwrap()),
-            Some(Ok(Message::Close(_))) | Some(Err(_)) | None => return None,
-            Some(Ok(_)) => {}
+        if let Received::Control(frame) = peer.next().await? {
+            return Some(frame);
         }
     }
 }
 
 async fn send(peer: &mut Peer, body: Body) {
-    let frame = Frame { body: Some(body) };
-    peer.send(Message::Binary(frame.encode_to_vec().into())).await.unwrap();
+    peer.carrier.control(Frame { body: Some(body) });
+    peer.flush().await;
 }
 
 async fn hello(peer: &mut Peer) -> wire::Hello {
@@ -269,7 +354,7 @@ async fn what_is_no_frame_ends_the_session_and_the_next_one_stands() {
         .await;
         bed.state(|state| matches!(state, LinkState::Online { .. })).await;
         // A message that is too large is refused while it is still being sent.
-        let _ = peer.send(message).await;
+        let _ = peer.socket.send(message).await;
         while receive(&mut peer).await.is_some() {}
         bed.state(|state| matches!(state, LinkState::Offline { .. })).await;
         assert!(attempt < 3);
@@ -298,7 +383,6 @@ async fn a_row_lost_to_damage_comes_again() {
 
 #[tokio::test]
 async fn a_refused_upgrade_is_shown_with_the_clouds_words() {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut bed = Bed::new().await;
     let (stream, _) = bed.listener.accept().await.unwrap();
     let mut stream = bed.acceptor.accept(stream).await.unwrap();
@@ -312,5 +396,65 @@ async fn a_refused_upgrade_is_shown_with_the_clouds_words() {
         .unwrap();
     let state = bed.state(|state| matches!(state, LinkState::Connecting { last_error: Some(_), .. })).await;
     assert!(format!("{state:?}").contains("too many sessions; wait"), "{state:?}");
+    bed.end().await;
+}
+
+#[tokio::test]
+async fn streams_go_both_ways_and_end_with_the_session() {
+    let mut bed = Bed::new().await;
+    assert!(matches!(bed.streams.open(Class::Api, Bytes::new()).await, Err(OpenError::Offline)));
+    let mut peer = bed.accept().await;
+    let (epoch, _) = serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
+    bed.state(|state| matches!(state, LinkState::Online { .. })).await;
+    let cloud = peer.carrier.streams();
+    let sent: Vec<u8> = (0..600_000_u32).flat_map(u32::to_le_bytes).collect();
+    let mut unread = {
+        let (incoming, streams, sent) = (&mut bed.incoming, &bed.streams, &sent);
+        let story = async {
+            let ours = async {
+                let stream = streams.open(Class::Api, Bytes::from_static(b"GET /")).await.unwrap();
+                assert!(exchange(stream, sent).await.unwrap() == *sent);
+            };
+            let theirs = async {
+                let stream = cloud.open(Class::Ops, Bytes::from_static(b"logs")).await.unwrap();
+                let served = incoming.recv().await.unwrap();
+                assert_eq!((served.class, &served.header[..]), (Class::Ops, &b"logs"[..]));
+                let (got, ()) = tokio::join!(exchange(stream, sent), echo(served.stream));
+                assert!(got.unwrap() == *sent);
+            };
+            let unserved = async {
+                let mut stream = cloud.open(Class::Device, Bytes::new()).await.unwrap();
+                let error = stream.read(&mut [0]).await.unwrap_err();
+                assert!(error.to_string().contains("nobody serves streams of class device"), "{error}");
+            };
+            tokio::join!(ours, theirs, unserved);
+            streams.open(Class::Api, Bytes::new()).await.unwrap()
+        };
+        tokio::select! { unread = story => unread, () = peer.carry() => panic!("the link ended the session") }
+    };
+    assert!(
+        matches!(&*bed.state.borrow(), LinkState::Online { epoch: shown, .. } if *shown == epoch),
+        "it is still the same session"
+    );
+    drop(peer);
+    assert_eq!(unread.read(&mut [0]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionAborted);
+    assert!(matches!(bed.streams.open(Class::Api, Bytes::new()).await, Err(OpenError::Offline)));
+    bed.end().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_breaks_the_rules_of_streams_is_told() {
+    let bed = Bed::new().await;
+    let mut peer = bed.accept().await;
+    serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
+    let data = wire::StreamData { id: 4, data: Bytes::from_static(b"x"), fin: false };
+    let frame = Frame { body: Some(Body::StreamData(data)) };
+    peer.socket.send(Message::Binary(frame.encode_to_vec().into())).await.unwrap();
+    let goodbye = loop {
+        if let Some(Body::Goodbye(goodbye)) = receive(&mut peer).await.expect("a Goodbye comes").body {
+            break goodbye;
+        }
+    };
+    assert!(goodbye.reason() == Reason::Protocol && goodbye.message.contains("never opened"), "{goodbye:?}");
     bed.end().await;
 }

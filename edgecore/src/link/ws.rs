@@ -1,14 +1,16 @@
 //! Frames over a WebSocket: one binary message each. What waits to be sent is held here, so that sending can be interrupted at any
-//! point without losing a frame.
+//! point without losing a frame, and so that what is more urgent still goes first: no more is handed to the system than a frame or two.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use futures_util::{Sink, Stream};
+use bytes::Bytes;
+use futures_util::{Sink as _, Stream as _};
 use prost::Message as _;
+use skerry_proto::mux::Side;
 use skerry_proto::payload::Refusal;
+use skerry_proto::streams::{Carrier, Incoming, Received, Streams};
 use skerry_proto::sync::MAX_FRAME;
 use skerry_proto::wire::Frame;
 use tokio::net::TcpStream;
@@ -20,13 +22,40 @@ use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial, tls_error};
 
+/// Small frames are sent together until they are this long.
+const BATCH: usize = 1 << 10;
+/// Batches that are sent before what came is looked at.
+const BURST: usize = 16;
+
 /// A session's connection.
 pub(super) struct Socket {
     stream: WebSocketStream<TlsStream<TcpStream>>,
     server: Server,
-    waiting: VecDeque<Message>,
-    bytes: usize,
-    flushed: bool,
+    carrier: Carrier,
+    /// Bytes of frames that the system has not taken yet.
+    unflushed: usize,
+}
+
+/// What an exchange brought.
+pub(super) enum Exchanged {
+    /// A frame of the control class.
+    Frame(Frame),
+    /// The cloud opened a stream.
+    Opened(Incoming),
+    /// Something else, which has been dealt with.
+    Heard,
+    /// No control frame waits any more.
+    Sent,
+}
+
+/// How sending went.
+enum Progress {
+    /// Nothing waits.
+    Done,
+    /// The system takes no more.
+    Blocked,
+    /// There is more.
+    Burst,
 }
 
 /// Why there is no session, or no longer one.
@@ -49,8 +78,8 @@ pub(super) enum SocketError {
     /// The peer closed it.
     #[error("the cloud closed the connection")]
     Closed,
-    /// A message that is no frame.
-    #[error("the cloud sent something that is not a frame: {0}")]
+    /// A message that is no frame, or one that may not be.
+    #[error("the cloud broke the protocol: {0}")]
     Malformed(String),
     /// Any other failure of the WebSocket.
     #[error("the connection broke: {0}")]
@@ -63,6 +92,7 @@ impl Socket {
         let stream = dial(server, config).await?;
         let limits = WebSocketConfig::default()
             .read_buffer_size(8 << 10)
+            // A batch fits: it is written when it is flushed.
             .write_buffer_size(8 << 10)
             .max_write_buffer_size(2 * MAX_FRAME)
             .max_message_size(Some(MAX_FRAME))
@@ -75,55 +105,65 @@ impl Socket {
             Ok(Err(error)) => return Err(classify(server, error)),
             Err(_) => return Err(DialError::Timeout(server.clone()).into()),
         };
-        Ok(Self { stream, server: server.clone(), waiting: VecDeque::new(), bytes: 0, flushed: true })
+        Ok(Self { stream, server: server.clone(), carrier: Carrier::new(Side::Edge), unflushed: 0 })
     }
 
-    /// Puts a frame behind those that wait.
-    pub(super) fn queue(&mut self, frame: &Frame) {
-        let bytes = frame.encode_to_vec();
-        self.bytes += bytes.len();
-        self.waiting.push_back(Message::Binary(bytes.into()));
+    /// Puts a frame of the control class behind those that wait.
+    pub(super) fn queue(&mut self, frame: Frame) {
+        self.carrier.control(frame);
     }
 
-    /// Bytes that wait to be handed to the system.
+    /// Bytes of control frames that wait.
     pub(super) fn waiting(&self) -> usize {
-        self.bytes
+        self.carrier.waiting().control
     }
 
-    /// Nothing waits.
-    pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.flushed
+    /// What opens streams of this session.
+    pub(super) fn streams(&self) -> Streams {
+        self.carrier.streams()
     }
 
+    /// Sends what waits.
     async fn send(&mut self) -> Result<(), SocketError> {
-        std::future::poll_fn(|context| self.poll_send(context)).await
+        std::future::poll_fn(|context| match self.send_some(context) {
+            Ok(Progress::Done) => Poll::Ready(Ok(())),
+            Ok(Progress::Blocked) => Poll::Pending,
+            Ok(Progress::Burst) => {
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Err(failed) => Poll::Ready(Err(failed)),
+        })
+        .await
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
-        loop {
-            let mut stream = std::pin::Pin::new(&mut self.stream);
-            if self.waiting.is_empty() {
-                let flushed = ready!(stream.poll_flush(context));
-                self.flushed = true;
-                return Poll::Ready(flushed.map_err(|error| classify(&self.server, error)));
+    fn send_some(&mut self, context: &mut Context<'_>) -> Result<Progress, SocketError> {
+        for _ in 0..BURST {
+            while self.unflushed < BATCH
+                && let Poll::Ready(frame) = self.carrier.poll_frame(context)
+            {
+                let bytes = frame.encode_to_vec();
+                self.unflushed += bytes.len();
+                let sent = std::pin::Pin::new(&mut self.stream).start_send(Message::Binary(bytes.into()));
+                sent.map_err(|error| classify(&self.server, error))?;
             }
-            let ready = ready!(stream.as_mut().poll_ready(context));
-            ready.map_err(|error| classify(&self.server, error))?;
-            if let Some(message) = self.waiting.pop_front() {
-                self.bytes -= message.len();
-                self.flushed = false;
-                stream.start_send(message).map_err(|error| classify(&self.server, error))?;
+            if self.unflushed == 0 {
+                return Ok(Progress::Done);
             }
+            match std::pin::Pin::new(&mut self.stream).poll_flush(context) {
+                Poll::Ready(flushed) => flushed.map_err(|error| classify(&self.server, error))?,
+                Poll::Pending => return Ok(Progress::Blocked),
+            }
+            self.unflushed = 0;
         }
+        Ok(Progress::Burst)
     }
 
-    fn poll_receive(&mut self, context: &mut Context<'_>) -> Poll<Result<Frame, SocketError>> {
+    fn poll_receive(&mut self, context: &mut Context<'_>) -> Poll<Result<Exchanged, SocketError>> {
         loop {
             let next = ready!(std::pin::Pin::new(&mut self.stream).poll_next(context));
             return Poll::Ready(match next {
-                Some(Ok(Message::Binary(bytes))) => {
-                    Frame::decode(bytes).map_err(|error| SocketError::Malformed(error.to_string()))
-                }
+                Some(Ok(Message::Binary(bytes))) => self.receive(bytes),
                 Some(Ok(Message::Text(_))) => Err(SocketError::Malformed("a text message".to_owned())),
                 // Pings are answered by the protocol's implementation.
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
@@ -133,24 +173,39 @@ impl Socket {
         }
     }
 
-    /// Sends what waits and receives: the next frame, or `None` when all is sent and nothing is to be read. Can be dropped at any
-    /// point.
-    pub(super) async fn exchange(&mut self, reading: bool, mut sending: bool) -> Result<Option<Frame>, SocketError> {
+    fn receive(&mut self, bytes: Bytes) -> Result<Exchanged, SocketError> {
+        let frame = Frame::decode(bytes).map_err(|error| SocketError::Malformed(error.to_string()))?;
+        match self.carrier.receive(frame) {
+            Ok(Received::Control(frame)) => Ok(Exchanged::Frame(frame)),
+            Ok(Received::Opened(incoming)) => Ok(Exchanged::Opened(incoming)),
+            Ok(Received::Other) => Ok(Exchanged::Heard),
+            Err(violation) => Err(SocketError::Malformed(violation.to_string())),
+        }
+    }
+
+    /// Sends what waits and receives one frame, if `reading`; ends early when the last control frame that waited is on its way. Can be
+    /// dropped at any point.
+    pub(super) async fn exchange(&mut self, reading: bool) -> Result<Exchanged, SocketError> {
+        let waited = self.waiting() > 0;
         std::future::poll_fn(|context| {
-            if sending && let Poll::Ready(result) = self.poll_send(context) {
-                result?;
-                sending = false;
-                if !reading {
-                    return Poll::Ready(Ok(None));
-                }
+            let progress = self.send_some(context)?;
+            if waited && self.waiting() == 0 {
+                return Poll::Ready(Ok(Exchanged::Sent));
             }
-            if reading { self.poll_receive(context).map_ok(Some) } else { Poll::Pending }
+            if reading && let Poll::Ready(received) = self.poll_receive(context) {
+                return Poll::Ready(received);
+            }
+            if matches!(progress, Progress::Burst) {
+                context.waker().wake_by_ref();
+            }
+            Poll::Pending
         })
         .await
     }
 
     /// Sends what waits and says goodbye, if that goes quickly.
-    pub(super) async fn close(mut self) {
+    pub(super) async fn close(mut self, reason: &str) {
+        self.carrier.end(reason);
         let farewell = async {
             self.send().await?;
             self.stream.close(None).await.map_err(SocketError::Broken)
