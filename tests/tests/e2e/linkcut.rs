@@ -3,9 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use rand::RngExt as _;
 use serde_json::json;
 use skerry_proto::AUTONOMY_ANNOTATION;
-use skerry_tests::kubectl::container_ids;
+use skerry_tests::kubectl::{container_ids, is_ready};
 use skerry_tests::manifests::{container, list, sleeper};
 use skerry_tests::relay::Flow;
 use skerry_tests::wait::until;
@@ -73,6 +76,48 @@ fn silence_is_noticed_within_thirty_seconds_in_any_direction() -> Result<()> {
             world.wait_connected()?;
         }
         world.wait_node_ready()
+    })
+}
+
+#[test]
+fn a_large_object_on_a_slow_line_does_not_look_like_a_dead_link() -> Result<()> {
+    story("linkcut-slow", |world| {
+        let node = world.edge.name().to_owned();
+        world.kubectl.apply(&config("blue"))?;
+        let mut reader = sleeper("reader", &node, false);
+        reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
+        reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
+        world.run_pods(&reader.to_string(), "app=sleeper", 1)?;
+        let connections = world.relay.connections();
+
+        // What is random takes as long as it is long: 37 s in base64 squeezed again, more than a dead link is given.
+        let mut content = vec![0; 900 << 10];
+        rand::rng().fill(&mut content[..]);
+        let content = BASE64.encode(content);
+        world.relay.set(|line| line.bandwidth = 24 << 10);
+        world.kubectl.create(&json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "large"}, "binaryData": {"blob": content},
+        }))?;
+        let mut large = sleeper("large", &node, false);
+        large["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "large"}}]);
+        large["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
+        let begin = Instant::now();
+        world.kubectl.create(&large)?;
+        std::thread::sleep(Duration::from_secs(2));
+        world.kubectl.apply(&config("green"))?;
+        until("the large ConfigMap to arrive", 120, || {
+            ensure!(is_ready(&world.node()?), "the node is not Ready though something arrives all the time");
+            ensure!(world.is_connected()?, "edgecore lost its session though something arrives all the time");
+            Ok(world.running()?.contains_key(&("large".to_owned(), "main".to_owned())))
+        })?;
+        let took = begin.elapsed();
+        eprintln!("the large ConfigMap took {took:?}");
+        ensure!(took > Duration::from_secs(30), "it took {took:?}: the line was not slow, the test tests nothing");
+        ensure!(world.inside("large", &["wc", "-c", "/config/blob"])?.trim().starts_with("921600 "), "it is not whole");
+        until("the small change behind it", 60, || Ok(world.inside("reader", &["cat", "/config/colour"])? == "green"))?;
+        ensure!(world.relay.connections() == connections, "there was another session");
+        world.relay.heal();
+        world.wait_ready("app=sleeper", 2).map(drop)
     })
 }
 
