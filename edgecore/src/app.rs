@@ -32,7 +32,7 @@ use crate::control::{self, Control, ResetRequest};
 use crate::identity::{self, Identity};
 use crate::link::{Link, LinkState, ReportWanted};
 use crate::store::Store;
-use crate::{clock, supervise};
+use crate::{clock, footprint, supervise};
 
 /// Name of the lock's file in the data directory; it holds the process id.
 pub const LOCK: &str = "edgecore.lock";
@@ -163,12 +163,14 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     info!(node = %config.node_name, server = %config.server, version = env!("CARGO_PKG_VERSION"), "edgecore runs");
     notify(&[NotifyState::Ready]);
+    let footprint = supervise::spawn("footprint", footprint::settle());
     let failed = tokio::select! {
         _ = terminate.recv() => false,
         _ = interrupt.recv() => false,
         () = store.closed() => true,
         () = watchdog() => true,
     };
+    footprint.abort();
     notify(&[NotifyState::Stopping]);
     info!("edgecore ends; containers go on");
 

@@ -8,6 +8,7 @@ pub mod config;
 pub mod control;
 pub mod enroll;
 pub mod files;
+pub mod footprint;
 pub mod https;
 pub mod identity;
 pub mod kubelet;
