@@ -25,8 +25,9 @@ const FIELDS: [&str; 8] = [
 
 /// Conditions of a kubelet's.
 const OWN_CONDITIONS: [&str; 4] = ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"];
-/// Heartbeats of conditions are for people, and so are renewed this seldom, in seconds: a little more often than an edge that has nothing new reports.
-const HEARTBEAT: i64 = 270;
+/// Heartbeats of conditions are for people, and so are renewed this seldom, in seconds: a little more often than an edge that has nothing new
+/// reports.
+const HEARTBEAT: i64 = 870;
 
 /// What is remembered of a Node's status, to tell whether a report changes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -196,9 +197,9 @@ mod tests {
         });
         let (shown, capacity) = (NodeShown::of(&node), Some(&node["status"]["capacity"]));
         let says = |report: &NodeReport| shown.says(&patch("e", "u", report, capacity).unwrap(), capacity);
-        assert!(says(&report("False", 4)));
+        assert!(says(&report("False", 14)));
         assert!(!says(&report("True", 0)), "something changed");
-        assert!(!says(&report("False", 5)), "the heartbeat is old");
+        assert!(!says(&report("False", 15)), "the heartbeat is old");
         assert!(!says(&NodeReport { addresses: vec!["10.0.0.1".into()], ..report("False", 0) }), "the box moved");
         assert!(!NodeShown::default().says(&patch("e", "u", &report("False", 0), None).unwrap(), None));
     }
