@@ -48,6 +48,10 @@ impl Default for Setup {
     }
 }
 
+/// Nodes that stories join as by a bare client. They are never Ready, and where most nodes are not, controllers hold back: a story that waits for
+/// a taint would wait for ever.
+const VISITORS: [&str; 4] = ["first-one", "hostile", "short-lived", "too-early"];
+
 static POOL: Mutex<Option<World>> = Mutex::new(None);
 
 /// Tells a story on the common stage, in a namespace of its own. A story that succeeds leaves the stage as it found it.
@@ -219,10 +223,16 @@ impl World {
     fn settle(&mut self) -> Result<()> {
         self.relay.heal();
         self.admin.run(&["delete", "namespace", self.kubectl.namespace(), "--wait=false"])?;
+        self.see_off()?;
         until("the story's containers to end", 60, || Ok(self.runtime.cri().running()?.is_empty()))?;
         ensure!(self.edge.is_running(), "edgecore ended by itself: {}", process::tail(&self.edge.log(), 20));
         ensure!(self.cloud.is_running(), "cloudcore ended by itself");
         self.wait_node_ready()
+    }
+
+    /// Deletes the Nodes of visitors.
+    fn see_off(&self) -> Result<()> {
+        self.admin.run(&[&["delete", "node", "--ignore-not-found", "--wait=false"], &VISITORS[..]].concat()).map(drop)
     }
 
     /// Shows and keeps what is needed to understand a failure.
@@ -303,6 +313,7 @@ impl Drop for World {
         // The node goes before its edgecore can report on it again; its pods follow it.
         self.edge.kill();
         self.admin.delete("node", self.edge.name()).ok();
+        self.see_off().ok();
         let namespace = self.kubectl.namespace();
         if namespace != "default" {
             self.kubectl.run(&["delete", "pods", "--all", "--force", "--grace-period=0", "--wait=false"]).ok();
