@@ -97,14 +97,15 @@ fn not_ready_says_everything_that_is_wrong() {
 }
 
 #[test]
-fn reported_when_something_is_different_or_after_five_minutes() {
+fn reported_when_something_is_different_or_after_fifteen_minutes() {
     let old = compute(&healthy(), Pressures::default(), None, at(0));
     let same = compute(&healthy(), Pressures::default(), Some(&old), at(10));
     let other = compute(&healthy(), Pressures { pids: true, ..Default::default() }, Some(&old), at(10));
     assert!(due(None, MINUTE, &old, &old));
     assert!(!due(Some(MINUTE), 2 * MINUTE, &old, &same));
     assert!(due(Some(MINUTE), 2 * MINUTE, &old, &other));
-    assert!(due(Some(MINUTE), 6 * MINUTE, &old, &same));
+    assert!(!due(Some(MINUTE), 15 * MINUTE, &old, &same));
+    assert!(due(Some(MINUTE), 16 * MINUTE, &old, &same));
 }
 
 #[test]
