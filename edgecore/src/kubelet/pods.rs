@@ -46,8 +46,10 @@ pub struct Pods {
     /// Which pod each task of [`Pods::ended`] is about.
     tasks: HashMap<Id, String>,
     panics: Panics,
-    /// The cgroups above the pods' as they were set last.
-    tiers: Option<[PodCgroup; 3]>,
+    /// The cgroups above the pods' as they are to be; [`keep_tiers`] sets them.
+    tiers: watch::Sender<Option<[PodCgroup; 3]>>,
+    /// Pods without a worker that the runtime may hold something of; not known until it has been asked once.
+    held: Option<BTreeSet<String>>,
     /// Pods came or went since.
     moved: bool,
     /// The store could not be read, or the runtime not be asked: all is compared again soon.
@@ -79,7 +81,8 @@ impl Pods {
             ended: JoinSet::new(),
             tasks: HashMap::new(),
             panics: Panics::default(),
-            tiers: None,
+            tiers: watch::Sender::new(None),
+            held: None,
             moved: true,
             doubtful: false,
             reset: None,
@@ -88,6 +91,20 @@ impl Pods {
 
     /// Routes until shutdown. Containers go on running.
     pub async fn run(
+        self,
+        wakes: mpsc::Receiver<Wake>,
+        wanted: broadcast::Receiver<ReportWanted>,
+        reset: ResetRequests,
+        shutdown: CancellationToken,
+    ) {
+        let tiers = keep_tiers(self.context.clone(), self.tiers.subscribe());
+        tokio::select! {
+            () = self.route(wakes, wanted, reset, shutdown) => {}
+            () = tiers => {}
+        }
+    }
+
+    async fn route(
         mut self,
         mut wakes: mpsc::Receiver<Wake>,
         mut wanted: broadcast::Receiver<ReportWanted>,
@@ -101,8 +118,7 @@ impl Pods {
         self.begin().await;
         loop {
             if std::mem::take(&mut self.moved) {
-                let pods = self.active();
-                self.set_tiers(pods.iter().map(AsRef::as_ref)).await;
+                self.want_tiers();
             }
             let next = self.panics.next();
             if self.workers.is_empty()
@@ -156,13 +172,13 @@ impl Pods {
     /// Takes up everything the store and the runtime hold, all at once.
     async fn begin(&mut self) {
         let mut observed = self.context.cri.observe(None).await;
-        if let Err(error) = &observed {
-            warn!(%error, "the runtime cannot be asked yet");
+        match &observed {
+            Ok(observed) => self.held = Some(observed.keys().cloned().collect()),
+            Err(error) => warn!(%error, "the runtime cannot be asked yet"),
         }
         let notes = self.notes().await;
         match self.wanted().await {
             Ok(wanted) => {
-                self.set_tiers(wanted.pods.iter()).await;
                 for pod in wanted.pods {
                     let uid = Spec::new(&pod).uid().to_owned();
                     let memory = Memory::restored(notes.get(&uid).cloned());
@@ -286,9 +302,13 @@ impl Pods {
     async fn start(&mut self, pod: Pod, memory: Memory, observed: Option<Observed>, at_start: bool) {
         let uid = Spec::new(&pod).uid();
         // After a lost store only the runtime knows that a pod runs here already, and so must not be judged again.
+        let may_run = memory.last_status.is_none() && self.held.as_ref().is_none_or(|held| held.contains(uid));
         let observed = match observed {
-            None if memory.last_status.is_none() => match self.context.cri.observe(Some(uid)).await {
-                Ok(mut all) => Some(all.remove(uid).unwrap_or_default()),
+            None if may_run => match self.context.cri.observe(None).await {
+                Ok(mut all) => {
+                    self.held = Some(all.keys().filter(|uid| !self.workers.contains_key(*uid)).cloned().collect());
+                    Some(all.remove(uid).unwrap_or_default())
+                }
                 Err(error) => {
                     warn!(pod = uid, %error, "the runtime cannot be asked about a new pod; it is taken up when it can");
                     self.doubtful = true;
@@ -319,6 +339,9 @@ impl Pods {
         self.workers.insert(uid.clone(), Worker { desired: sender, needs, over: over.clone() });
         let beginning = Beginning { memory, observed, at_start, over };
         self.moved = true;
+        if let Some(held) = &mut self.held {
+            held.remove(&uid);
+        }
         let (context, of) = (self.context.clone(), uid.clone());
         let task = self.ended.spawn(async move {
             worker::run(context.clone(), receiver, beginning).await;
@@ -334,19 +357,18 @@ impl Pods {
     }
 
     /// Shares and limits of all pods together and of each QoS class. While the store lacks pods that run, they stay as they are.
-    async fn set_tiers(&mut self, pods: impl Iterator<Item = &Pod>) {
+    fn want_tiers(&self) {
         if !*self.context.store.pods_known().borrow() {
             return;
         }
-        let tiers = resources::qos_cgroups(pods, &self.context.node(), &self.context.machine);
-        if self.tiers.as_ref() == Some(&tiers) {
-            return;
-        }
-        let (context, wanted) = (self.context.clone(), tiers.clone());
-        for warning in blocking(move || context.cgroups.set_tiers(&wanted)).await {
-            info!(warning = warning.0, "the cgroups of all pods lack something");
-        }
-        self.tiers = Some(tiers);
+        let pods = self.active();
+        let pods = pods.iter().map(AsRef::as_ref);
+        let tiers = Some(resources::qos_cgroups(pods, &self.context.node(), &self.context.machine));
+        self.tiers.send_if_modified(|last| {
+            let differs = *last != tiers;
+            *last = tiers;
+            differs
+        });
     }
 
     /// A pod that ran here before, or whose end was reported, is not judged again.
@@ -433,6 +455,9 @@ impl Pods {
         self.moved = true;
         self.context.forget_events(&uid);
         if panicked {
+            if let Some(held) = &mut self.held {
+                held.insert(uid.clone());
+            }
             let wait = self.panics.add(&uid, clock::monotonic(), rand::random());
             error!(pod = uid, ?wait, "the worker of a pod panicked; the pod is taken up anew");
             return;
@@ -473,6 +498,17 @@ impl Pods {
     fn report_again(&self, which: impl Fn(&String) -> bool) {
         for (_, worker) in self.workers.iter().filter(|(uid, _)| which(uid)) {
             worker.desired.send_modify(|desired| desired.resend += 1);
+        }
+    }
+}
+
+/// Sets the cgroups above the pods' beside the routing: no pod waits for them.
+async fn keep_tiers(context: Arc<Context>, mut wanted: watch::Receiver<Option<[PodCgroup; 3]>>) {
+    while wanted.changed().await.is_ok() {
+        let Some(tiers) = wanted.borrow_and_update().clone() else { continue };
+        let context = context.clone();
+        for warning in blocking(move || context.cgroups.set_tiers(&tiers)).await {
+            info!(warning = warning.0, "the cgroups of all pods lack something");
         }
     }
 }
