@@ -120,7 +120,7 @@ mod tests {
         let mut registry = Registry::default();
         let metrics = Metrics::new(&mut registry);
         metrics.session_start("ok");
-        metrics.received(7);
+        skerry_proto::transport::Meter::received(&metrics, 7);
         crate::apiserver::Metrics::new(&mut registry).report("pod", "taken");
         let ready = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&ready);

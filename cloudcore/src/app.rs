@@ -1,7 +1,7 @@
 //! Wires cloudcore's parts together, and takes them apart in order.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,20 +84,27 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
             config.port
         )
     })?;
+    let datagrams = front::quic::bind(config.port).with_context(|| {
+        format!(
+            "cannot listen on UDP port {}; stop what uses it (`ss -lunp 'sport = :{0}'`) or choose another with --port",
+            config.port
+        )
+    })?;
     let status = Arc::new(admin::Status::default());
     let admin_stop = CancellationToken::new();
     let mut admin = spawn("admin", admin::serve(admin_listener, Arc::clone(&status), admin_stop.clone()));
 
     let serving = tokio::select! {
-        serving = start(&config, client, &status, stop.clone(), listener) => serving?,
+        serving = start(&config, client, &status, stop.clone(), listener, datagrams) => serving?,
         () = stop.cancelled() => return Ok(()),
     };
-    let [mut port, mut deletions, mut rounds] = serving;
+    let [mut port, mut quic, mut deletions, mut rounds] = serving;
 
     // None of them ends by itself; without one of them cloudcore would only seem to work.
     let broken = tokio::select! {
         () = stop.cancelled() => None,
         _ = &mut port => Some("port"),
+        _ = &mut quic => Some("quic"),
         _ = &mut deletions => Some("deletions"),
         _ = &mut rounds => Some("rounds"),
         _ = &mut admin => Some("admin"),
@@ -109,6 +116,7 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     }
     // The order of the end: sessions, with the port; what served them; the outside view last.
     drop(port.await);
+    drop(quic.await);
     drop(deletions.await);
     drop(rounds.await);
     admin_stop.cancel();
@@ -123,7 +131,8 @@ async fn start(
     status: &admin::Status,
     stop: CancellationToken,
     listener: TcpListener,
-) -> anyhow::Result<[tokio::task::JoinHandle<()>; 3]> {
+    datagrams: UdpSocket,
+) -> anyhow::Result<[tokio::task::JoinHandle<()>; 4]> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let secrets = KubeSecrets::new(client.clone(), &config.namespace);
@@ -137,6 +146,7 @@ async fn start(
     let certificate = ServerCertificate::issue(Arc::clone(&authority), &config.advertise, clock::wall())?;
     let certificate = Arc::new(certificate);
     let tls = front::tls(&authority, Arc::clone(&certificate))?;
+    let endpoint = front::quic::endpoint(datagrams, &tls)?;
 
     let options =
         BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };
@@ -155,6 +165,7 @@ async fn start(
     );
     Ok([
         spawn("port", Arc::clone(&front).serve(listener, tls, DRAIN)),
+        spawn("quic", Arc::clone(&front).serve_quic(endpoint, DRAIN)),
         spawn("deletions", front.watch_deletions()),
         spawn("rounds", rounds(certificate, JoinTokens::new(secrets), stop)),
     ])

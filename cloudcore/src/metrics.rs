@@ -8,6 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::{Registry, Unit};
+use skerry_proto::transport::Meter;
 
 /// How something ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -95,16 +96,6 @@ impl Metrics {
         self.0.handshake_failures.inc();
     }
 
-    /// A frame came.
-    pub fn received(&self, bytes: usize) {
-        self.frame("in", bytes);
-    }
-
-    /// A frame goes.
-    pub fn sent(&self, bytes: usize) {
-        self.frame("out", bytes);
-    }
-
     /// When the CA expires, seconds since the Unix epoch.
     pub fn ca_expires(&self, seconds: i64) {
         self.0.ca_expiry.set(seconds);
@@ -151,4 +142,14 @@ fn resident_bytes() -> Option<i64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()?.checked_mul(1024)
+}
+
+impl Meter for Metrics {
+    fn sent(&self, bytes: usize) {
+        self.frame("out", bytes);
+    }
+
+    fn received(&self, bytes: usize) {
+        self.frame("in", bytes);
+    }
 }

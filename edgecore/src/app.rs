@@ -128,12 +128,14 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         let link = supervise::module("link", stop.clone(), {
             let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
             let wanted = wanted.clone();
+            let transport = config.transport;
             // Nobody serves or opens streams yet.
             let streams = watch::Sender::new(None);
             move || {
                 let link = Link {
                     node: node.clone(),
                     server: server.clone(),
+                    transport,
                     store: store.clone(),
                     identity: identity_seen.clone(),
                     wanted: wanted.clone(),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::link::Transport;
 use crate::link::dial::Server;
 
 /// Where edgecore keeps its own state unless told otherwise.
@@ -23,6 +24,9 @@ pub struct Config {
     pub server: String,
     /// The name of this node.
     pub node_name: String,
+    /// What carries the link: `auto`, `quic` or `websocket`.
+    #[serde(default)]
+    pub transport: Transport,
     /// The CRI runtime's socket.
     #[serde(default = "default::runtime_endpoint")]
     pub runtime_endpoint: String,
@@ -128,6 +132,7 @@ impl Config {
         Self {
             server: server.to_string(),
             node_name: node_name.to_owned(),
+            transport: Transport::default(),
             runtime_endpoint: default::runtime_endpoint(),
             pods_dir: default::pods_dir(),
             logs_dir: default::logs_dir(),

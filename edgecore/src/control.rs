@@ -21,7 +21,7 @@ use tracing::warn;
 
 use crate::clock;
 use crate::identity::Identity;
-use crate::link::LinkState;
+use crate::link::{LinkState, Transport};
 use crate::store::{Row, Stats, Store};
 use crate::supervise;
 
@@ -115,7 +115,7 @@ pub struct Status {
 #[allow(missing_docs)]
 pub enum LinkStatus {
     Connecting { attempt: u32, last_error: Option<String> },
-    Online { since: i64, epoch: u64 },
+    Online { since: i64, epoch: u64, transport: Transport },
     Offline { since: i64, reason: String },
     Deleted { message: String },
 }
@@ -124,7 +124,9 @@ impl From<&LinkState> for LinkStatus {
     fn from(state: &LinkState) -> Self {
         match state.clone() {
             LinkState::Connecting { attempt, last_error } => Self::Connecting { attempt, last_error },
-            LinkState::Online { since, epoch } => Self::Online { since: since.as_second(), epoch },
+            LinkState::Online { since, epoch, transport } => {
+                Self::Online { since: since.as_second(), epoch, transport }
+            }
             LinkState::Offline { since, reason } => Self::Offline { since: since.as_second(), reason },
             LinkState::Deleted { message } => Self::Deleted { message },
         }

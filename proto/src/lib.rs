@@ -10,6 +10,8 @@ pub mod payload;
 pub mod streams;
 pub mod sync;
 pub mod token;
+#[cfg(feature = "transport")]
+pub mod transport;
 
 /// The frames of the link, generated from `wire/link.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]

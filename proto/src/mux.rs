@@ -5,8 +5,8 @@
 //! is reset; no more is on its way than the receiver gave credit for; what waits to be sent is bounded for each stream and each class.
 //! Control frames are not bounded here: who makes them looks at [`Mux::waiting`].
 //!
-//! It does no IO and reads no clock: [`Mux::receive`] takes what came, [`Mux::poll`] says what that means, [`Mux::next_frame`] is what
-//! to send next. A transport with streams of its own needs none of this.
+//! It does no IO and reads no clock: [`Mux::receive`] takes what came, [`Mux::poll`] says what that means, [`Mux::next_frame`] is //! to send next. A transport with an order for each class takes each from [`Mux::next_frame_of`] instead: what is said of a stream is
+//! in the order of its class.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -51,8 +51,6 @@ pub struct Mux {
     assembly: Option<BytesMut>,
     streams: BTreeMap<StreamId, Stream>,
     classes: [Lane; Class::ALL.len()],
-    /// Streams whose credit or reset is to be sent.
-    chores: VecDeque<StreamId>,
     events: VecDeque<Event>,
 }
 
@@ -102,6 +100,8 @@ enum Control {
 struct Lane {
     /// Streams that can send, in the order of their turns.
     ready: VecDeque<StreamId>,
+    /// Streams whose credit or reset is to be sent.
+    chores: VecDeque<StreamId>,
     bytes: usize,
     /// The numbers to come, ours and the peer's.
     next: [u32; 2],
@@ -119,7 +119,6 @@ impl Mux {
             assembly: None,
             streams: BTreeMap::new(),
             classes: Default::default(),
-            chores: VecDeque::new(),
             events: VecDeque::new(),
         }
     }
@@ -235,7 +234,7 @@ impl Mux {
     pub fn next_frame(&mut self) -> Option<Frame> {
         // Credit and resets come between two control frames: they are small and few, and neither may keep the other from going.
         if (self.control_was_last || self.is_control_empty())
-            && let Some(body) = self.next_chore()
+            && let Some(body) = Class::ALL.into_iter().find_map(|class| self.next_chore(class))
         {
             self.control_was_last = false;
             return Some(Frame { body: Some(body) });
@@ -247,6 +246,13 @@ impl Mux {
         let body = Class::ALL.into_iter().find_map(|class| self.next_of(class));
         self.control_was_last = false;
         body.map(|body| Frame { body: Some(body) })
+    }
+
+    /// The next frame to send of one class, or of control where that is `None`.
+    pub fn next_frame_of(&mut self, class: Option<Class>) -> Option<Frame> {
+        let Some(class) = class else { return self.next_control() };
+        let body = self.next_chore(class).or_else(|| self.next_of(class))?;
+        Some(Frame { body: Some(body) })
     }
 
     /// What waits to be sent.
@@ -268,11 +274,14 @@ impl Mux {
         self.streams.len()
     }
 
-    /// Forgets every stream: only control frames are sent from now on.
-    pub fn end_streams(&mut self) {
+    /// Forgets every stream and every frame that waits: only control frames that come from now on are sent.
+    pub fn end(&mut self) {
         for id in self.streams.keys().copied().collect::<Vec<_>>() {
             self.remove(id);
         }
+        self.control.clear();
+        self.urgent.clear();
+        self.control_bytes = 0;
     }
 
     fn is_control_empty(&self) -> bool {
@@ -301,8 +310,8 @@ impl Mux {
         }
     }
 
-    fn next_chore(&mut self) -> Option<Body> {
-        let id = self.chores.pop_front()?;
+    fn next_chore(&mut self, class: Class) -> Option<Body> {
+        let id = self.classes[class.index()].chores.pop_front()?;
         // Whatever is removed is taken out of the queue.
         let stream = self.streams.get_mut(&id)?;
         stream.has_chore = false;
@@ -502,7 +511,7 @@ impl Mux {
             && !stream.has_chore
         {
             stream.has_chore = true;
-            self.chores.push_back(id);
+            self.classes[id.class().index()].chores.push_back(id);
         }
     }
 
@@ -528,13 +537,25 @@ impl Mux {
         self.drop_buffer(id);
         if let Some(stream) = self.streams.remove(&id) {
             if stream.has_chore {
-                self.chores.retain(|other| *other != id);
+                self.classes[id.class().index()].chores.retain(|other| *other != id);
             }
             if stream.is_ready {
                 self.classes[id.class().index()].ready.retain(|other| *other != id);
             }
         }
     }
+}
+
+/// The class in whose order a frame goes: `Some(None)` is control, `None` is a stream that no class has.
+pub fn class_of(frame: &Frame) -> Option<Option<Class>> {
+    let id = match &frame.body {
+        Some(Body::StreamOpen(open)) => open.id,
+        Some(Body::StreamData(data)) => data.id,
+        Some(Body::StreamCredit(credit)) => credit.id,
+        Some(Body::StreamReset(reset)) => reset.id,
+        _ => return Some(None),
+    };
+    StreamId::parse(id).map(|id| Some(id.class()))
 }
 
 fn shortened(reason: &str) -> String {

@@ -119,8 +119,17 @@ impl Carrier {
 
     /// The next frame to send, which is then out of these hands; waits until there is one.
     pub fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Frame> {
+        self.poll_next(context, Mux::next_frame)
+    }
+
+    /// As [`Carrier::poll_frame`], of one class, or of control where that is `None`.
+    pub fn poll_frame_of(&mut self, class: Option<Class>, context: &mut Context<'_>) -> Poll<Frame> {
+        self.poll_next(context, |mux| mux.next_frame_of(class))
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>, next: impl FnOnce(&mut Mux) -> Option<Frame>) -> Poll<Frame> {
         let mut state = lock(&self.0);
-        match state.mux.next_frame() {
+        match next(&mut state.mux) {
             Some(frame) => {
                 let woken = state.writable();
                 drop(state);
@@ -177,14 +186,14 @@ impl Carrier {
         Ok(received)
     }
 
-    /// Ends every stream; control frames are still sent.
+    /// Ends every stream and drops what waits; control frames that come behind it are still sent.
     pub fn end(&mut self, reason: &str) {
         let mut state = lock(&self.0);
         if state.ended.is_some() {
             return;
         }
         state.ended = Some(reason.into());
-        state.mux.end_streams();
+        state.mux.end();
         let wakers = |pipe: &mut Pipe| [pipe.reader.take(), pipe.writer.take()];
         let woken: Vec<_> = state.pipes.values_mut().flat_map(wakers).flatten().collect();
         drop(state);
@@ -202,9 +211,8 @@ impl Drop for Carrier {
 }
 
 impl Streams {
-    /// Opens a stream. It is the peer's to refuse, by a reset that the first read shows. A transport may make it wait for a place.
-    #[expect(clippy::unused_async, reason = "a transport with streams of its own waits for the peer's permission")]
-    pub async fn open(&self, class: Class, header: Bytes) -> Result<Stream, StreamError> {
+    /// Opens a stream. It is the peer's to refuse, by a reset that the first read shows.
+    pub fn open(&self, class: Class, header: Bytes) -> Result<Stream, StreamError> {
         let mut state = lock(&self.0);
         if let Some(reason) = &state.ended {
             return Err(StreamError::Ended(Arc::clone(reason)));

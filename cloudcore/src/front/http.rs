@@ -17,6 +17,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::pki_types::CertificateDer;
 use skerry_proto::payload::{JoinRequest, Refusal};
+use skerry_proto::transport::ws_config;
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -24,7 +25,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::Role;
 use tracing::debug;
 
-use super::{AGENT, Front, wire};
+use super::{AGENT, Front};
 use crate::backend::{Backend, NodeIdentity};
 use crate::clock;
 use crate::pki::node_of;
@@ -36,8 +37,8 @@ const READ_PATIENCE: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(90);
 const MAX_BODY: usize = 64 << 10;
 
-/// A connection that became a session's.
-pub(super) type Socket = WebSocketStream<TokioIo<Upgraded>>;
+/// What a WebSocket of a session runs on.
+pub(super) type Carried = TokioIo<Upgraded>;
 
 /// An answer that says no.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ pub(super) async fn serve<B: Backend, S: SecretStore>(
     tls: TlsStream<TcpStream>,
     certificate: Option<CertificateDer<'static>>,
     address: String,
-) -> Option<(Socket, NodeIdentity)> {
+) -> Option<(WebSocketStream<Carried>, NodeIdentity)> {
     let peer = Arc::new(Peer { address, certificate, upgrade: Mutex::default() });
     let service = service_fn(|request| {
         let (front, peer) = (Arc::clone(&front), Arc::clone(&peer));
@@ -96,7 +97,7 @@ pub(super) async fn serve<B: Backend, S: SecretStore>(
     }
     let (upgrade, node) = peer.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take()?;
     let upgraded = tokio::time::timeout(READ_PATIENCE, upgrade).await.ok()?.ok()?;
-    Some((WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(wire::config())).await, node))
+    Some((WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(ws_config())).await, node))
 }
 
 async fn answer<B: Backend, S: SecretStore>(front: &Front<B, S>, peer: &Peer, request: Request<Incoming>) -> Answer {
@@ -186,15 +187,20 @@ fn session(peer: &Peer, mut request: Request<Incoming>) -> Result<Answer, No> {
 
 impl Peer {
     fn node(&self) -> Result<NodeIdentity, No> {
-        let certificate = self.certificate.as_ref().ok_or_else(|| {
-            let message = "this needs the node's certificate, and none was shown; `edgecore join` gets one";
-            No::new(StatusCode::UNAUTHORIZED, "certificate_required", message)
-        })?;
-        node_of(certificate).map_err(|error| {
-            let message = format!("{error}; get a node's certificate with `edgecore join`");
-            No::new(StatusCode::FORBIDDEN, "certificate_invalid", message)
-        })
+        node(self.certificate.as_ref())
     }
+}
+
+/// Whose certificate it is.
+pub(super) fn node(certificate: Option<&CertificateDer<'_>>) -> Result<NodeIdentity, No> {
+    let certificate = certificate.ok_or_else(|| {
+        let message = "this needs the node's certificate, and none was shown; `edgecore join` gets one";
+        No::new(StatusCode::UNAUTHORIZED, "certificate_required", message)
+    })?;
+    node_of(certificate).map_err(|error| {
+        let message = format!("{error}; get a node's certificate with `edgecore join`");
+        No::new(StatusCode::FORBIDDEN, "certificate_invalid", message)
+    })
 }
 
 async fn json<T: serde::de::DeserializeOwned>(request: Request<Incoming>) -> Result<T, No> {

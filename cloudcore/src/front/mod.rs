@@ -1,4 +1,4 @@
-//! The one port: TLS, and inside it the endpoints for joining and the sessions.
+//! The one port: TLS over TCP with the endpoints for joining and sessions on WebSockets, and QUIC on the same number with sessions.
 //!
 //! Whoever connects is a stranger until a certificate of our CA says otherwise: handshakes, requests and their sizes are bounded, and
 //! a client that is slow or sends garbage costs one task and a few kilobytes for some seconds.
@@ -10,6 +10,7 @@ use rustls::ServerConfig;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use skerry_proto::mux::Class;
 use skerry_proto::streams::{Incoming, Services, Streams};
+use skerry_proto::{mux::Side, transport};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast::error::RecvError;
@@ -32,10 +33,10 @@ use crate::token::JoinTokens;
 mod http;
 mod join;
 mod places;
+pub mod quic;
 mod session;
 #[cfg(test)]
 mod tests;
-mod wire;
 
 /// How this program calls itself to edges.
 pub const AGENT: &str = concat!("cloudcore ", env!("CARGO_PKG_VERSION"));
@@ -55,6 +56,9 @@ const UNSENT: u32 = 16 << 10;
 const TLS_BUFFER: usize = 16 << 10;
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// A session's connection.
+type Wire = transport::Wire<http::Carried, Metrics>;
+
 /// Everything that a connection may need.
 pub struct Front<B, S> {
     backend: B,
@@ -64,6 +68,8 @@ pub struct Front<B, S> {
     services: Services<(NodeIdentity, Incoming)>,
     metrics: Metrics,
     joins: Semaphore,
+    handshakes: Places,
+    requests: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
@@ -85,6 +91,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             services: Services::default(),
             metrics,
             joins: Semaphore::new(MAX_JOINS),
+            handshakes: Places::new(MAX_HANDSHAKES, HANDSHAKE_GRACE),
+            requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
             stop,
         }
     }
@@ -104,12 +112,10 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         &self.backend
     }
 
-    /// Serves the port until told to stop, then says goodbye to every session, but for no longer than `drain`.
+    /// Serves TCP until told to stop, then says goodbye to every session, but for no longer than `drain`.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, tls: Arc<ServerConfig>, drain: Duration) {
         let acceptor = TlsAcceptor::from(tls);
         let silent = Places::new(MAX_SILENT, Duration::ZERO);
-        let handshakes = Places::new(MAX_HANDSHAKES, HANDSHAKE_GRACE);
-        let requests = Arc::new(Semaphore::new(MAX_REQUESTS));
         let mut connections = Tasks::new("connection");
         let mut trouble = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
         loop {
@@ -117,7 +123,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 () = self.stop.cancelled() => break,
                 () = connections.reap() => continue,
                 // What is not accepted waits in the kernel.
-                accepted = async { handshakes.room().await; silent.room().await; listener.accept().await } => accepted,
+                accepted = async { self.handshakes.room().await; silent.room().await; listener.accept().await } => accepted,
             };
             let stream = match accepted {
                 Ok((stream, _)) => stream,
@@ -129,9 +135,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 }
             };
             trouble.reset();
-            let (front, acceptor, requests) = (Arc::clone(&self), acceptor.clone(), Arc::clone(&requests));
-            let (silent, handshakes) = (silent.take(), handshakes.clone());
-            connections.spawn(async move { front.connection(stream, acceptor, silent, handshakes, requests).await });
+            let (front, acceptor, silent) = (Arc::clone(&self), acceptor.clone(), silent.take());
+            connections.spawn(async move { front.connection(stream, acceptor, silent).await });
         }
         drop(listener);
         let cut = connections.drain(drain).await;
@@ -177,20 +182,13 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         }
     }
 
-    async fn connection(
-        self: Arc<Self>,
-        stream: TcpStream,
-        acceptor: TlsAcceptor,
-        silent: Place,
-        handshakes: Places,
-        requests: Arc<Semaphore>,
-    ) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, acceptor: TlsAcceptor, silent: Place) {
         let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
         // Small frames go at once; a failure only costs time.
         let _ = stream.set_nodelay(true);
         // Without it the system takes megabytes, and what is urgent waits behind them.
         let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
-        let tls = match Box::pin(handshake(stream, acceptor, silent, &handshakes)).await {
+        let tls = match Box::pin(handshake(stream, acceptor, silent, &self.handshakes)).await {
             Ok(mut tls) => {
                 tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
                 tls
@@ -201,8 +199,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 return;
             }
         };
-        drop(handshakes);
-        let Ok(request) = requests.try_acquire_owned() else {
+        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
             debug!(peer, "too many requests at once, the connection is closed");
             return;
         };
@@ -210,7 +207,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         // The requests' state is gone before the session begins, which lives long.
         let upgraded = Box::pin(http::serve(Arc::clone(&self), tls, certificate, peer)).await;
         if let Some((websocket, node)) = upgraded {
-            Box::pin(session::run(&self, websocket, node, request)).await;
+            let wire = Wire::over_websocket(websocket, Side::Cloud, self.metrics.clone());
+            Box::pin(session::run(&self, wire, node, request)).await;
         }
     }
 }

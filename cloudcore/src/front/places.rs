@@ -56,6 +56,11 @@ impl Places {
         }
     }
 
+    /// How many are taken.
+    pub(super) fn taken(&self) -> usize {
+        self.inner.lock().by_age.len()
+    }
+
     /// Takes a place, also beyond the number: see [`Places::room`].
     pub(super) fn take(&self) -> Place {
         self.take_at(clock::monotonic())

@@ -7,18 +7,16 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use skerry_proto::sync::{Hub, HubInput, HubOutput, Reason};
+use skerry_proto::transport::{End, Event};
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
-use tokio_tungstenite::WebSocketStream;
 use tracing::{debug, info, warn};
 
 use super::join::deleted_message;
-use super::wire::{End, Event, Wire};
-use super::{AGENT, Front, shown};
+use super::{AGENT, Front, Wire, shown};
 use crate::backend::{Backend, Feed, FeedEvent, NodeCheck, NodeIdentity};
 use crate::clock;
 use crate::registry::{BeginError, Eviction, Place};
@@ -27,28 +25,27 @@ use crate::secrets::SecretStore;
 
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 const CHECK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the last words may take.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// Bytes of control frames that wait, from which on no more is taken from whoever can wait, and the edge is not listened to.
+const FULL: usize = 512 << 10;
 
 /// Why a session does not begin, for the metrics, and what the edge is told.
 type Refused = (&'static str, Option<Goodbye>);
 
 /// Runs a session to its end. `stranger` is held until it has its place among the sessions, whose number is bounded too.
-pub(super) async fn run<B, S, T>(
-    front: &Front<B, S>,
-    socket: WebSocketStream<T>,
-    node: NodeIdentity,
-    stranger: OwnedSemaphorePermit,
-) where
+pub(super) async fn run<B, S>(front: &Front<B, S>, wire: Wire, node: NodeIdentity, stranger: OwnedSemaphorePermit)
+where
     B: Backend,
     S: SecretStore,
-    T: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut wire = Wire::new(socket, front.metrics.clone());
+    let mut wire = wire.full_at(FULL);
     let (hello, mut place) = match begin(front, &mut wire, &node).await {
         Ok(begun) => begun,
         Err((result, goodbye)) => {
             front.metrics.session_start(result);
             debug!(node = shown(&node), result, "no session");
-            wire.finish(goodbye).await;
+            finish(wire, goodbye).await;
             return;
         }
     };
@@ -66,20 +63,24 @@ pub(super) async fn run<B, S, T>(
         goodbye.as_ref().map_or("the connection ended", |said| &said.message)
     );
     drop(place);
-    wire.finish(goodbye).await;
+    finish(wire, goodbye).await;
+}
+
+async fn finish(wire: Wire, goodbye: Option<Goodbye>) {
+    let reason = goodbye.as_ref().map_or_else(|| "the connection ended".to_owned(), |said| said.message.clone());
+    wire.finish(&reason, goodbye, FAREWELL).await;
 }
 
 /// Hears the Hello, makes sure that the node is one, and takes its place.
-async fn begin<B, S, T>(front: &Front<B, S>, wire: &mut Wire<T>, node: &NodeIdentity) -> Result<(Hello, Place), Refused>
+async fn begin<B, S>(front: &Front<B, S>, wire: &mut Wire, node: &NodeIdentity) -> Result<(Hello, Place), Refused>
 where
     B: Backend,
     S: SecretStore,
-    T: AsyncRead + AsyncWrite + Unpin,
 {
     let shutdown = || ("shutdown", Some(goodbye(Reason::Shutdown, "cloudcore is going down")));
     let heard = tokio::select! {
         () = front.stop.cancelled() => return Err(shutdown()),
-        heard = tokio::time::timeout(HELLO_PATIENCE, wire.next()) => heard,
+        heard = tokio::time::timeout(HELLO_PATIENCE, wire.next(true)) => heard,
     };
     let hello = match heard {
         Ok(Ok(Event::Frame(Frame { body: Some(Body::Hello(hello)) }))) => hello,
@@ -87,7 +88,7 @@ where
             return Err(protocol("the first frame must be a Hello"));
         }
         Ok(Err(End::Garbage(what))) => return Err(protocol(&what)),
-        Ok(Err(End::Closed | End::Broken(_))) => return Err(("closed", None)),
+        Ok(Err(_)) => return Err(("closed", None)),
         Err(_) => return Err(protocol("no Hello came in time")),
     };
     if hello.node != node.name {
@@ -126,9 +127,9 @@ where
 }
 
 /// Runs the hub until the session ends; says what the edge should hear.
-async fn drive<B, S, T>(
+async fn drive<B, S>(
     front: &Front<B, S>,
-    wire: &mut Wire<T>,
+    wire: &mut Wire,
     node: &NodeIdentity,
     hello: &Hello,
     place: &mut Place,
@@ -136,7 +137,6 @@ async fn drive<B, S, T>(
 where
     B: Backend,
     S: SecretStore,
-    T: AsyncRead + AsyncWrite + Unpin,
 {
     let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch);
     let (mut hub, outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), wall_millis(), AGENT);
@@ -157,6 +157,7 @@ where
             }
         }
         let due = hub.next_timeout().saturating_sub(clock::monotonic());
+        let keeps_up = !wire.is_full();
         tokio::select! {
             biased;
             eviction = place.evicted() => return Some(match eviction {
@@ -164,7 +165,7 @@ where
                 Eviction::NodeDeleted => goodbye(Reason::NodeDeleted, deleted_message(&node.name)),
             }),
             () = front.stop.cancelled() => return Some(goodbye(Reason::Shutdown, "cloudcore is going down")),
-            event = wire.next() => match event {
+            event = wire.next(keeps_up) => match event {
                 Ok(Event::Frame(frame)) => outputs = hub.step(clock::monotonic(), HubInput::Frame(frame)),
                 Ok(Event::Heard) => outputs = hub.step(clock::monotonic(), HubInput::Heard),
                 Ok(Event::Opened(incoming)) => {
@@ -173,13 +174,13 @@ where
                 }
                 Ok(Event::Drained) => {}
                 Err(End::Garbage(what)) => return Some(goodbye(Reason::Protocol, what)),
-                Err(end @ (End::Closed | End::Broken(_))) => {
+                Err(end @ (End::Closed | End::WebSocket(_) | End::Quic(_))) => {
                     debug!(node = shown(node), "{}", chain(&end));
                     return None;
                 }
             },
             () = tokio::time::sleep(due) => outputs = hub.step(clock::monotonic(), HubInput::Timeout),
-            events = feed.next(), if !wire.is_full() => for event in events {
+            events = feed.next(), if keeps_up => for event in events {
                 let now = clock::monotonic();
                 outputs.extend(match event {
                     FeedEvent::Desired(object) => hub.step(now, HubInput::Desired(object)),

@@ -32,6 +32,8 @@ use crate::pki::node_of;
 use crate::secrets::fake::MemorySecrets;
 use crate::token::TokenSpec;
 
+mod quic_sessions;
+
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the fake apiserver says, and what it was told.
@@ -144,6 +146,8 @@ struct Cloud {
     /// Streams of class api that edges open.
     incoming: mpsc::Receiver<(NodeIdentity, Incoming)>,
     address: std::net::SocketAddr,
+    /// QUIC on the same number.
+    quic: tokio::task::JoinHandle<()>,
     stop: CancellationToken,
     serving: tokio::task::JoinHandle<()>,
 }
@@ -179,11 +183,19 @@ impl Cloud {
         let mut front = Front::new(backend, authority, tokens, Metrics::default(), stop.clone());
         let incoming = front.serve_streams(Class::Api, 4);
         let front = Arc::new(front);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (listener, datagrams) = loop {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            // Somebody else may have the same number for UDP.
+            if let Ok(datagrams) = std::net::UdpSocket::bind(listener.local_addr().unwrap()) {
+                break (listener, datagrams);
+            }
+        };
         let address = listener.local_addr().unwrap();
+        let endpoint = quic::endpoint(datagrams, &tls).unwrap();
+        let quic = crate::supervise::spawn("quic", Arc::clone(&front).serve_quic(endpoint, Duration::from_secs(5)));
         let serving = crate::supervise::spawn("port", Arc::clone(&front).serve(listener, tls, Duration::from_secs(5)));
         drop(crate::supervise::spawn("deletions", Arc::clone(&front).watch_deletions()));
-        Self { front, secrets, opened: opened_out, incoming, address, stop, serving }
+        Self { front, secrets, opened: opened_out, incoming, address, quic, stop, serving }
     }
 
     fn script(&self) -> std::sync::MutexGuard<'_, Script> {
@@ -216,22 +228,9 @@ impl Cloud {
         identity: Option<&Identity>,
         trusted: &CertificateAuthority,
     ) -> io::Result<TlsStream<TcpStream>> {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(trusted.pem().as_bytes()).unwrap()).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let config = config.with_root_certificates(roots);
-        let config = match identity {
-            Some(Identity { key, certificate: Some(pem) }) => {
-                let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
-                let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-                config.with_client_auth_cert(vec![certificate], key).unwrap()
-            }
-            _ => config.with_no_client_auth(),
-        };
         let stream = TcpStream::connect(self.address).await?;
         let name = ServerName::try_from("localhost").unwrap();
-        TlsConnector::from(Arc::new(config)).connect(name, stream).await
+        TlsConnector::from(Arc::new(client(identity, trusted))).connect(name, stream).await
     }
 
     /// One HTTP exchange: the status and the body.
@@ -281,6 +280,23 @@ impl Cloud {
         let opened = tokio::time::timeout(PATIENCE, self.opened.recv()).await.unwrap().unwrap();
         assert_eq!(opened.epoch, welcome.epoch);
         (edge, opened, welcome)
+    }
+}
+
+/// TLS as a node, or as nobody.
+fn client(identity: Option<&Identity>, trusted: &CertificateAuthority) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(trusted.pem().as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = config.with_root_certificates(roots);
+    match identity {
+        Some(Identity { key, certificate: Some(pem) }) => {
+            let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+            let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+            config.with_client_auth_cert(vec![certificate], key).unwrap()
+        }
+        _ => config.with_no_client_auth(),
     }
 }
 
@@ -768,23 +784,23 @@ async fn streams_go_both_ways_and_end_with_the_session() {
     let sent: Vec<u8> = (0..600_000_u32).flat_map(u32::to_le_bytes).collect();
     let story = async {
         let down = async {
-            let stream = streams.open(Class::Ops, bytes::Bytes::from_static(b"logs")).await.unwrap();
+            let stream = streams.open(Class::Ops, bytes::Bytes::from_static(b"logs")).unwrap();
             assert!(exchange(stream, &sent).await.unwrap() == sent);
         };
         let up = async {
-            let stream = theirs.open(Class::Api, bytes::Bytes::from_static(b"GET /")).await.unwrap();
+            let stream = theirs.open(Class::Api, bytes::Bytes::from_static(b"GET /")).unwrap();
             let (node, served) = cloud.incoming.recv().await.unwrap();
             assert_eq!((node.name.as_str(), served.class, &served.header[..]), ("box-1", Class::Api, &b"GET /"[..]));
             let (got, ()) = tokio::join!(exchange(stream, &sent), echo(served.stream));
             assert!(got.unwrap() == sent);
         };
         let unserved = async {
-            let mut stream = theirs.open(Class::Device, bytes::Bytes::new()).await.unwrap();
+            let mut stream = theirs.open(Class::Device, bytes::Bytes::new()).unwrap();
             let error = stream.read(&mut [0]).await.unwrap_err();
             assert!(error.to_string().contains("nobody serves streams of class device"), "{error}");
         };
         tokio::join!(down, up, unserved);
-        streams.open(Class::Ops, bytes::Bytes::new()).await.unwrap()
+        streams.open(Class::Ops, bytes::Bytes::new()).unwrap()
     };
     let story = tokio::time::timeout(PATIENCE, story);
     let mut unread = tokio::select! {

@@ -17,6 +17,7 @@ use super::DataDir;
 use crate::config::{self, Config, parse_label};
 use crate::enroll::{self, Applicant};
 use crate::identity::Identity;
+use crate::link::Transport;
 use crate::link::dial::Server;
 use crate::preflight::{self, Check, Places, Verdict};
 use crate::{app, clock, files};
@@ -41,6 +42,9 @@ pub(super) struct Join {
     /// The CRI runtime's socket, unix:///run/containerd/containerd.sock unless given.
     #[arg(long)]
     runtime_endpoint: Option<String>,
+    /// What carries the link; auto takes QUIC, and a WebSocket where UDP does not come through.
+    #[arg(long, value_enum)]
+    transport: Option<Transport>,
     /// A label for the Node, key=value; can be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     labels: Vec<(String, String)>,
@@ -157,6 +161,9 @@ impl Join {
         config.node_name = name;
         if let Some(endpoint) = &self.runtime_endpoint {
             config.runtime_endpoint.clone_from(endpoint);
+        }
+        if let Some(transport) = self.transport {
+            config.transport = transport;
         }
         if let Some(dir) = &self.cni_conf_dir {
             config.cni_conf_dir = Some(dir.clone());

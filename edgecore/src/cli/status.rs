@@ -87,7 +87,9 @@ fn human(status: &Status, now: Timestamp) -> String {
     let mut text = head(&status.node, &status.server);
     text += &line("Agent", &format!("running, version {}, process {}", status.version, status.pid));
     text += &match &status.link {
-        LinkStatus::Online { since: at, epoch } => line("Link", &format!("online for {}, session {epoch}", since(*at))),
+        LinkStatus::Online { since: at, epoch, transport } => {
+            line("Link", &format!("online for {} over {transport}, session {epoch}", since(*at)))
+        }
         LinkStatus::Offline { since: at, reason } => {
             line("Link", &format!("offline for {}; the pods go on", since(*at))) + &line("", reason)
         }

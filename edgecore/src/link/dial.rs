@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +26,7 @@ const TLS_BUFFER: usize = 16 << 10;
 pub struct Server {
     /// A DNS name or an IP address, an IPv6 one without brackets.
     pub host: String,
-    /// TCP port.
+    /// TCP and UDP port.
     pub port: u16,
 }
 
@@ -129,10 +130,15 @@ pub async fn dial(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<
     }
 }
 
-async fn dial_patiently(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
-    let addresses = tokio::net::lookup_host((server.host.as_str(), server.port))
+/// The addresses behind a server's name.
+pub(super) async fn resolve(server: &Server) -> Result<impl Iterator<Item = SocketAddr>, DialError> {
+    tokio::net::lookup_host((server.host.as_str(), server.port))
         .await
-        .map_err(|error| DialError::Name(server.host.clone(), error))?;
+        .map_err(|error| DialError::Name(server.host.clone(), error))
+}
+
+async fn dial_patiently(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
+    let addresses = resolve(server).await?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     let mut connected = None;
     for address in addresses {

@@ -16,21 +16,22 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use self::backoff::Backoff;
+pub use self::connect::Transport;
+use self::connect::{Choice, ConnectError, connect};
 use self::dial::Server;
 use self::session::{Ended, Session};
 pub use self::streams::{OpenError, Streams};
-use self::ws::{Socket, SocketError};
 use crate::clock;
 use crate::identity::Identity;
 use crate::store::{self, Store};
 
 pub mod backoff;
+mod connect;
 pub mod dial;
 mod session;
 mod streams;
 #[cfg(test)]
 mod tests;
-mod ws;
 
 /// Kind of the notes about the node itself.
 pub const NODE_NOTES: &str = "node";
@@ -65,6 +66,8 @@ pub enum LinkState {
         since: Timestamp,
         /// Its epoch: another one means another session.
         epoch: u64,
+        /// What carries it.
+        transport: Transport,
     },
     /// There was a session, there is none now; attempts go on. Or, for want of a certificate, there can be none.
     Offline {
@@ -95,6 +98,8 @@ pub struct Link {
     pub node: String,
     /// Where cloudcore is.
     pub server: Server,
+    /// How it is reached.
+    pub transport: Transport,
     /// What it commits to and drains.
     pub store: Store,
     /// Who it is; a renewed identity is used at the next connect.
@@ -117,6 +122,7 @@ impl Link {
         let mut backoff = Backoff::new(FIRST_RETRY, LAST_RETRY, rand::random());
         let mut edge: Option<(Edge, u64)> = None;
         let mut given = session::Given::default();
+        let mut choice = Choice::new(self.transport);
         if let Some(deleted) = self.deleted().await {
             // The end may have come between the note and what follows from it.
             if let Err(failed) = self.wind_down(&deleted.message).await {
@@ -144,7 +150,7 @@ impl Link {
                     }
                 },
             };
-            let (outcome, machine) = Box::pin(self.attempt(machine, damaged, &mut given)).await;
+            let (outcome, machine) = Box::pin(self.attempt(machine, damaged, &mut given, &mut choice)).await;
             edge = machine.map(|machine| (machine, damaged));
             let wait = self.digest(outcome, &mut backoff).await;
             if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
@@ -156,29 +162,42 @@ impl Link {
 
     /// One session, from dialling to its end. The machine comes back unless it is ahead of the store.
     /// `damaged` is the store's damage that the machine knows of.
-    async fn attempt(&self, machine: Edge, damaged: u64, given: &mut session::Given) -> (Outcome, Option<Edge>) {
+    async fn attempt(
+        &self,
+        machine: Edge,
+        damaged: u64,
+        given: &mut session::Given,
+        choice: &mut Choice,
+    ) -> (Outcome, Option<Edge>) {
         let identity = Arc::clone(&self.identity.borrow());
         let config = match identity.client_config() {
             Ok(config) => config,
             Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
         };
         let connected = tokio::select! {
-            connected = Socket::connect(&self.server, config) => connected,
+            connected = connect(&self.server, config, choice, clock::monotonic) => connected,
             () = self.shutdown.cancelled() => return (Outcome::Shutdown, Some(machine)),
         };
-        let socket = match connected {
-            Ok(socket) => socket,
-            Err(SocketError::Refused(refusal)) if refusal.reason == "node_deleted" => {
+        let wire = match connected {
+            Ok(wire) => wire,
+            Err(ConnectError::Refused(refusal)) if refusal.reason == "node_deleted" => {
                 return (Outcome::Deleted(refusal.message), Some(machine));
             }
             Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
         };
+        let is_quic = wire.is_quic();
         let begun = clock::monotonic();
-        let (ended, machine) = Session::new(self, machine, damaged, socket, given).run().await;
+        let (ended, machine) = Session::new(self, machine, damaged, wire, given).run().await;
         let lasted = clock::monotonic().saturating_sub(begun) >= STEADY;
         let outcome = match ended {
             Ended::Shutdown => Outcome::Shutdown,
             Ended::Broken { established, cause } => {
+                // What connects and then carries nothing is no way.
+                if is_quic && !established {
+                    choice.avoid_quic(clock::monotonic());
+                } else if is_quic {
+                    choice.quic_works();
+                }
                 Outcome::Ended { steady: established && lasted, cause, retry_after: None }
             }
             Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {
@@ -286,7 +305,12 @@ impl Link {
     }
 
     /// The session stands.
-    pub(in crate::link) async fn established(&self, epoch: u64, server_time: u64) -> Result<(), store::Error> {
+    pub(in crate::link) async fn established(
+        &self,
+        epoch: u64,
+        server_time: u64,
+        is_quic: bool,
+    ) -> Result<(), store::Error> {
         // A disk that is full must not keep the node offline: the cloud's next epoch is greater than its own last one anyway.
         if let Err(failed) = self.store.set_epoch(epoch).await {
             warn!(error = %failed, "the session's epoch cannot be kept");
@@ -303,8 +327,9 @@ impl Link {
                 "this box's clock differs from the cloud's; set it, or times in statuses and events are wrong"
             );
         }
-        info!(epoch, server = %self.server, "in session with the cloud");
-        self.state.send_replace(LinkState::Online { since: now, epoch });
+        let transport = if is_quic { Transport::Quic } else { Transport::WebSocket };
+        info!(epoch, %transport, server = %self.server, "in session with the cloud");
+        self.state.send_replace(LinkState::Online { since: now, epoch, transport });
         Ok(())
     }
 

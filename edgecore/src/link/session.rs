@@ -10,12 +10,13 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use skerry_proto::sync::{Collection, Edge, EdgeInput, EdgeOutput, Op, Reason, Report, is_coalesced};
-use skerry_proto::wire::{self, Frame, frame::Body};
+use skerry_proto::transport::{self, End};
+use skerry_proto::wire::Goodbye;
 use tracing::{debug, error, warn};
 
 use super::Link;
 use super::backoff::Backoff;
-use super::ws::{Exchanged, Socket, SocketError};
+use super::connect::{Wire, ended};
 use crate::clock;
 use crate::store::{self, Store};
 
@@ -24,6 +25,8 @@ const MAX_GIVEN: usize = 256 << 10;
 const MAX_UNSENT: usize = 256 << 10;
 /// An inventory of the largest store fits; a peer that asks again and again without reading does not.
 const MAX_UNSENT_EVER: usize = 16 << 20;
+/// How long the last words may take.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// How long a commit is tried after the connection has gone.
 const LAST_COMMIT: Duration = Duration::from_secs(5);
 
@@ -31,7 +34,7 @@ const LAST_COMMIT: Duration = Duration::from_secs(5);
 pub(super) enum Ended {
     Shutdown,
     Broken { established: bool, cause: String },
-    Dismissed { established: bool, goodbye: wire::Goodbye },
+    Dismissed { established: bool, goodbye: Goodbye },
 }
 
 impl fmt::Display for Ended {
@@ -97,7 +100,7 @@ pub(super) struct Session<'a> {
     edge: Edge,
     /// [`Store::damaged`] from before the machine's rows were read.
     damaged: u64,
-    socket: Socket,
+    wire: Wire,
     given: &'a mut Given,
     jobs: VecDeque<Job>,
     job_bytes: usize,
@@ -107,15 +110,17 @@ pub(super) struct Session<'a> {
     established: Option<(u64, u64)>,
     was_established: bool,
     ending: Option<Ended>,
+    /// The last words.
+    goodbye: Option<Goodbye>,
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(link: &'a Link, edge: Edge, damaged: u64, socket: Socket, given: &'a mut Given) -> Self {
+    pub(super) fn new(link: &'a Link, edge: Edge, damaged: u64, wire: Wire, given: &'a mut Given) -> Self {
         Self {
             link,
             edge,
             damaged,
-            socket,
+            wire,
             given,
             jobs: VecDeque::new(),
             job_bytes: 0,
@@ -124,6 +129,7 @@ impl<'a> Session<'a> {
             established: None,
             was_established: false,
             ending: None,
+            goodbye: None,
         }
     }
 
@@ -135,11 +141,11 @@ impl<'a> Session<'a> {
         self.step(EdgeInput::Connected);
         let ended = loop {
             if let Some((epoch, server_time)) = self.established.take() {
-                if let Err(failed) = self.link.established(epoch, server_time).await {
+                if let Err(failed) = self.link.established(epoch, server_time, self.wire.is_quic()).await {
                     break self.broken(format!("the session's epoch cannot be recorded: {failed}"));
                 }
                 self.was_established = true;
-                self.link.streams.send_replace(Some(self.socket.streams()));
+                self.link.streams.send_replace(Some(self.wire.streams()));
             }
             if let Some(ended) = self.ending.take() {
                 break ended;
@@ -162,7 +168,7 @@ impl<'a> Session<'a> {
                 () = self.link.shutdown.cancelled() => Event::Shutdown,
                 result = write(&mut self.writing) => Event::Written(result),
                 // Both ways at once: a peer that does not read until it has written must not stop us.
-                result = self.socket.exchange(reading) => Event::Exchanged(result),
+                result = self.wire.next(reading) => Event::Wire(result),
                 () = outbox.notified() => Event::Outbox,
                 Ok(_) = damaged.wait_for(|damaged| *damaged != known) => Event::Damaged,
                 () = tokio::time::sleep(due.unwrap_or(Duration::from_secs(3600))), if due.is_some() => Event::Timeout,
@@ -183,23 +189,25 @@ impl<'a> Session<'a> {
                     }
                 }
                 Event::Written(Err(failed)) => self.write_again(&failed),
-                Event::Exchanged(Ok(Exchanged::Heard)) => self.step(EdgeInput::Heard),
-                Event::Exchanged(Ok(Exchanged::Opened(incoming))) => {
+                Event::Wire(Ok(transport::Event::Heard)) => self.step(EdgeInput::Heard),
+                Event::Wire(Ok(transport::Event::Opened(incoming))) => {
                     self.step(EdgeInput::Heard);
                     self.link.services.deliver(incoming, |incoming| incoming);
                 }
-                Event::Exchanged(Ok(Exchanged::Frame(frame))) => {
+                Event::Wire(Ok(transport::Event::Frame(frame))) => {
                     self.step(EdgeInput::Frame(frame));
-                    if self.socket.waiting() > MAX_UNSENT_EVER {
+                    if self.wire.waiting().control > MAX_UNSENT_EVER {
                         break self.broken("the cloud asks and does not read".to_owned());
                     }
                 }
-                Event::Exchanged(Err(SocketError::Malformed(cause))) => {
-                    self.goodbye(Reason::Protocol, &cause);
-                    break self.broken(SocketError::Malformed(cause).to_string());
+                Event::Wire(Err(end)) => {
+                    if let End::Garbage(cause) = &end {
+                        self.goodbye(Reason::Protocol, cause);
+                    }
+                    break self.broken(ended(&self.link.server, end).to_string());
                 }
-                Event::Exchanged(Err(failed)) => break self.broken(failed.to_string()),
-                Event::Exchanged(Ok(Exchanged::Sent)) => {}
+                // There is room for reports again.
+                Event::Wire(Ok(transport::Event::Drained)) => {}
                 Event::Outbox => look = true,
                 Event::Damaged => {
                     break self.broken("the store lost rows to damage, a new session fetches them".to_owned());
@@ -225,14 +233,14 @@ impl<'a> Session<'a> {
         let durable = matches!(tokio::time::timeout(LAST_COMMIT, commits).await, Ok(Ok(_)));
         self.edge.step(clock::monotonic(), EdgeInput::Disconnected);
         self.link.streams.send_replace(None);
-        self.socket.close(&ended.to_string()).await;
+        self.wire.finish(&ended.to_string(), self.goodbye, FAREWELL).await;
         (ended, durable.then_some(self.edge))
     }
 
     fn step(&mut self, input: EdgeInput) {
         for output in self.edge.step(clock::monotonic(), input) {
             match output {
-                EdgeOutput::Send(frame) => self.socket.queue(frame),
+                EdgeOutput::Send(frame) => self.wire.push(frame),
                 EdgeOutput::Established { epoch, server_time } => self.established = Some((epoch, server_time)),
                 EdgeOutput::Apply { ops, ticket } => self.push(Job::Apply { ops, ticket }),
                 EdgeOutput::Reported { id, refused } => {
@@ -254,9 +262,7 @@ impl<'a> Session<'a> {
                         Some(goodbye) => format!("the cloud broke the protocol: {}", goodbye.message),
                         None => "nothing was heard of the cloud for too long".to_owned(),
                     };
-                    if let Some(goodbye) = goodbye {
-                        self.socket.queue(Frame { body: Some(Body::Goodbye(goodbye)) });
-                    }
+                    self.goodbye = goodbye;
                     if self.ending.is_none() {
                         self.ending = Some(self.broken(cause));
                     }
@@ -302,7 +308,7 @@ impl<'a> Session<'a> {
     }
 
     fn may_take_reports(&self) -> bool {
-        self.was_established && self.given.bytes < MAX_GIVEN && self.socket.waiting() < MAX_UNSENT
+        self.was_established && self.given.bytes < MAX_GIVEN && self.wire.waiting().control < MAX_UNSENT
     }
 
     /// Answers whether that was all there is.
@@ -317,8 +323,7 @@ impl<'a> Session<'a> {
     }
 
     fn goodbye(&mut self, reason: Reason, message: &str) {
-        let goodbye = wire::Goodbye { reason: reason.into(), message: message.to_owned(), retry_after_ms: 0 };
-        self.socket.queue(Frame { body: Some(Body::Goodbye(goodbye)) });
+        self.goodbye = Some(Goodbye { reason: reason.into(), message: message.to_owned(), retry_after_ms: 0 });
     }
 
     fn broken(&self, cause: String) -> Ended {
@@ -329,7 +334,7 @@ impl<'a> Session<'a> {
 enum Event {
     Shutdown,
     Written(Result<Option<u64>, store::Error>),
-    Exchanged(Result<Exchanged, SocketError>),
+    Wire(Result<transport::Event, End>),
     Outbox,
     Damaged,
     Timeout,

@@ -27,8 +27,8 @@ impl Streams {
     }
 
     /// Opens a stream on the session that stands; it ends with that session.
-    pub async fn open(&self, class: Class, header: Bytes) -> Result<Stream, OpenError> {
+    pub fn open(&self, class: Class, header: Bytes) -> Result<Stream, OpenError> {
         let session = self.0.borrow().clone().ok_or(OpenError::Offline)?;
-        Ok(session.open(class, header).await?)
+        Ok(session.open(class, header)?)
     }
 }

@@ -21,6 +21,8 @@ use super::*;
 use crate::identity::tests::{Authority, identity_of};
 use crate::supervise;
 
+mod transports;
+
 /// The cloud's end of a session.
 struct Peer {
     socket: WebSocketStream<TlsStream<TcpStream>>,
@@ -99,7 +101,7 @@ struct Bed {
     /// Streams of class ops that the cloud opens.
     incoming: mpsc::Receiver<Incoming>,
     listener: TcpListener,
-    acceptor: tokio_rustls::TlsAcceptor,
+    tls: Arc<rustls::ServerConfig>,
     shutdown: CancellationToken,
     link: JoinHandle<()>,
     _dir: tempfile::TempDir,
@@ -107,6 +109,10 @@ struct Bed {
 
 impl Bed {
     async fn new() -> Self {
+        Self::with(Transport::WebSocket).await
+    }
+
+    async fn with(transport: Transport) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::new();
         let identity = identity_of(&authority, "box", dir.path());
@@ -137,6 +143,7 @@ impl Bed {
         let link = Link {
             node: "box".to_owned(),
             server,
+            transport,
             store: store.clone(),
             identity: watch::channel(Arc::new(identity)).1,
             wanted: broadcast::channel(1).0,
@@ -152,7 +159,7 @@ impl Bed {
             streams: Streams::new(streams),
             incoming,
             listener,
-            acceptor: tokio_rustls::TlsAcceptor::from(Arc::new(config)),
+            tls: Arc::new(config),
             shutdown,
             link,
             _dir: dir,
@@ -163,7 +170,7 @@ impl Bed {
         loop {
             let (stream, _) = self.listener.accept().await.unwrap();
             // The link may have been turned away by a test before.
-            if let Ok(stream) = self.acceptor.accept(stream).await {
+            if let Ok(stream) = tokio_rustls::TlsAcceptor::from(Arc::clone(&self.tls)).accept(stream).await {
                 let socket = tokio_tungstenite::accept_async(stream).await.unwrap();
                 return Peer { socket, carrier: Carrier::new(Side::Cloud) };
             }
@@ -385,7 +392,7 @@ async fn a_row_lost_to_damage_comes_again() {
 async fn a_refused_upgrade_is_shown_with_the_clouds_words() {
     let mut bed = Bed::new().await;
     let (stream, _) = bed.listener.accept().await.unwrap();
-    let mut stream = bed.acceptor.accept(stream).await.unwrap();
+    let mut stream = tokio_rustls::TlsAcceptor::from(Arc::clone(&bed.tls)).accept(stream).await.unwrap();
     let mut request = [0; 4096];
     let read = stream.read(&mut request).await.unwrap();
     assert!(request[..read].starts_with(b"GET /v1/session HTTP/1.1\r\n"));
@@ -402,7 +409,7 @@ async fn a_refused_upgrade_is_shown_with_the_clouds_words() {
 #[tokio::test]
 async fn streams_go_both_ways_and_end_with_the_session() {
     let mut bed = Bed::new().await;
-    assert!(matches!(bed.streams.open(Class::Api, Bytes::new()).await, Err(OpenError::Offline)));
+    assert!(matches!(bed.streams.open(Class::Api, Bytes::new()), Err(OpenError::Offline)));
     let mut peer = bed.accept().await;
     let (epoch, _) = serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
     bed.state(|state| matches!(state, LinkState::Online { .. })).await;
@@ -412,23 +419,23 @@ async fn streams_go_both_ways_and_end_with_the_session() {
         let (incoming, streams, sent) = (&mut bed.incoming, &bed.streams, &sent);
         let story = async {
             let ours = async {
-                let stream = streams.open(Class::Api, Bytes::from_static(b"GET /")).await.unwrap();
+                let stream = streams.open(Class::Api, Bytes::from_static(b"GET /")).unwrap();
                 assert!(exchange(stream, sent).await.unwrap() == *sent);
             };
             let theirs = async {
-                let stream = cloud.open(Class::Ops, Bytes::from_static(b"logs")).await.unwrap();
+                let stream = cloud.open(Class::Ops, Bytes::from_static(b"logs")).unwrap();
                 let served = incoming.recv().await.unwrap();
                 assert_eq!((served.class, &served.header[..]), (Class::Ops, &b"logs"[..]));
                 let (got, ()) = tokio::join!(exchange(stream, sent), echo(served.stream));
                 assert!(got.unwrap() == *sent);
             };
             let unserved = async {
-                let mut stream = cloud.open(Class::Device, Bytes::new()).await.unwrap();
+                let mut stream = cloud.open(Class::Device, Bytes::new()).unwrap();
                 let error = stream.read(&mut [0]).await.unwrap_err();
                 assert!(error.to_string().contains("nobody serves streams of class device"), "{error}");
             };
             tokio::join!(ours, theirs, unserved);
-            streams.open(Class::Api, Bytes::new()).await.unwrap()
+            streams.open(Class::Api, Bytes::new()).unwrap()
         };
         tokio::select! { unread = story => unread, () = peer.carry() => panic!("the link ended the session") }
     };
@@ -438,7 +445,7 @@ async fn streams_go_both_ways_and_end_with_the_session() {
     );
     drop(peer);
     assert_eq!(unread.read(&mut [0]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionAborted);
-    assert!(matches!(bed.streams.open(Class::Api, Bytes::new()).await, Err(OpenError::Offline)));
+    assert!(matches!(bed.streams.open(Class::Api, Bytes::new()), Err(OpenError::Offline)));
     bed.end().await;
 }
 

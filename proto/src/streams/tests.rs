@@ -62,7 +62,7 @@ async fn what_is_written_comes_back_whole() {
     let mut incoming = line.services.serve(Class::Ops, 1);
     let sent = pattern(1 << 20);
     on(&mut line, async {
-        let stream = streams.open(Class::Ops, Bytes::from_static(b"echo")).await.unwrap();
+        let stream = streams.open(Class::Ops, Bytes::from_static(b"echo")).unwrap();
         let served = incoming.recv().await.unwrap();
         assert_eq!((served.class, &served.header[..]), (Class::Ops, &b"echo"[..]));
         let (mut read, mut write) = tokio::io::split(stream);
@@ -87,7 +87,7 @@ async fn a_reader_that_does_not_read_holds_up_its_writer_and_nobody_else() {
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Device, 2);
     on(&mut line, async {
-        let mut slow = streams.open(Class::Device, Bytes::new()).await.unwrap();
+        let mut slow = streams.open(Class::Device, Bytes::new()).unwrap();
         let _unread = incoming.recv().await.unwrap();
         let mut written = 0;
         while let Poll::Ready(taken) = futures_poll(&mut slow, &[0; 10_000]).await {
@@ -96,7 +96,7 @@ async fn a_reader_that_does_not_read_holds_up_its_writer_and_nobody_else() {
             tokio::task::yield_now().await;
         }
         assert_eq!(written, STREAM_BUFFER + Class::Device.window());
-        let other = streams.open(Class::Device, Bytes::new()).await.unwrap();
+        let other = streams.open(Class::Device, Bytes::new()).unwrap();
         let served = incoming.recv().await.unwrap();
         let (mut read, mut write) = tokio::io::split(other);
         let sent = pattern(300_000);
@@ -125,18 +125,18 @@ async fn who_opens_what_nobody_serves_is_told() {
     drop(line.services.serve(Class::Device, 1));
     on(&mut line, async {
         for (class, says) in [(Class::Ops, "nobody serves"), (Class::Device, "nobody serves")] {
-            let mut stream = streams.open(class, Bytes::new()).await.unwrap();
+            let mut stream = streams.open(class, Bytes::new()).unwrap();
             let error = stream.read(&mut [0]).await.unwrap_err();
             assert!(error.kind() == io::ErrorKind::ConnectionReset && error.to_string().contains(says), "{error}");
             assert!(stream.write(b"x").await.is_err());
         }
-        let _first = streams.open(Class::Api, Bytes::new()).await.unwrap();
-        let mut second = streams.open(Class::Api, Bytes::new()).await.unwrap();
+        let _first = streams.open(Class::Api, Bytes::new()).unwrap();
+        let mut second = streams.open(Class::Api, Bytes::new()).unwrap();
         assert!(second.read(&mut [0]).await.unwrap_err().to_string().contains("try again later"));
         assert!(busy.recv().await.is_some());
         for _ in 0..3 * MAX_STREAMS {
             // Places come back.
-            let mut stream = streams.open(Class::Ops, Bytes::new()).await.unwrap();
+            let mut stream = streams.open(Class::Ops, Bytes::new()).unwrap();
             stream.read(&mut [0]).await.unwrap_err();
         }
     })
@@ -149,7 +149,7 @@ async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Ops, 1);
     on(&mut line, async {
-        let mut asking = streams.open(Class::Ops, Bytes::new()).await.unwrap();
+        let mut asking = streams.open(Class::Ops, Bytes::new()).unwrap();
         let mut source = incoming.recv().await.unwrap().stream;
         source.write_all(&pattern(50_000)).await.unwrap();
         source.shutdown().await.unwrap();
@@ -158,7 +158,7 @@ async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
         asking.read_to_end(&mut got).await.unwrap();
         assert!(got == pattern(50_000));
         // And one that was not is an error, not an end.
-        let mut asking = streams.open(Class::Ops, Bytes::new()).await.unwrap();
+        let mut asking = streams.open(Class::Ops, Bytes::new()).unwrap();
         let mut source = incoming.recv().await.unwrap().stream;
         source.write_all(b"half").await.unwrap();
         drop(source);
@@ -173,7 +173,7 @@ async fn streams_end_with_their_session() {
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Ops, 1);
     let (mut reader, mut served) = on(&mut line, async {
-        let stream = streams.open(Class::Ops, Bytes::new()).await.unwrap();
+        let stream = streams.open(Class::Ops, Bytes::new()).unwrap();
         (stream, incoming.recv().await.unwrap().stream)
     })
     .await;
@@ -195,5 +195,5 @@ async fn streams_end_with_their_session() {
     assert!(read.kind() == io::ErrorKind::ConnectionAborted && read.to_string().contains("the cable was pulled"));
     assert_eq!(write.kind(), io::ErrorKind::ConnectionAborted);
     assert!(streams.is_ended());
-    assert!(matches!(streams.open(Class::Ops, Bytes::new()).await, Err(StreamError::Ended(_))));
+    assert!(matches!(streams.open(Class::Ops, Bytes::new()), Err(StreamError::Ended(_))));
 }

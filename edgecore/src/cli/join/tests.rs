@@ -9,6 +9,7 @@ fn arguments(cloud: &FakeCloud, data_dir: &Path) -> Join {
         token: cloud.token(),
         node_name: Some("box".to_owned()),
         data: DataDir { data_dir: data_dir.to_owned() },
+        transport: None,
         runtime_endpoint: None,
         labels: Vec::new(),
         cni_conf_dir: None,

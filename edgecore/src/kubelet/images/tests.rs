@@ -2,6 +2,7 @@ use skerry_proto::cri::AuthConfig;
 use tonic::Status;
 
 use super::*;
+use crate::link::Transport;
 use crate::runtime::connect;
 use crate::runtime::fake::{FakeRuntime, Script};
 
@@ -16,7 +17,7 @@ fn start() -> Result<(tempfile::TempDir, FakeRuntime, Images), Box<dyn std::erro
 fn link(online: bool) -> watch::Receiver<LinkState> {
     let since = jiff::Timestamp::UNIX_EPOCH;
     let offline = LinkState::Offline { since, reason: String::new() };
-    watch::channel(if online { LinkState::Online { since, epoch: 1 } } else { offline }).1
+    watch::channel(if online { LinkState::Online { since, epoch: 1, transport: Transport::Quic } } else { offline }).1
 }
 
 fn want(image: &str, policy: PullPolicy) -> Want<'_> {

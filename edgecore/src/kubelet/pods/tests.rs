@@ -16,7 +16,7 @@ use crate::kubelet::images::Images;
 use crate::kubelet::node::{Paths, Resources, facts};
 use crate::kubelet::resources::Machine;
 use crate::kubelet::volumes::Volumes;
-use crate::link::LinkState;
+use crate::link::{LinkState, Transport};
 use crate::runtime::cri::Setup;
 use crate::runtime::fake::{FakeRuntime, Script};
 use crate::runtime::{Cri, connect};
@@ -48,7 +48,12 @@ impl Agent {
             cgroups: Cgroups::discover(true).unwrap(),
             images: Images::new(
                 cri.clone(),
-                watch::channel(LinkState::Online { since: jiff::Timestamp::UNIX_EPOCH, epoch: 1 }).1,
+                watch::channel(LinkState::Online {
+                    since: jiff::Timestamp::UNIX_EPOCH,
+                    epoch: 1,
+                    transport: Transport::Quic,
+                })
+                .1,
             ),
             facts: watch::channel(Arc::new(facts)).1,
             machine: Machine::default(),

@@ -1,0 +1,124 @@
+//! QUIC on the port's number: the handshake, and the session of who proves to be a node.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Endpoint, EndpointConfig, Incoming, VarInt};
+use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
+use skerry_proto::mux::Side;
+use skerry_proto::transport;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tracing::{debug, info};
+
+use super::http;
+use super::places::Place;
+use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Wire, session};
+use crate::backend::Backend;
+use crate::pki::CaError;
+use crate::secrets::SecretStore;
+use crate::supervise::Tasks;
+
+/// What a client that cannot be served is closed with; the reason says why.
+const REFUSED: VarInt = VarInt::from_u32(1);
+/// Bytes that came for handshakes that wait to begin.
+const MAX_WAITING: u64 = 4 << 20;
+/// What the system is asked to hold of what came and what goes, in bytes: thousands of edges share one socket.
+const SOCKET_BUFFER: usize = 4 << 20;
+
+/// A socket for QUIC: both families, or IPv4 where there is no IPv6.
+pub fn bind(port: u16) -> io::Result<UdpSocket> {
+    let both = || {
+        let socket = Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_only_v6(false)?;
+        socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+        Ok::<_, io::Error>(UdpSocket::from(socket))
+    };
+    let socket = match both() {
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?,
+        bound => bound?,
+    };
+    // The system gives as much as it allows; less costs only retransmissions.
+    let _ = SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = SockRef::from(&socket).set_send_buffer_size(SOCKET_BUFFER);
+    Ok(socket)
+}
+
+/// QUIC with the TLS of the port.
+pub fn endpoint(socket: UdpSocket, tls: &ServerConfig) -> Result<Endpoint, CaError> {
+    let broken = |error: &dyn std::fmt::Display| CaError::Damaged(error.to_string());
+    let mut config = transport::server_config(tls).map_err(|error| broken(&error))?;
+    config.max_incoming(MAX_HANDSHAKES).incoming_buffer_size_total(MAX_WAITING);
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Endpoint::new(EndpointConfig::default(), Some(config), socket, runtime).map_err(|error| broken(&error))
+}
+
+impl<B: Backend, S: SecretStore> Front<B, S> {
+    /// Serves QUIC until told to stop, then lets every session say goodbye, but for no longer than `drain`.
+    pub async fn serve_quic(self: Arc<Self>, endpoint: Endpoint, drain: Duration) {
+        let mut connections = Tasks::new("quic connection");
+        loop {
+            let incoming = tokio::select! {
+                () = self.stop.cancelled() => break,
+                () = connections.reap() => continue,
+                incoming = async { self.handshakes.room().await; endpoint.accept().await } => incoming,
+            };
+            // It ends when it is closed, which only happens below.
+            let Some(incoming) = incoming else { break };
+            // Whoever sends from an address that is not his own gets no place while places are short.
+            if self.handshakes.taken() > MAX_HANDSHAKES / 2 && !incoming.remote_address_validated() {
+                // The client comes again with a token; one that cannot be told so comes again by itself.
+                let _ = incoming.retry();
+                continue;
+            }
+            let (front, place) = (Arc::clone(&self), self.handshakes.take());
+            connections.spawn(async move { front.quic_connection(incoming, place).await });
+        }
+        endpoint.set_server_config(None);
+        let cut = connections.drain(drain).await;
+        if cut > 0 {
+            info!(connections = cut, "connections that did not end in time were cut");
+        }
+        endpoint.close(VarInt::from_u32(0), b"cloudcore is going down");
+        let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
+    }
+
+    async fn quic_connection(self: Arc<Self>, incoming: Incoming, mut place: Place) {
+        let peer = incoming.remote_address();
+        let handshake = async { incoming.accept()?.await };
+        let shaken = tokio::select! {
+            shaken = handshake => shaken.map_err(|error| format!("the handshake failed: {error}")),
+            () = place.evicted() => Err("the handshake took too long while others waited".to_owned()),
+            () = tokio::time::sleep(HANDSHAKE_PATIENCE) => Err("the handshake took too long".to_owned()),
+        };
+        let connection = match shaken {
+            Ok(connection) => connection,
+            Err(what) => {
+                self.metrics.handshake_failed();
+                debug!(%peer, "no QUIC connection: {what}");
+                return;
+            }
+        };
+        drop(place);
+        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
+            debug!(%peer, "too many requests at once, the connection is closed");
+            connection.close(REFUSED, b"too many requests at once");
+            return;
+        };
+        let chain = connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
+        let node = match http::node(chain.as_ref().and_then(|chain| chain.first())) {
+            Ok(node) => node,
+            Err(no) => {
+                debug!(%peer, reason = no.reason, "refused: {}", no.message);
+                connection.close(REFUSED, no.message.as_bytes());
+                return;
+            }
+        };
+        match Wire::over_quic(connection, Side::Cloud, self.metrics.clone()).await {
+            Ok(wire) => Box::pin(session::run(&self, wire, node, request)).await,
+            Err(end) => debug!(%peer, "no session: {end}"),
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Sessions over QUIC, against the same port.
+
+use skerry_proto::transport::{self, End, Event};
+
+use super::*;
+
+type Wire = transport::Wire<TcpStream, ()>;
+
+impl Cloud {
+    async fn connection(&self, identity: Option<&Identity>) -> (quinn::Endpoint, quinn::Connection) {
+        let config = transport::client_config(&client(identity, &self.front.authority)).unwrap();
+        let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let connection = endpoint.connect_with(config, self.address, "localhost").unwrap().await.unwrap();
+        (endpoint, connection)
+    }
+}
+
+async fn body(wire: &mut Wire) -> Body {
+    loop {
+        match tokio::time::timeout(PATIENCE, wire.next(true)).await.expect("something comes").unwrap() {
+            Event::Frame(frame) => return frame.body.unwrap(),
+            Event::Opened(_) | Event::Heard | Event::Drained => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_on_quic_is_a_session() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (endpoint, connection) = cloud.connection(Some(&identity)).await;
+    let mut edge = Wire::over_quic(connection, Side::Edge, ()).await.unwrap();
+    edge.push(Frame { body: Some(hello("box-1", 0)) });
+    let Body::Welcome(welcome) = body(&mut edge).await else { panic!("a Welcome comes first") };
+    let opened = cloud.opened.recv().await.unwrap();
+    assert_eq!(opened.epoch, welcome.epoch);
+    // A session on a WebSocket takes over, as any newer one does.
+    let (_edge, newer, _) = cloud.session(&identity, "box-1", welcome.epoch).await;
+    assert!(newer.epoch > opened.epoch);
+    let Body::Goodbye(said) = body(&mut edge).await else { panic!("the older session hears why") };
+    assert_eq!(said.reason(), Reason::Superseded);
+    edge.finish("over", None, PATIENCE).await;
+    endpoint.wait_idle().await;
+
+    // The address of a node changes, and its session goes on.
+    let (endpoint, connection) = cloud.connection(Some(&identity)).await;
+    let mut edge = Wire::over_quic(connection, Side::Edge, ()).await.unwrap();
+    edge.push(Frame { body: Some(hello("box-1", newer.epoch)) });
+    assert!(matches!(body(&mut edge).await, Body::Welcome(_)));
+    endpoint.rebind(std::net::UdpSocket::bind("127.0.0.1:0").unwrap()).unwrap();
+    edge.push(Frame { body: Some(Body::Ping(Ping { token: 7 })) });
+    loop {
+        match body(&mut edge).await {
+            Body::Pong(pong) => break assert_eq!(pong.token, 7),
+            Body::Goodbye(said) => panic!("{said:?}"),
+            _ => {}
+        }
+    }
+    cloud.stop.cancel();
+    let Body::Goodbye(said) = body(&mut edge).await else { panic!("every session hears goodbye") };
+    assert_eq!(said.reason(), Reason::Shutdown);
+    edge.finish("over", None, PATIENCE).await;
+    tokio::time::timeout(PATIENCE, cloud.quic).await.expect("the port is given back").unwrap();
+    assert!(std::net::UdpSocket::bind(cloud.address).is_ok());
+}
+
+#[tokio::test]
+async fn who_has_no_certificate_is_told_what_is_missing() {
+    let cloud = Cloud::start().await;
+    let (_endpoint, connection) = cloud.connection(None).await;
+    let closed = tokio::time::timeout(PATIENCE, connection.closed()).await.unwrap();
+    assert!(closed.to_string().contains("`edgecore join` gets one"), "{closed}");
+}
+
+#[tokio::test]
+async fn a_hello_that_is_none_ends_the_session_with_words() {
+    let cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (_endpoint, connection) = cloud.connection(Some(&identity)).await;
+    let mut edge = Wire::over_quic(connection, Side::Edge, ()).await.unwrap();
+    edge.push(Frame { body: Some(hello("box-2", 0)) });
+    let Body::Goodbye(said) = body(&mut edge).await else { panic!("it is told") };
+    assert_eq!(said.reason(), Reason::Refused);
+    assert!(matches!(tokio::time::timeout(PATIENCE, edge.next(true)).await.unwrap(), Err(End::Closed)));
+}

@@ -1,0 +1,235 @@
+//! From a server's name to a session's connection, by the transport that works, and what went wrong in words that help.
+
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use skerry_proto::mux::Side;
+use skerry_proto::payload::Refusal;
+use skerry_proto::transport::{self, End, ws_config};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::tungstenite::Error as WsError;
+use tokio_tungstenite::tungstenite::http::Response;
+use tracing::debug;
+
+use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial, resolve, tls_error};
+
+/// How long QUIC is tried where there is another way.
+const QUIC_PATIENCE: Duration = Duration::from_secs(2);
+/// How long QUIC is left alone after the first time that only a WebSocket came through; twice as long each time after that.
+const FIRST_AVOIDANCE: Duration = Duration::from_secs(600);
+/// The longest that QUIC is left alone.
+const LAST_AVOIDANCE: Duration = Duration::from_secs(6 * 3600);
+
+/// A session's connection.
+pub(super) type Wire = transport::Wire<TlsStream<TcpStream>, ()>;
+
+/// What carries the link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum Transport {
+    /// QUIC, and a WebSocket where UDP does not come through.
+    #[default]
+    Auto,
+    /// QUIC alone.
+    Quic,
+    /// A WebSocket alone.
+    WebSocket,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Quic => "QUIC",
+            Self::WebSocket => "WebSocket",
+        })
+    }
+}
+
+/// Which transport is next. A WebSocket that works where QUIC did not says that UDP is blocked here; the next attempts do without QUIC
+/// for a while. What does not work either way says nothing.
+#[derive(Debug)]
+pub(super) struct Choice {
+    wanted: Transport,
+    avoid_until: Duration,
+    avoidance: Duration,
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    /// No connection.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The server said no, and why.
+    #[error("the cloud refuses this node: {}", .0.message)]
+    Refused(Refusal),
+    /// The server said no.
+    #[error("{server} answered {status} instead of opening a session; check that this is cloudcore's port")]
+    Status {
+        /// Who.
+        server: Server,
+        /// HTTP status.
+        status: u16,
+    },
+    /// It broke before there was a session.
+    #[error("{0}")]
+    Ended(String),
+}
+
+impl Choice {
+    pub(super) fn new(wanted: Transport) -> Self {
+        Self { wanted, avoid_until: Duration::ZERO, avoidance: FIRST_AVOIDANCE }
+    }
+
+    /// Whether QUIC is tried, and whether a WebSocket is if that fails.
+    fn plan(&self, now: Duration) -> (bool, bool) {
+        match self.wanted {
+            Transport::Auto => (now >= self.avoid_until, true),
+            Transport::Quic => (true, false),
+            Transport::WebSocket => (false, true),
+        }
+    }
+
+    /// QUIC did not come through, or carried nothing.
+    pub(super) fn avoid_quic(&mut self, now: Duration) {
+        self.avoid_until = now + self.avoidance;
+        self.avoidance = LAST_AVOIDANCE.min(2 * self.avoidance);
+    }
+
+    /// A session stood on QUIC.
+    pub(super) fn quic_works(&mut self) {
+        self.avoidance = FIRST_AVOIDANCE;
+    }
+}
+
+/// A session's connection.
+pub(super) async fn connect(
+    server: &Server,
+    tls: Arc<rustls::ClientConfig>,
+    choice: &mut Choice,
+    now: impl Fn() -> Duration,
+) -> Result<Wire, ConnectError> {
+    let (quic, websocket) = choice.plan(now());
+    let mut failed = false;
+    if quic {
+        let patience = if websocket { QUIC_PATIENCE } else { CONNECT_TIMEOUT };
+        let tried = tokio::time::timeout(patience, over_quic(server, &tls)).await;
+        match tried.unwrap_or_else(|_| Err(DialError::Timeout(server.clone()).into())) {
+            Ok(wire) => return Ok(wire),
+            Err(error) if !websocket => return Err(error),
+            Err(error) => debug!(%error, "no QUIC, a WebSocket is tried"),
+        }
+        failed = true;
+    }
+    let wire = over_websocket(server, tls).await?;
+    if failed {
+        choice.avoid_quic(now());
+    }
+    Ok(wire)
+}
+
+async fn over_quic(server: &Server, tls: &rustls::ClientConfig) -> Result<Wire, ConnectError> {
+    let failed = |error: io::Error| ConnectError::Dial(DialError::Network(server.clone(), error));
+    let config = transport::client_config(tls).map_err(|error| failed(io::Error::other(error)))?;
+    let mut last =
+        ConnectError::Dial(DialError::Name(server.host.clone(), io::Error::other("the name has no address")));
+    for address in resolve(server).await? {
+        // An address of its own for each: the system chooses by the route, and again when the route changes.
+        let local = match address {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        let endpoint = quinn::Endpoint::client(local).map_err(failed)?;
+        let connecting = match endpoint.connect_with(config.clone(), address, &server.host) {
+            Ok(connecting) => connecting,
+            Err(error) => {
+                last = failed(io::Error::other(error));
+                continue;
+            }
+        };
+        match connecting.await {
+            Ok(connection) => {
+                return Wire::over_quic(connection, Side::Edge, ()).await.map_err(|end| ended(server, end));
+            }
+            Err(error) => last = quic_error(server, error),
+        }
+    }
+    Err(last)
+}
+
+async fn over_websocket(server: &Server, tls: Arc<rustls::ClientConfig>) -> Result<Wire, ConnectError> {
+    let stream = dial(server, tls).await?;
+    let request = format!("wss://{server}/v1/session");
+    let upgrade = tokio_tungstenite::client_async_with_config(request, stream, Some(ws_config()));
+    match tokio::time::timeout(CONNECT_TIMEOUT, upgrade).await {
+        Ok(Ok((socket, _))) => Ok(Wire::over_websocket(socket, Side::Edge, ())),
+        Ok(Err(WsError::Http(response))) => Err(refusal(server, *response)),
+        Ok(Err(error)) => Err(ended(server, End::WebSocket(error))),
+        Err(_) => Err(DialError::Timeout(server.clone()).into()),
+    }
+}
+
+/// What ended a connection.
+pub(super) fn ended(server: &Server, end: End) -> ConnectError {
+    match end {
+        // In TLS 1.3 a client learns only with its first read that its certificate was refused.
+        End::WebSocket(WsError::Io(error)) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
+            tls_error(server, error).into()
+        }
+        End::WebSocket(WsError::Io(error)) | End::Quic(error) => DialError::Network(server.clone(), error).into(),
+        End::WebSocket(error) => ConnectError::Ended(format!("the connection broke: {error}")),
+        End::Closed => ConnectError::Ended("the cloud closed the connection".to_owned()),
+        End::Garbage(cause) => ConnectError::Ended(format!("the cloud broke the protocol: {cause}")),
+    }
+}
+
+fn quic_error(server: &Server, error: quinn::ConnectionError) -> ConnectError {
+    match error {
+        quinn::ConnectionError::TimedOut => DialError::Timeout(server.clone()).into(),
+        quinn::ConnectionError::ApplicationClosed(closed) => {
+            ConnectError::Ended(format!("the cloud refuses this node: {}", String::from_utf8_lossy(&closed.reason)))
+        }
+        error => DialError::Network(server.clone(), error.into()).into(),
+    }
+}
+
+fn refusal(server: &Server, response: Response<Option<Vec<u8>>>) -> ConnectError {
+    let status = response.status().as_u16();
+    let refusal = response.into_body().and_then(|body| serde_json::from_slice(&body).ok());
+    match refusal {
+        Some(refusal) => ConnectError::Refused(refusal),
+        None => ConnectError::Status { server: server.clone(), status },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quic_is_left_alone_for_longer_and_longer_and_tried_again() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let mut choice = Choice::new(Transport::Auto);
+        assert_eq!(choice.plan(minutes(0)), (true, true));
+        choice.avoid_quic(minutes(0));
+        assert_eq!((choice.plan(minutes(9)), choice.plan(minutes(10))), ((false, true), (true, true)));
+        choice.avoid_quic(minutes(10));
+        assert_eq!((choice.plan(minutes(29)), choice.plan(minutes(30))), ((false, true), (true, true)));
+        for _ in 0..20 {
+            choice.avoid_quic(minutes(30));
+        }
+        assert_eq!(choice.plan(minutes(30 + 360)), (true, true));
+        choice.quic_works();
+        choice.avoid_quic(minutes(400));
+        assert_eq!(choice.plan(minutes(410)), (true, true));
+        assert_eq!(Choice::new(Transport::Quic).plan(minutes(0)), (true, false));
+        assert_eq!(Choice::new(Transport::WebSocket).plan(minutes(0)), (false, true));
+    }
+}

@@ -1,0 +1,107 @@
+//! QUIC, and the way back from it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use skerry_proto::transport;
+use tokio::net::UdpSocket;
+
+use super::*;
+
+type Wire = transport::Wire<TcpStream, ()>;
+
+impl Bed {
+    /// With a UDP socket on the same number.
+    async fn with_udp(transport: Transport) -> (Self, std::net::UdpSocket) {
+        loop {
+            let bed = Self::with(transport).await;
+            // Somebody else may have it.
+            match std::net::UdpSocket::bind(bed.listener.local_addr().unwrap()) {
+                Ok(udp) => return (bed, udp),
+                Err(_) => bed.end().await,
+            }
+        }
+    }
+}
+
+/// A hub without wishes, until the session ends.
+async fn serve_quic(connection: quinn::Connection) -> String {
+    let mut wire = Wire::over_quic(connection, Side::Cloud, ()).await.unwrap();
+    let mut hub: Option<Hub> = None;
+    loop {
+        let frame = match wire.next(true).await {
+            Ok(transport::Event::Frame(frame)) => frame,
+            Ok(_) => continue,
+            Err(end) => return end.to_string(),
+        };
+        let outputs = match (&mut hub, frame) {
+            (None, Frame { body: Some(Body::Hello(hello)) }) => {
+                let (mut machine, mut outputs) = Hub::new(clock::monotonic(), &hello, hello.last_epoch + 1, 0, "test");
+                for collection in COLLECTIONS {
+                    outputs.extend(machine.step(clock::monotonic(), HubInput::Complete(collection)));
+                }
+                hub = Some(machine);
+                outputs
+            }
+            (Some(hub), frame) => hub.step(clock::monotonic(), HubInput::Frame(frame)),
+            (None, other) => panic!("not a hello: {other:?}"),
+        };
+        for output in outputs {
+            match output {
+                HubOutput::Send(frame) => wire.push(frame),
+                HubOutput::Close(_) => return "goodbye".to_owned(),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn endpoint(udp: std::net::UdpSocket, tls: &rustls::ServerConfig) -> quinn::Endpoint {
+    udp.set_nonblocking(true).unwrap();
+    let config = transport::server_config(tls).unwrap();
+    quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(config), udp, Arc::new(quinn::TokioRuntime)).unwrap()
+}
+
+#[tokio::test]
+async fn where_udp_comes_through_the_link_is_quic() {
+    let (mut bed, udp) = Bed::with_udp(Transport::Auto).await;
+    let endpoint = endpoint(udp, &bed.tls);
+    let connection = endpoint.accept().await.unwrap().await.unwrap();
+    let serving = serve_quic(connection);
+    let story = async {
+        let state = bed.state(|state| matches!(state, LinkState::Online { .. })).await;
+        assert!(matches!(state, LinkState::Online { transport: Transport::Quic, .. }), "{state:?}");
+        bed.end().await;
+    };
+    let (ended, ()) = tokio::join!(serving, story);
+    assert_eq!(ended, "goodbye", "edgecore says that it ends");
+}
+
+#[tokio::test]
+async fn where_udp_is_swallowed_a_websocket_carries_the_link_and_quic_is_left_alone() {
+    let (mut bed, udp) = Bed::with_udp(Transport::Auto).await;
+    udp.set_nonblocking(true).unwrap();
+    let udp = UdpSocket::from_std(udp).unwrap();
+    let swallowed = AtomicUsize::new(0);
+    let swallow = async {
+        loop {
+            udp.recv(&mut [0; 2000]).await.unwrap();
+            swallowed.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let story = async {
+        let mut before = 0;
+        for attempt in 0..3 {
+            let mut peer = bed.accept().await;
+            serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
+            let state = bed.state(|state| matches!(state, LinkState::Online { .. })).await;
+            assert!(matches!(state, LinkState::Online { transport: Transport::WebSocket, .. }), "{state:?}");
+            let now = swallowed.load(Ordering::Relaxed);
+            assert!(if attempt == 0 { now > 0 } else { now == before }, "attempt {attempt}: {before}, {now}");
+            before = now;
+            drop(peer);
+            bed.state(|state| matches!(state, LinkState::Offline { .. })).await;
+        }
+        bed.end().await;
+    };
+    tokio::select! { () = swallow => {}, () = story => {} }
+}

@@ -1,0 +1,235 @@
+//! The connection of a session: frames both ways over a WebSocket or over QUIC, the same for whoever uses it.
+//!
+//! Reading and writing go on in one poll, so that a session is one task; whatever is dropped half-way, no byte is lost, because what
+//! waits is here and not in a future. No more is handed to the transport than it sends soon, so that what is urgent goes first.
+//!
+//! - On a WebSocket every frame is one binary message, in the one order that [`Mux`](crate::mux::Mux) gives them.
+//! - On QUIC each side has four unidirectional streams, in the order of their priority: control, api, ops, device. In them the frames
+//!   follow each other, each behind its length as a varint. A loss in one class holds up no other.
+
+use std::future::poll_fn;
+use std::io;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite;
+
+use self::quic::Quic;
+pub use self::quic::{ALPN, client_config, server_config};
+use self::ws::Ws;
+pub use self::ws::config as ws_config;
+use crate::mux::{Side, Violation, Waiting};
+use crate::streams::{Carrier, Incoming, Received, Streams};
+use crate::wire::{Frame, Goodbye, frame::Body};
+
+mod quic;
+#[cfg(test)]
+mod tests;
+mod ws;
+
+/// Batches that are sent before what came is looked at.
+const BURST: usize = 16;
+
+/// Counts what goes through a connection.
+pub trait Meter {
+    /// A frame of so many bytes was handed over.
+    fn sent(&self, bytes: usize);
+    /// A frame of so many bytes came.
+    fn received(&self, bytes: usize);
+}
+
+impl Meter for () {
+    fn sent(&self, _: usize) {}
+    fn received(&self, _: usize) {}
+}
+
+/// A session's connection. `T` is what a WebSocket runs on.
+#[derive(Debug)]
+pub struct Wire<T, M> {
+    carrier: Carrier,
+    transport: Transport<T>,
+    meter: M,
+    full: usize,
+}
+
+#[derive(Debug)]
+enum Transport<T> {
+    // Its buffers are large, and QUIC has none of them.
+    Ws(Box<Ws<T>>),
+    Quic(Box<Quic>),
+}
+
+/// What came of waiting.
+#[derive(Debug)]
+pub enum Event {
+    /// A frame of the control class.
+    Frame(Frame),
+    /// The peer opened a stream.
+    Opened(Incoming),
+    /// Something else, which has been dealt with.
+    Heard,
+    /// It was full and is no more.
+    Drained,
+}
+
+/// Why nothing more comes.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    /// The peer closed the connection.
+    #[error("the other side closed the connection")]
+    Closed,
+    /// The WebSocket broke.
+    #[error("the connection broke")]
+    WebSocket(#[source] tungstenite::Error),
+    /// QUIC broke.
+    #[error("the connection broke")]
+    Quic(#[source] io::Error),
+    /// The peer sent what is no frame, or one that may not be.
+    #[error("{0}")]
+    Garbage(String),
+}
+
+/// How sending went.
+enum Progress {
+    /// Nothing waits.
+    Done,
+    /// The transport takes no more.
+    Blocked,
+    /// There is more.
+    Burst,
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
+    /// On a WebSocket made with [`ws_config`].
+    pub fn over_websocket(socket: WebSocketStream<T>, side: Side, meter: M) -> Self {
+        Self::new(Transport::Ws(Box::new(Ws::new(socket))), side, meter)
+    }
+
+    /// On a QUIC connection made with [`client_config`] and [`server_config`].
+    pub async fn over_quic(connection: quinn::Connection, side: Side, meter: M) -> Result<Self, End> {
+        Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), side, meter))
+    }
+
+    fn new(transport: Transport<T>, side: Side, meter: M) -> Self {
+        Self { carrier: Carrier::new(side), transport, meter, full: 1 }
+    }
+
+    /// Whether it is QUIC.
+    pub fn is_quic(&self) -> bool {
+        matches!(self.transport, Transport::Quic(_))
+    }
+
+    /// From how many bytes of control frames on it is full; without it, as soon as one waits. The one that is being sent in parts does
+    /// not count: on a slow line a large object takes longer than a peer that is not listened to is taken for alive.
+    #[must_use]
+    pub fn full_at(self, bytes: usize) -> Self {
+        Self { full: bytes, ..self }
+    }
+
+    /// Puts a frame of the control class behind those that wait; it is sent while [`Wire::next`] is awaited. Whoever pushes bounds what
+    /// waits.
+    pub fn push(&mut self, frame: Frame) {
+        self.carrier.control(frame);
+    }
+
+    /// What waits to be sent.
+    pub fn waiting(&self) -> Waiting {
+        self.carrier.waiting()
+    }
+
+    /// Whether the peer does not keep up; see [`Wire::full_at`].
+    pub fn is_full(&self) -> bool {
+        let waiting = self.carrier.waiting();
+        waiting.control - waiting.cut >= self.full
+    }
+
+    /// What opens streams of this session.
+    pub fn streams(&self) -> Streams {
+        self.carrier.streams()
+    }
+
+    /// Sends what waits; waits for a frame, if `reading`, or for [`Event::Drained`]. Cancel safe.
+    pub async fn next(&mut self, reading: bool) -> Result<Event, End> {
+        let was_full = self.is_full();
+        poll_fn(|context| {
+            let progress = self.send_some(context)?;
+            if was_full && !self.is_full() {
+                return Poll::Ready(Ok(Event::Drained));
+            }
+            if reading && let Poll::Ready(received) = self.poll_receive(context) {
+                return Poll::Ready(received);
+            }
+            if matches!(progress, Progress::Burst) {
+                context.waker().wake_by_ref();
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Ends every stream with this reason, drops what waits, says the last words if there are any, as far as that works within
+    /// `patience`, and closes.
+    pub async fn finish(mut self, reason: &str, goodbye: Option<Goodbye>, patience: Duration) {
+        self.carrier.end(reason);
+        let Some(goodbye) = goodbye else { return self.close(reason) };
+        self.carrier.control(Frame { body: Some(Body::Goodbye(goodbye)) });
+        let farewell = async {
+            poll_fn(|context| match self.send_some(context) {
+                Ok(Progress::Done) => Poll::Ready(Ok(())),
+                Ok(Progress::Blocked) => Poll::Pending,
+                Ok(Progress::Burst) => {
+                    context.waker().wake_by_ref();
+                    Poll::Pending
+                }
+                Err(end) => Poll::Ready(Err(end)),
+            })
+            .await?;
+            match &mut self.transport {
+                Transport::Ws(ws) => ws.close().await,
+                Transport::Quic(quic) => quic.finish().await,
+            }
+        };
+        // Whether the last words were heard changes nothing here.
+        let _ = tokio::time::timeout(patience, farewell).await;
+        self.close(reason);
+    }
+
+    fn close(self, reason: &str) {
+        if let Transport::Quic(quic) = &self.transport {
+            quic.close(reason);
+        }
+    }
+
+    fn send_some(&mut self, context: &mut Context<'_>) -> Result<Progress, End> {
+        match &mut self.transport {
+            Transport::Ws(ws) => ws.send_some(&mut self.carrier, &self.meter, context),
+            Transport::Quic(quic) => quic.send_some(&mut self.carrier, &self.meter, context),
+        }
+    }
+
+    fn poll_receive(&mut self, context: &mut Context<'_>) -> Poll<Result<Event, End>> {
+        let received = match &mut self.transport {
+            Transport::Ws(ws) => ws.poll_receive(&self.meter, context),
+            Transport::Quic(quic) => quic.poll_receive(&self.meter, context),
+        };
+        received.map(|frame| {
+            Ok(
+                match self
+                    .carrier
+                    .receive(frame?)
+                    .map_err(|violation: Violation| End::Garbage(violation.to_string()))?
+                {
+                    Received::Control(frame) => Event::Frame(frame),
+                    Received::Opened(incoming) => Event::Opened(incoming),
+                    Received::Other => Event::Heard,
+                },
+            )
+        })
+    }
+}
+
+fn malformed(error: &prost::DecodeError) -> End {
+    End::Garbage(format!("a frame cannot be decoded: {error}"))
+}

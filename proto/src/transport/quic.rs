@@ -1,0 +1,241 @@
+//! Frames on QUIC: one unidirectional stream for each class and side, strictly prioritised (RFC 9000).
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use prost::Message as _;
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, VarInt, WriteError, rustls};
+
+use super::{BURST, End, Meter, Progress, malformed};
+use crate::mux::{Class, class_of};
+use crate::streams::Carrier;
+use crate::sync::MAX_FRAME;
+use crate::wire::Frame;
+
+/// The protocol as TLS negotiates it (RFC 7301).
+pub const ALPN: &[u8] = b"skerry/1";
+
+/// What one class may have on its way and unacknowledged, in bytes; what it reaches at a round trip of 600 ms is 430 KB/s.
+const CLASS_WINDOW: u32 = 256 << 10;
+/// Longer than a session that hears nothing lives: it is the session that ends then, and says so.
+const IDLE: Duration = Duration::from_secs(60);
+/// Bytes that are read at once.
+const CHUNK: usize = 4 << 10;
+/// The most that the length of a frame takes.
+const MAX_VARINT: usize = 10;
+
+const LANE_COUNT: usize = 4;
+/// The lanes of one side, from the highest priority to the lowest; the QUIC stream's number among its side's is the place here.
+const LANES: [Option<Class>; LANE_COUNT] = [None, Some(Class::Api), Some(Class::Ops), Some(Class::Device)];
+
+/// QUIC as a node: `tls` proves it and names whom it trusts.
+pub fn client_config(tls: &rustls::ClientConfig) -> Result<quinn::ClientConfig, NoInitialCipherSuite> {
+    let mut tls = tls.clone();
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    config.transport_config(transport());
+    Ok(config)
+}
+
+/// QUIC as the cloud: `tls` proves it and says who may come.
+pub fn server_config(tls: &rustls::ServerConfig) -> Result<quinn::ServerConfig, NoInitialCipherSuite> {
+    let mut tls = tls.clone();
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    config.transport_config(transport());
+    Ok(config)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "four")]
+fn transport() -> Arc<quinn::TransportConfig> {
+    let mut config = quinn::TransportConfig::default();
+    config
+        .max_concurrent_uni_streams(VarInt::from_u32(LANE_COUNT as u32))
+        .max_concurrent_bidi_streams(VarInt::from_u32(0))
+        .stream_receive_window(VarInt::from_u32(CLASS_WINDOW))
+        // Neither may bind before the windows of all classes do: a full lower class would keep a higher one from sending.
+        .receive_window(VarInt::from_u32(CLASS_WINDOW * LANE_COUNT as u32))
+        .send_window(2 * u64::from(CLASS_WINDOW) * LANE_COUNT as u64)
+        .datagram_receive_buffer_size(None)
+        // The session's own pings keep NATs awake.
+        .keep_alive_interval(None)
+        .max_idle_timeout(IdleTimeout::try_from(IDLE).ok());
+    Arc::new(config)
+}
+
+type Accepting = Pin<Box<dyn Future<Output = Result<RecvStream, ConnectionError>> + Send + Sync>>;
+
+pub(super) struct Quic {
+    connection: Connection,
+    outgoing: [Outgoing; LANE_COUNT],
+    incoming: [Option<Incoming>; LANE_COUNT],
+    /// Until the peer has opened all.
+    accepting: Option<Accepting>,
+}
+
+struct Outgoing {
+    stream: SendStream,
+    /// What of a frame QUIC has not taken yet.
+    unsent: Bytes,
+}
+
+struct Incoming {
+    stream: RecvStream,
+    unread: BytesMut,
+}
+
+impl std::fmt::Debug for Quic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Quic").field(&self.connection.remote_address()).finish()
+    }
+}
+
+impl Quic {
+    pub(super) async fn open(connection: Connection) -> Result<Self, End> {
+        let accepting = accept(&connection);
+        let open = async |place: usize| {
+            let stream = connection.open_uni().await.map_err(lost)?;
+            // A stream that was just opened has not been closed.
+            let _ = stream.set_priority(-i32::try_from(place).unwrap_or_default());
+            Ok(Outgoing { stream, unsent: Bytes::new() })
+        };
+        let outgoing = [open(0).await?, open(1).await?, open(2).await?, open(3).await?];
+        Ok(Self { connection, outgoing, incoming: Default::default(), accepting: Some(accepting) })
+    }
+
+    pub(super) fn send_some(
+        &mut self,
+        carrier: &mut Carrier,
+        meter: &impl Meter,
+        context: &mut Context<'_>,
+    ) -> Result<Progress, End> {
+        let (mut sent, mut blocked) = (0, false);
+        for (lane, class) in self.outgoing.iter_mut().zip(LANES) {
+            loop {
+                if lane.unsent.is_empty() {
+                    if sent == BURST {
+                        return Ok(Progress::Burst);
+                    }
+                    let Poll::Ready(frame) = carrier.poll_frame_of(class, context) else { break };
+                    lane.unsent = frame.encode_length_delimited_to_vec().into();
+                    meter.sent(lane.unsent.len());
+                    sent += 1;
+                }
+                match Pin::new(&mut lane.stream).poll_write(context, &lane.unsent) {
+                    Poll::Ready(Ok(taken)) => lane.unsent.advance(taken),
+                    Poll::Ready(Err(WriteError::ConnectionLost(error))) => return Err(lost(error)),
+                    Poll::Ready(Err(_)) => return Err(End::Garbage("a stream of the session was stopped".to_owned())),
+                    Poll::Pending => {
+                        blocked = true;
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(if blocked { Progress::Blocked } else { Progress::Done })
+    }
+
+    pub(super) fn poll_receive(&mut self, meter: &impl Meter, context: &mut Context<'_>) -> Poll<Result<Frame, End>> {
+        while let Some(accepting) = &mut self.accepting {
+            let Poll::Ready(accepted) = accepting.as_mut().poll(context) else { break };
+            let stream = accepted.map_err(lost)?;
+            let place = usize::try_from(stream.id().index()).unwrap_or(usize::MAX);
+            let Some(lane) = self.incoming.get_mut(place) else {
+                return Poll::Ready(Err(End::Garbage(format!("a stream number {place} that no class has"))));
+            };
+            *lane = Some(Incoming { stream, unread: BytesMut::new() });
+            let complete = self.incoming.iter().all(Option::is_some);
+            self.accepting = (!complete).then(|| accept(&self.connection));
+        }
+        for (lane, class) in self.incoming.iter_mut().zip(LANES) {
+            let Some(lane) = lane else { continue };
+            if let Poll::Ready(frame) = lane.poll_frame(context) {
+                let (frame, bytes) = frame?;
+                meter.received(bytes);
+                if class_of(&frame) != Some(class) {
+                    return Poll::Ready(Err(End::Garbage("a frame came on the stream of another class".to_owned())));
+                }
+                return Poll::Ready(Ok(frame));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Says that control has sent all, and waits until the peer has it.
+    pub(super) async fn finish(&mut self) -> Result<(), End> {
+        let control = &mut self.outgoing[0].stream;
+        // It was not closed before, or the connection is gone.
+        let _ = control.finish();
+        let _ = control.stopped().await;
+        Ok(())
+    }
+
+    pub(super) fn close(&self, reason: &str) {
+        self.connection.close(VarInt::from_u32(0), reason.as_bytes());
+    }
+}
+
+impl Incoming {
+    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Result<(Frame, usize), End>> {
+        loop {
+            if let Some(frame) = self.frame()? {
+                return Poll::Ready(Ok(frame));
+            }
+            let mut chunk = [0; CHUNK];
+            let bytes = match self.stream.poll_read(context, &mut chunk) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(End::Closed)),
+                Poll::Ready(Ok(bytes)) => bytes,
+                Poll::Ready(Err(ReadError::ConnectionLost(error))) => return Poll::Ready(Err(lost(error))),
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(End::Closed)),
+                Poll::Pending => {
+                    if self.unread.is_empty() {
+                        // Most sessions are idle.
+                        self.unread = BytesMut::new();
+                    }
+                    return Poll::Pending;
+                }
+            };
+            self.unread.extend_from_slice(&chunk[..bytes]);
+        }
+    }
+
+    /// The frame that is complete, and its length.
+    fn frame(&mut self) -> Result<Option<(Frame, usize)>, End> {
+        let mut rest = &self.unread[..];
+        let length = match prost::decode_length_delimiter(&mut rest) {
+            Ok(length) => length,
+            Err(_) if self.unread.len() < MAX_VARINT => return Ok(None),
+            Err(error) => return Err(malformed(&error)),
+        };
+        if length > MAX_FRAME {
+            return Err(End::Garbage(format!("a frame of {length} bytes is larger than {MAX_FRAME}")));
+        }
+        if rest.len() < length {
+            return Ok(None);
+        }
+        let head = self.unread.len() - rest.len();
+        self.unread.advance(head);
+        let bytes = self.unread.split_to(length).freeze();
+        Frame::decode(bytes).map(|frame| Some((frame, head + length))).map_err(|error| malformed(&error))
+    }
+}
+
+fn accept(connection: &Connection) -> Accepting {
+    let connection = connection.clone();
+    Box::pin(async move { connection.accept_uni().await })
+}
+
+fn lost(error: ConnectionError) -> End {
+    match error {
+        ConnectionError::ApplicationClosed(_) | ConnectionError::ConnectionClosed(_) | ConnectionError::Reset => {
+            End::Closed
+        }
+        error => End::Quic(io::Error::from(error)),
+    }
+}

@@ -1,0 +1,243 @@
+//! Both transports over loopback sockets: what goes in at one side comes out at the other, whatever it runs on.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quinn::rustls;
+use rustls::pki_types::PrivateKeyDer;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio_tungstenite::tungstenite::protocol::Role;
+
+use super::*;
+use crate::mux::{CUT, Class};
+use crate::wire::Ping;
+
+type Pair = (Wire<DuplexStream, ()>, Wire<DuplexStream, ()>);
+
+fn ping(token: u64) -> Frame {
+    Frame { body: Some(Body::Ping(Ping { token })) }
+}
+
+fn goodbye(bytes: usize) -> Goodbye {
+    Goodbye { message: "x".repeat(bytes), ..Goodbye::default() }
+}
+
+async fn websocket() -> Pair {
+    let (near, far) = tokio::io::duplex(4096);
+    let cloud = WebSocketStream::from_raw_socket(near, Role::Server, Some(ws_config())).await;
+    let edge = WebSocketStream::from_raw_socket(far, Role::Client, Some(ws_config())).await;
+    (Wire::over_websocket(cloud, Side::Cloud, ()), Wire::over_websocket(edge, Side::Edge, ()))
+}
+
+/// The connections are between the endpoints, which have to be kept.
+async fn quic() -> (Pair, [quinn::Endpoint; 2]) {
+    let (cloud, edge, endpoints) = connections().await;
+    let cloud = Wire::over_quic(cloud, Side::Cloud, ()).await.unwrap();
+    let edge = Wire::over_quic(edge, Side::Edge, ()).await.unwrap();
+    ((cloud, edge), endpoints)
+}
+
+async fn connections() -> (quinn::Connection, quinn::Connection, [quinn::Endpoint; 2]) {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
+    let server = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)
+        .unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(cert.der().clone()).unwrap();
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let listening = quinn::Endpoint::server(server_config(&server).unwrap(), loopback).unwrap();
+    let dialling = quinn::Endpoint::client(loopback).unwrap();
+    let connecting =
+        dialling.connect_with(client_config(&client).unwrap(), listening.local_addr().unwrap(), "localhost").unwrap();
+    let accepting = async { listening.accept().await.unwrap().await.unwrap() };
+    let (edge, cloud) = tokio::join!(connecting, accepting);
+    (cloud, edge.unwrap(), [listening, dialling])
+}
+
+/// Frames, large and small, and a stream, both ways at once.
+async fn talk((mut cloud, mut edge): Pair) {
+    const FRAMES: u64 = 100;
+    let large = Frame { body: Some(Body::Goodbye(goodbye(20 * CUT))) };
+    let streams = cloud.streams();
+    let sent: Vec<u8> = (0..1 << 20).map(|n: u32| n.to_le_bytes()[0]).collect();
+    for side in [&mut cloud, &mut edge] {
+        for token in 0..FRAMES {
+            side.push(Frame { body: Some(Body::Ack(crate::wire::Ack { seq: token })) });
+        }
+        side.push(large.clone());
+    }
+    let asking = async {
+        let stream = streams.open(Class::Ops, Bytes::from_static(b"echo")).unwrap();
+        let (mut read, mut write) = tokio::io::split(stream);
+        let mut got = Vec::new();
+        let writes = async {
+            write.write_all(&sent).await.unwrap();
+            write.shutdown().await.unwrap();
+        };
+        let (_, read) = tokio::join!(writes, read.read_to_end(&mut got));
+        read.unwrap();
+        assert!(got == sent);
+    };
+    let carry = async |wire: &mut Wire<DuplexStream, ()>| {
+        let mut acks = 0;
+        let mut large_ones = 0;
+        loop {
+            match wire.next(true).await.unwrap() {
+                Event::Frame(Frame { body: Some(Body::Ack(ack)) }) => {
+                    assert_eq!(ack.seq, acks, "in order");
+                    acks += 1;
+                }
+                Event::Frame(frame) => {
+                    assert_eq!((&frame, acks), (&large, FRAMES));
+                    large_ones += 1;
+                }
+                Event::Opened(incoming) => {
+                    assert_eq!((incoming.class, &incoming.header[..]), (Class::Ops, &b"echo"[..]));
+                    // What serves it outlives the loop that carries.
+                    #[allow(clippy::disallowed_methods)]
+                    tokio::spawn(async move {
+                        let (mut read, mut write) = tokio::io::split(incoming.stream);
+                        tokio::io::copy(&mut read, &mut write).await.unwrap();
+                        write.shutdown().await.unwrap();
+                    });
+                }
+                Event::Heard | Event::Drained => {}
+            }
+            assert!(large_ones <= 1);
+        }
+    };
+    tokio::select! {
+        () = asking => {}
+        () = carry(&mut cloud) => {}
+        () = carry(&mut edge) => {}
+    }
+    let (said, heard) = tokio::join!(cloud.finish("over", Some(goodbye(7)), Duration::from_secs(10)), async {
+        loop {
+            match edge.next(true).await {
+                Ok(Event::Frame(Frame { body: Some(Body::Goodbye(said)) })) if said.message.len() == 7 => break,
+                Ok(_) => {}
+                Err(end) => panic!("no last words: {end}"),
+            }
+        }
+        edge.finish("over", None, Duration::from_secs(10)).await;
+    });
+    let ((), ()) = (said, heard);
+}
+
+#[tokio::test]
+async fn frames_and_streams_over_websocket() {
+    talk(websocket().await).await;
+}
+
+#[tokio::test]
+async fn frames_and_streams_over_quic() {
+    let (pair, _endpoints) = quic().await;
+    talk(pair).await;
+}
+
+/// Nobody reads the device class; what is urgent still goes, and nothing is lost.
+async fn flood((mut cloud, mut edge): Pair) {
+    let streams = cloud.streams();
+    let mut flooding = streams.open(Class::Device, Bytes::new()).unwrap();
+    let flood = async {
+        loop {
+            flooding.write_all(&[0; 4096]).await.unwrap();
+        }
+    };
+    let mut held = None;
+    let story = async {
+        for token in 0..1000 {
+            cloud.push(ping(token));
+            loop {
+                tokio::select! {
+                    event = cloud.next(true) => drop(event.unwrap()),
+                    event = edge.next(true) => match event.unwrap() {
+                        Event::Frame(frame) => {
+                            assert_eq!(frame, ping(token));
+                            break;
+                        }
+                        Event::Opened(incoming) => held = Some(incoming),
+                        Event::Heard | Event::Drained => {}
+                    }
+                }
+            }
+        }
+    };
+    tokio::select! { () = flood => {}, () = story => {} }
+    assert!(held.is_some());
+}
+
+#[tokio::test]
+async fn what_nobody_reads_holds_up_nothing() {
+    flood(websocket().await).await;
+    let (pair, _endpoints) = quic().await;
+    flood(pair).await;
+}
+
+#[tokio::test]
+async fn who_does_not_read_is_not_sent_more_than_fits() {
+    let (cloud, mut edge) = websocket().await;
+    let mut cloud = cloud.full_at(512 << 10);
+    let big = Frame { body: Some(Body::Goodbye(goodbye(100_000))) };
+    for _ in 0..7 {
+        cloud.push(big.clone());
+    }
+    assert!(cloud.is_full());
+    edge.push(ping(1));
+    let mut seen = 0;
+    let mut drained = false;
+    while seen < 7 {
+        tokio::select! {
+            event = cloud.next(!cloud.is_full()) => match event.unwrap() {
+                Event::Drained => drained = true,
+                Event::Frame(frame) => assert_eq!((drained, frame), (true, ping(1))),
+                other => panic!("{other:?}"),
+            },
+            event = edge.next(true) => if let Event::Frame(frame) = event.unwrap() {
+                assert_eq!(frame, big);
+                seen += 1;
+            }
+        }
+    }
+}
+
+/// What an edge of its own making sends on QUIC streams, and how the cloud's end takes it.
+async fn garbage(lane: usize, bytes: &[u8]) -> End {
+    let (cloud, edge, _endpoints) = connections().await;
+    let mut cloud = Wire::<DuplexStream, ()>::over_quic(cloud, Side::Cloud, ()).await.unwrap();
+    let mut streams = Vec::new();
+    for _ in 0..=lane {
+        streams.push(edge.open_uni().await.unwrap());
+    }
+    streams[lane].write_all(bytes).await.unwrap();
+    cloud.next(true).await.unwrap_err()
+}
+
+#[tokio::test]
+async fn garbage_on_quic_is_told() {
+    use prost::Message as _;
+    let control = ping(1).encode_length_delimited_to_vec();
+    let data = Frame { body: Some(Body::StreamData(crate::wire::StreamData { id: 3, ..Default::default() })) };
+    let cases: [(usize, Vec<u8>, &str); 4] = [
+        (0, vec![0xff; 10], "cannot be decoded"),
+        (0, vec![0x80, 0x80, 0x80, 0x40], "is larger than"),
+        (3, control, "another class"),
+        (1, data.encode_length_delimited_to_vec(), "never opened"),
+    ];
+    for (lane, bytes, expected) in cases {
+        let End::Garbage(told) = garbage(lane, &bytes).await else { panic!("{expected}") };
+        assert!(told.contains(expected), "{told:?} does not say {expected:?}");
+    }
+}
