@@ -115,6 +115,17 @@ impl Edge {
         Ok(())
     }
 
+    /// A text key of its config.toml.
+    pub fn configured(&self, key: &str) -> Result<Option<String>> {
+        let text = fs::read_to_string(self.data().join("config.toml"))?;
+        let value = |line: &str| {
+            line.split_once('=')
+                .filter(|(word, _)| word.trim() == key)
+                .map(|(_, value)| value.trim().trim_matches('"').to_owned())
+        };
+        Ok(text.lines().find_map(value))
+    }
+
     /// Starts `edgecore run`.
     pub fn start(&mut self) -> Result<()> {
         let mut command = Command::new(paths::product("edgecore")?);

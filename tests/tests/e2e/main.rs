@@ -12,5 +12,6 @@ mod join;
 mod linkcut;
 mod nodedelete;
 mod powercycle;
+mod transports;
 mod workloads;
 mod world;

@@ -196,6 +196,23 @@ impl World {
         Ok(output.stdout)
     }
 
+    /// Has edgecore take this transport: `auto`, `quic` or `websocket`.
+    pub(crate) fn carry_over(&mut self, transport: &str) -> Result<()> {
+        self.edge.configure("transport", transport)?;
+        self.edge.stop();
+        self.edge.start()?;
+        self.wait_connected()
+    }
+
+    /// What carries the session that stands, and its number, as `edgecore status` says it.
+    pub(crate) fn session(&self) -> Result<(String, u64)> {
+        let text = self.edge.status()?;
+        let line = text.lines().find(|line| line.contains("online for")).context("edgecore is offline")?;
+        let over = line.split_once(" over ").and_then(|(_, rest)| rest.split_once(", session "));
+        let (transport, epoch) = over.with_context(|| format!("no transport in {line:?}"))?;
+        Ok((transport.to_owned(), epoch.trim().parse()?))
+    }
+
     /// Starts edgecore again after it ended.
     pub(crate) fn restart_edge(&mut self) -> Result<()> {
         self.edge.kill();
@@ -222,6 +239,9 @@ impl World {
     /// Ends what a story left running, and proves that the node is idle and well.
     fn settle(&mut self) -> Result<()> {
         self.relay.heal();
+        if self.edge.configured("transport")?.is_some_and(|transport| transport != "auto") {
+            self.carry_over("auto")?;
+        }
         self.admin.run(&["delete", "namespace", self.kubectl.namespace(), "--wait=false"])?;
         self.see_off()?;
         until("the story's containers to end", 60, || Ok(self.runtime.cri().running()?.is_empty()))?;

@@ -1,4 +1,4 @@
-//! A TCP relay between an edge and its cloud that does what bad networks do, on command.
+//! A relay between an edge and its cloud, TCP and UDP on one number, that does what bad networks do, on command.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -8,10 +8,12 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
+
+mod udp;
 
 /// What happens to bytes of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,9 +21,9 @@ pub enum Flow {
     /// They arrive.
     #[default]
     Pass,
-    /// They wait and arrive when the flow passes again, as TCP's own retransmission would do after a short cut.
+    /// They wait and arrive when the flow passes again, as TCP's own retransmission would do after a short cut. Datagrams are lost.
     Hold,
-    /// They are lost while the sockets stay open. A connection that lost bytes never passes again, as when a NAT forgot it.
+    /// They are lost while the sockets stay open. A TCP connection that lost bytes never passes again, as when a NAT forgot it.
     Swallow,
 }
 
@@ -32,14 +34,20 @@ pub struct Line {
     pub up: Flow,
     /// From the cloud to the edge.
     pub down: Flow,
-    /// New connections are reset at once.
+    /// New connections are reset at once, datagrams of new clients are lost.
     pub refuse: bool,
     /// Added to each direction.
     pub latency: Duration,
-    /// Bytes a second in each direction of each connection; 0 is no limit.
+    /// Bytes a second in each direction, of each TCP connection, and of all datagrams; 0 is no limit.
     pub bandwidth: u64,
+    /// How many datagrams of each direction are lost, from 0 to 1. TCP's own segments are not seen here.
+    pub loss: f64,
+    /// No datagrams pass.
+    pub no_udp: bool,
     /// Connections from before the last reset are gone.
     generation: u64,
+    /// How often the NAT gave clients of UDP other ports.
+    rebindings: u64,
 }
 
 /// A relay. Dropping it closes everything.
@@ -56,6 +64,7 @@ struct Counters {
     up: AtomicU64,
     down: AtomicU64,
     segments: AtomicU64,
+    datagrams: AtomicU64,
     connections: AtomicU64,
 }
 
@@ -68,9 +77,11 @@ impl Relay {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let port = crate::ports::free()?;
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, port)))?;
+        let datagrams = runtime.block_on(UdpSocket::bind((Ipv4Addr::LOCALHOST, port)))?;
         let address = listener.local_addr()?;
         let (line, seen) = watch::channel(Line::default());
         let counters = Arc::new(Counters::default());
+        runtime.spawn(udp::relay(datagrams, target, seen.clone(), counters.clone()));
         runtime.spawn(accept(listener, target, seen, counters.clone()));
         Ok(Self { address, line, counters, _runtime: runtime })
     }
@@ -85,6 +96,11 @@ impl Relay {
         self.line.send_modify(change);
     }
 
+    /// Gives every client of UDP another port, as NATs do.
+    pub fn rebind(&self) {
+        self.set(|line| line.rebindings += 1);
+    }
+
     /// Silence both ways; the sockets stay open.
     pub fn cut(&self) {
         self.set(|line| (line.up, line.down) = (Flow::Swallow, Flow::Swallow));
@@ -92,10 +108,10 @@ impl Relay {
 
     /// The line as it was at the start. Connections that lost bytes stay dead.
     pub fn heal(&self) {
-        self.set(|line| *line = Line { generation: line.generation, ..Line::default() });
+        self.set(|line| *line = Line { generation: line.generation, rebindings: line.rebindings, ..Line::default() });
     }
 
-    /// Resets every connection; new ones pass.
+    /// Resets every connection; new ones pass. Clients of UDP are lost without a word.
     pub fn reset(&self) {
         self.set(|line| line.generation += 1);
     }
@@ -105,12 +121,18 @@ impl Relay {
         (self.counters.up.load(Ordering::Relaxed), self.counters.down.load(Ordering::Relaxed))
     }
 
-    /// Segments that the bytes of [`Self::bytes`] would have been on an Ethernet, taking what came at once for one write.
+    /// Segments that the bytes of [`Self::bytes`] would have been on an Ethernet, taking what came at once for one write; datagrams
+    /// among them.
     pub fn segments(&self) -> u64 {
         self.counters.segments.load(Ordering::Relaxed)
     }
 
-    /// Connections accepted since the start.
+    /// Datagrams that passed since the start.
+    pub fn datagrams(&self) -> u64 {
+        self.counters.datagrams.load(Ordering::Relaxed)
+    }
+
+    /// TCP connections accepted, and clients of UDP seen, since the start.
     pub fn connections(&self) -> u64 {
         self.counters.connections.load(Ordering::Relaxed)
     }

@@ -1,0 +1,146 @@
+//! Datagrams through the relay: what a NAT and a line with a small buffer do with them.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Result;
+use rand::RngExt as _;
+use tokio::net::UdpSocket;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::{Counters, Direction, Flow, Line, flow};
+
+/// The longest datagram.
+const LONGEST: usize = 64 << 10;
+/// How long a datagram may wait for the line; one that would wait longer is lost.
+const LONGEST_WAIT: Duration = Duration::from_millis(400);
+/// Datagrams on their way at a time.
+const MOST: usize = 16 << 10;
+
+/// A client, as a NAT knows it.
+struct Mapping {
+    far: Arc<UdpSocket>,
+    /// [`Line::generation`] when it came.
+    generation: u64,
+    /// [`Line::rebindings`] when `far` was made.
+    rebindings: u64,
+    answers: tokio::task::JoinHandle<()>,
+}
+
+/// One direction of the line, which all clients share.
+struct Lane {
+    direction: Direction,
+    busy_until: Instant,
+    departures: mpsc::Sender<(Instant, Vec<u8>, Arc<UdpSocket>, Option<SocketAddr>)>,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.answers.abort();
+    }
+}
+
+pub(super) async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Receiver<Line>, counters: Arc<Counters>) {
+    let near = Arc::new(near);
+    let down = Arc::new(tokio::sync::Mutex::new(Lane::new(Direction::Down)));
+    let mut up = Lane::new(Direction::Up);
+    let mut clients: HashMap<SocketAddr, Mapping> = HashMap::new();
+    let mut buffer = vec![0; LONGEST];
+    loop {
+        let Ok((bytes, client)) = near.recv_from(&mut buffer).await else { continue };
+        let now = *line.borrow();
+        if !clients.contains_key(&client) {
+            if now.refuse {
+                continue;
+            }
+            counters.connections.fetch_add(1, Ordering::Relaxed);
+            let Ok(mapping) = map(client, &now, target, &near, &down, &line, &counters).await else { continue };
+            clients.insert(client, mapping);
+        }
+        let Some(mapping) = clients.get_mut(&client) else { continue };
+        if mapping.generation != now.generation {
+            continue;
+        }
+        if mapping.rebindings != now.rebindings {
+            let Ok(anew) = map(client, &now, target, &near, &down, &line, &counters).await else { continue };
+            *mapping = anew;
+        }
+        up.send(&now, &buffer[..bytes], &mapping.far, None, &counters);
+    }
+}
+
+async fn map(
+    client: SocketAddr,
+    now: &Line,
+    target: SocketAddr,
+    near: &Arc<UdpSocket>,
+    down: &Arc<tokio::sync::Mutex<Lane>>,
+    line: &watch::Receiver<Line>,
+    counters: &Arc<Counters>,
+) -> Result<Mapping> {
+    let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?);
+    far.connect(target).await?;
+    let generation = now.generation;
+    let (near, down, line, counters, from) = (near.clone(), down.clone(), line.clone(), counters.clone(), far.clone());
+    let answers = tokio::spawn(async move {
+        let mut buffer = vec![0; LONGEST];
+        loop {
+            let Ok(bytes) = from.recv(&mut buffer).await else { continue };
+            let now = *line.borrow();
+            if now.generation == generation {
+                down.lock().await.send(&now, &buffer[..bytes], &near, Some(client), &counters);
+            }
+        }
+    });
+    Ok(Mapping { far, generation, rebindings: now.rebindings, answers })
+}
+
+impl Lane {
+    fn new(direction: Direction) -> Self {
+        let (departures, mut departing) = mpsc::channel::<(Instant, Vec<u8>, Arc<UdpSocket>, Option<SocketAddr>)>(MOST);
+        tokio::spawn(async move {
+            while let Some((at, datagram, socket, to)) = departing.recv().await {
+                sleep_until(at).await;
+                // A datagram may be lost.
+                match to {
+                    Some(to) => socket.send_to(&datagram, to).await.ok(),
+                    None => socket.send(&datagram).await.ok(),
+                };
+            }
+        });
+        Self { direction, busy_until: Instant::now(), departures }
+    }
+
+    fn send(
+        &mut self,
+        line: &Line,
+        datagram: &[u8],
+        socket: &Arc<UdpSocket>,
+        to: Option<SocketAddr>,
+        counters: &Counters,
+    ) {
+        let now = Instant::now();
+        if line.no_udp || flow(line, self.direction) != Flow::Pass || rand::rng().random_bool(line.loss) {
+            return;
+        }
+        let mut at = now.max(self.busy_until);
+        if let Some(nanos) = (datagram.len() as u64 * 1_000_000_000).checked_div(line.bandwidth) {
+            if at.duration_since(now) > LONGEST_WAIT {
+                return;
+            }
+            at += Duration::from_nanos(nanos);
+            self.busy_until = at;
+        }
+        counters.segments.fetch_add(1, Ordering::Relaxed);
+        counters.datagrams.fetch_add(1, Ordering::Relaxed);
+        match self.direction {
+            Direction::Up => counters.up.fetch_add(datagram.len() as u64, Ordering::Relaxed),
+            Direction::Down => counters.down.fetch_add(datagram.len() as u64, Ordering::Relaxed),
+        };
+        self.departures.try_send((at + line.latency, datagram.to_vec(), socket.clone(), to)).ok();
+    }
+}
