@@ -10,7 +10,7 @@ use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::api::{
     Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
 };
-use kube::core::Status;
+use kube::core::{ObjectList, Status};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -245,6 +245,19 @@ impl Apiserver {
     pub(crate) async fn list(&self, kind: Kind, fields: &str) -> Result<Vec<DynamicObject>, kube::Error> {
         let params = ListParams::default().fields(fields);
         self.count("list", kind.plural(), self.api(kind, "").list(&params)).await.map(|list| list.items)
+    }
+
+    /// A part of all objects of a namespace, and what continues it. The list is as of its first part.
+    pub(crate) async fn list_part(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        limit: u32,
+        from: Option<&str>,
+    ) -> Result<ObjectList<DynamicObject>, kube::Error> {
+        let mut params = ListParams::default().limit(limit);
+        params.continue_token = from.map(str::to_owned);
+        self.count("list", kind.plural(), self.api(kind, namespace).list(&params)).await
     }
 
     pub(crate) async fn create(&self, kind: Kind, namespace: &str, body: Value) -> Result<DynamicObject, kube::Error> {

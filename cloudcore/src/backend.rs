@@ -21,7 +21,10 @@ pub struct NodeIdentity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeCheck {
     /// The Node exists under this UID.
-    Live,
+    Live {
+        /// The highest epoch that a session of it is known to have had, at whatever replica; 0 if none is.
+        epoch: u64,
+    },
     /// There is no Node of this name.
     Deleted,
     /// The name belongs to another Node by now.
@@ -43,6 +46,8 @@ pub enum FeedEvent {
     Ask(Collection),
     /// The apiserver does not show what the edge reports of the pod or Node of this UID: have it report once more.
     ReportWanted(ReportKind, String),
+    /// Another replica has a newer session of this node: this one is over.
+    Superseded,
     /// A report given to [`Feed::report`] came to its end.
     Reported {
         /// The report's id.

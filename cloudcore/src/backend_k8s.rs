@@ -187,8 +187,9 @@ impl Backend for K8sBackend {
         // A watch that agrees is enough; whoever lost their Node is asked for by name. Everybody comes back to a cloudcore that has just
         // started: they are not all asked for.
         self.shared.until_ready(Source::Nodes).await;
-        if self.shared.closures().node(&node.name).as_ref() == Some(node) {
-            return Ok(NodeCheck::Live);
+        let known = self.shared.closures().claim(node);
+        if let Some(epoch) = known {
+            return Ok(NodeCheck::Live { epoch });
         }
         nodes::check(&self.api, node).await
     }
@@ -196,7 +197,7 @@ impl Backend for K8sBackend {
     fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> K8sFeed {
         let session = self.shared.closures().open(node, epoch, last_epoch);
         self.leases.begin(node, epoch);
-        let reports = self.upstream.open(node);
+        let reports = self.upstream.open(node, epoch, session.claims());
         for (_, _, facts) in self.shared.closures().pods_of(&node.name) {
             self.upstream.pod_seen(&node.name, &facts);
         }

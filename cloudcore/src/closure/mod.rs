@@ -19,6 +19,7 @@ use self::references::{Reference, References};
 pub(crate) use self::session::Session;
 use self::session::Subscribers;
 use crate::backend::NodeIdentity;
+use crate::nodes::EPOCH_ANNOTATION;
 use crate::sa_tokens::{TokenRequest, Tokens};
 use crate::upstream::node::NodeShown;
 
@@ -68,6 +69,8 @@ pub(crate) struct NodeInput {
     pub(crate) capacity: Value,
     /// What reports are held against.
     pub(crate) shown: NodeShown,
+    /// The session that has it, as far as the Node says.
+    pub(crate) claim: u64,
 }
 
 impl NodeInput {
@@ -82,6 +85,10 @@ impl NodeInput {
             autonomous: metadata["annotations"][AUTONOMY_ANNOTATION].as_str() != Some("false"),
             capacity: node["status"]["capacity"].clone(),
             shown: NodeShown::of(&node),
+            claim: metadata["annotations"][EPOCH_ANNOTATION]
+                .as_str()
+                .and_then(|text| text.parse().ok())
+                .unwrap_or_default(),
             object: sanitise::object(Collection::Node, node),
         }
     }
@@ -130,11 +137,16 @@ struct Node {
     autonomous: bool,
     capacity: Value,
     shown: NodeShown,
+    /// The newest session that the Node names, whoever has it.
+    claim: u64,
+    /// The newest session here.
+    here: u64,
     /// All its pods are known.
     listed: bool,
     /// While its pods are being listed: those the watch said were deleted meanwhile.
     deleted_meanwhile: HashSet<String>,
-    pods: BTreeMap<String, Pod>,
+    /// Boxed, for most nodes have few, and a map has room for eleven at once.
+    pods: BTreeMap<String, Box<Pod>>,
     references: HashMap<Reference, u32>,
     service_namespaces: HashMap<String, u32>,
     tokens: Tokens,
@@ -168,14 +180,14 @@ enum Known {
     Present(Object),
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Fetch {
     #[default]
     Idle,
     Queued,
     UnderWay,
-    /// It changed while it was being fetched.
-    Again,
+    /// It changed while it was being fetched: the version that its metadata told of, if it did.
+    Again(Option<String>),
 }
 
 impl Closures {
@@ -236,7 +248,7 @@ impl Closures {
 
     /// A Node is there.
     pub(crate) fn node_applied(&mut self, input: NodeInput) -> NodeChange {
-        let NodeInput { identity, object, autonomous, capacity, shown } = input;
+        let NodeInput { identity, object, autonomous, capacity, shown, claim } = input;
         let mut change = NodeChange::default();
         if let Some(node) = self.nodes.get_mut(identity.name.as_str()) {
             if node.uid == identity.uid {
@@ -244,6 +256,10 @@ impl Closures {
                 node.autonomous = autonomous;
                 node.capacity = capacity;
                 node.shown = shown;
+                if claim > node.claim {
+                    node.claim = claim;
+                    self.subscribers.wake(&identity.name);
+                }
                 let object = object.succeeding(&node.object);
                 if node.object != object {
                     node.object = object;
@@ -261,6 +277,8 @@ impl Closures {
             autonomous,
             capacity,
             shown,
+            claim,
+            here: 0,
             listed: false,
             deleted_meanwhile: HashSet::new(),
             pods: BTreeMap::new(),
@@ -298,6 +316,25 @@ impl Closures {
     /// Who is known under a name.
     pub(crate) fn node(&self, name: &str) -> Option<NodeIdentity> {
         self.nodes.get(name).map(|node| NodeIdentity { name: name.to_owned(), uid: node.uid.clone() })
+    }
+
+    /// The newest session that a Node is known to have had, if it is known.
+    pub(crate) fn claim(&self, node: &NodeIdentity) -> Option<u64> {
+        let known = self.nodes.get(node.name.as_str()).filter(|known| known.uid == node.uid)?;
+        Some(known.claim.max(known.here))
+    }
+
+    /// Whether a session of a higher epoch has the node.
+    pub(crate) fn is_superseded(&self, node: &NodeIdentity, epoch: u64) -> bool {
+        self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid && known.claim > epoch)
+    }
+
+    /// A session's claim was written.
+    pub(crate) fn claimed(&mut self, name: &str, epoch: u64) {
+        if let Some(node) = self.nodes.get_mut(name).filter(|node| node.claim < epoch) {
+            node.claim = epoch;
+            self.subscribers.wake(name);
+        }
     }
 
     /// Whether this is an edge node.
@@ -381,7 +418,7 @@ impl Closures {
             }
         }
         if let Some(node) = self.nodes.get_mut(&name) {
-            node.pods.insert(key.clone(), Pod { object, references, facts, seen });
+            node.pods.insert(key.clone(), Box::new(Pod { object, references, facts, seen }));
         }
         self.bound.insert(key, name.clone());
         self.schedule(&name);

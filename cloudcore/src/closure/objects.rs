@@ -1,6 +1,6 @@
 //! What pods refer to: Services and RuntimeClasses held whole, ConfigMaps and Secrets fetched while some node needs them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 use skerry_proto::sync::{Collection, Object};
@@ -69,7 +69,12 @@ impl Closures {
 
     /// A ConfigMap's or Secret's metadata says it is at this version now.
     pub(crate) fn metadata_seen(&mut self, reference: &Reference, resource_version: &str) {
-        if self.slots.get(reference).is_some_and(|slot| slot.resource_version != resource_version) {
+        let Some(slot) = self.slots.get_mut(reference).filter(|slot| slot.resource_version != resource_version) else {
+            return;
+        };
+        if slot.state == Fetch::UnderWay {
+            slot.state = Fetch::Again(Some(resource_version.to_owned()));
+        } else {
             self.request(reference);
         }
     }
@@ -100,6 +105,28 @@ impl Closures {
         None
     }
 
+    /// What waits to be fetched of one kind in one namespace, where it is so much that a list costs less.
+    pub(crate) fn take_bulk(&mut self, least: usize) -> Option<(Collection, String, Vec<Reference>)> {
+        if self.fetch.len() < least {
+            return None;
+        }
+        let mut counts: HashMap<(Collection, &str), usize> = HashMap::new();
+        let namespace = |key: &str| key.split_once('/').map_or(0, |(namespace, _)| namespace.len());
+        for (collection, key) in &self.fetch {
+            *counts.entry((*collection, &key[..namespace(key)])).or_default() += 1;
+        }
+        let (collection, name) =
+            counts.into_iter().find(|(_, count)| *count >= least).map(|((of, name), _)| (of, name.to_owned()))?;
+        let is_part = |(of, key): &Reference| *of == collection && key[..namespace(key)] == name;
+        let (mut taken, rest): (Vec<Reference>, Vec<Reference>) = self.fetch.drain(..).partition(is_part);
+        self.fetch = rest.into();
+        taken.retain(|reference| {
+            let slot = self.slots.get_mut(reference).filter(|slot| slot.state == Fetch::Queued);
+            slot.map(|slot| slot.state = Fetch::UnderWay).is_some()
+        });
+        Some((collection, name, taken))
+    }
+
     /// Nobody fetches any more: everything is to be fetched anew, for what was in hand or waited for its next try is not known.
     pub(crate) fn fetches_abandoned(&mut self) {
         self.fetch = self.slots.keys().cloned().collect();
@@ -111,8 +138,7 @@ impl Closures {
     /// What became of a fetch: the object, nothing (404), or no answer; the last is to be asked again by [`Closures::metadata_gone`].
     pub(crate) fn fetched(&mut self, reference: &Reference, answer: Result<Option<Value>, ()>) {
         let Some(slot) = self.slots.get_mut(reference) else { return };
-        let again = slot.state == Fetch::Again;
-        slot.state = Fetch::Idle;
+        let before = std::mem::take(&mut slot.state);
         match answer {
             Ok(Some(value)) => {
                 slot.resource_version = value["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
@@ -137,7 +163,7 @@ impl Closures {
         for node in &slot.nodes {
             self.subscribers.mark(node, reference.0, &reference.1);
         }
-        if again {
+        if matches!(before, Fetch::Again(version) if version.as_ref() != Some(&slot.resource_version)) {
             self.request(reference);
         }
     }
@@ -151,8 +177,8 @@ impl Closures {
                 self.fetch.push_back(reference.clone());
                 self.fetch_wake.notify_one();
             }
-            Fetch::UnderWay => slot.state = Fetch::Again,
-            Fetch::Queued | Fetch::Again => {}
+            Fetch::UnderWay => slot.state = Fetch::Again(None),
+            Fetch::Queued | Fetch::Again(_) => {}
         }
     }
 

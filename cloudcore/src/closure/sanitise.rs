@@ -9,6 +9,8 @@ use serde_json::{Map, Value, json};
 use skerry_proto::ADDRESSES_ANNOTATION;
 use skerry_proto::sync::{Collection, Object};
 
+use crate::nodes::EPOCH_ANNOTATION;
+
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// Taints the node lifecycle controller sets by what it hears of the lease.
 const LINK_TAINTS: [&str; 2] = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
@@ -30,6 +32,7 @@ pub(crate) fn object(collection: Collection, mut value: Value) -> Object {
             annotations.remove(LAST_APPLIED);
             if collection == Collection::Node {
                 annotations.remove(ADDRESSES_ANNOTATION);
+                annotations.remove(EPOCH_ANNOTATION);
             }
             if annotations.is_empty() {
                 metadata.remove("annotations");

@@ -24,6 +24,8 @@ pub(crate) struct Session {
     epoch: u64,
     /// The epoch that the edge had before.
     last_epoch: u64,
+    /// Another replica may have a session of this node still.
+    claims: bool,
     wake: Arc<Notify>,
     told: HashMap<(Collection, String), (String, u64)>,
     complete: BTreeSet<Collection>,
@@ -39,6 +41,11 @@ pub(crate) struct Session {
 }
 
 impl Session {
+    /// Whether it has to claim the node before anything of it may be written.
+    pub(crate) fn claims(&self) -> bool {
+        self.claims
+    }
+
     /// Notified when there may be something to say.
     pub(crate) fn wake(&self) -> Arc<Notify> {
         self.wake.clone()
@@ -125,10 +132,18 @@ impl Closures {
         let uid = node.uid.clone();
         let subscriber = Subscriber { uid, epoch, wake: wake.clone(), changed: BTreeSet::new(), everything: true };
         self.subscribers.by_node.entry(node.name.clone()).or_default().push(subscriber);
+        let known = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid);
+        // One whose last session was here, as the edge and the Node know it, was nobody else's since.
+        let claims = known.is_none_or(|known| {
+            let last = last_epoch.max(known.claim);
+            let here = std::mem::replace(&mut known.here, epoch);
+            last != 0 && last != here
+        });
         Session {
             node: node.clone(),
             epoch,
             last_epoch,
+            claims,
             wake,
             told: HashMap::new(),
             complete: BTreeSet::new(),
@@ -203,6 +218,9 @@ impl Closures {
     /// more last.
     pub(crate) fn drain(&mut self, session: &mut Session) -> Vec<FeedEvent> {
         let mut events = Vec::new();
+        if self.is_superseded(&session.node, session.epoch) {
+            return vec![FeedEvent::Superseded];
+        }
         let Some(node) = self.nodes.get_mut(session.node.name.as_str()).filter(|node| node.uid == session.node.uid)
         else {
             return events;

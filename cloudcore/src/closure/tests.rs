@@ -84,6 +84,7 @@ fn told(events: &[FeedEvent]) -> Vec<String> {
             FeedEvent::Complete(collection) => format!("complete {}", name(collection)),
             FeedEvent::Ask(collection) => format!("ask {}", name(collection)),
             FeedEvent::ReportWanted(kind, uid) => format!("wanted {kind:?} {uid}"),
+            FeedEvent::Superseded => "superseded".to_owned(),
             FeedEvent::Reported { id, .. } => format!("reported {id}"),
         })
         .collect()
@@ -323,6 +324,33 @@ fn two_sessions_of_one_node_do_not_disturb_each_other() {
     assert_eq!(told(&closures.drain(&mut new)), ["+ Pods n/p"]);
 }
 
+fn claimed(by: u64) -> NodeInput {
+    let mut node = node_json("e");
+    node["metadata"]["annotations"] = serde_json::json!({"skerry.dev/epoch": by.to_string()});
+    NodeInput::of(node)
+}
+
+#[test]
+fn who_comes_from_another_replica_is_claimed_and_ends_the_session_there() {
+    let mut closures = ready();
+    let mut first = closures.open(&identity("e"), 5, 0);
+    assert!(!first.claims(), "nobody had it before");
+    closures.node_applied(claimed(5));
+    assert!(!closures.drain(&mut first).contains(&FeedEvent::Superseded));
+    assert!(!closures.open(&identity("e"), 6, 5).claims(), "the session before was here");
+    // Another replica has it, and says so.
+    closures.node_applied(claimed(9));
+    assert_eq!(closures.drain(&mut first), [FeedEvent::Superseded]);
+    assert_eq!(closures.claim(&identity("e")), Some(9));
+    assert!(closures.is_superseded(&identity("e"), 6) && !closures.is_superseded(&identity("e"), 9));
+    let back = closures.open(&identity("e"), 10, 9);
+    assert!(back.claims());
+    // Its store is new: only the Node remembers.
+    closures.claimed("e", 10);
+    closures.node_applied(claimed(11));
+    assert!(closures.open(&identity("e"), 12, 0).claims());
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Pod { name: u8, uid: u8, node: u8, config_maps: Vec<u8>, links: bool },
@@ -403,7 +431,11 @@ fn hear(edge: &mut Held, events: Vec<FeedEvent>) {
                 assert!(edge.remove(&(collection, uid)).is_some(), "told that something went that it never heard of");
             }
             FeedEvent::Complete(_) => {}
-            FeedEvent::Keep(..) | FeedEvent::Ask(_) | FeedEvent::ReportWanted(..) | FeedEvent::Reported { .. } => {
+            FeedEvent::Keep(..)
+            | FeedEvent::Ask(_)
+            | FeedEvent::ReportWanted(..)
+            | FeedEvent::Reported { .. }
+            | FeedEvent::Superseded => {
                 panic!("there are neither tokens nor reports here")
             }
         }

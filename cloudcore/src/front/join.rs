@@ -79,7 +79,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     pub(super) async fn renew(&self, node: &NodeIdentity, csr: &str, now: Timestamp) -> Result<JoinResponse, No> {
         let key = NodeKey::from_csr(csr).map_err(|error| csr_refused(&error))?;
         match self.backend.check(node).await {
-            Ok(NodeCheck::Live) => {}
+            Ok(NodeCheck::Live { .. }) => {}
             Ok(NodeCheck::Deleted | NodeCheck::OtherUid) => {
                 return Err(No::new(StatusCode::FORBIDDEN, "node_deleted", deleted_message(&node.name)));
             }

@@ -167,7 +167,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
             loop {
                 match self.backend.check(&node).await {
-                    Ok(NodeCheck::Live) => break,
+                    Ok(NodeCheck::Live { .. }) => break,
                     Ok(NodeCheck::Deleted | NodeCheck::OtherUid) => {
                         self.sessions.node_deleted(&node);
                         break;

@@ -105,16 +105,16 @@ where
         () = front.stop.cancelled() => return Err(shutdown()),
         checked = tokio::time::timeout(CHECK_PATIENCE, front.backend.check(node)) => checked,
     };
-    match checked {
-        Ok(Ok(NodeCheck::Live)) => {}
+    let known = match checked {
+        Ok(Ok(NodeCheck::Live { epoch })) => epoch,
         Ok(Ok(NodeCheck::Deleted | NodeCheck::OtherUid)) => return Err(deleted(node)),
         Ok(Err(error)) => {
             debug!(node = shown(node), "cannot check the node: {}", chain(&error));
             return Err(later("unavailable", "the apiserver cannot be asked about this node now"));
         }
         Err(_) => return Err(later("unavailable", "the apiserver does not answer now")),
-    }
-    let place = match front.sessions.begin(node, hello.last_epoch, wall_millis()) {
+    };
+    let place = match front.sessions.begin(node, hello.last_epoch.max(known), wall_millis()) {
         Ok(place) => place,
         Err(error @ BeginError::Full) => return Err(later("full", &error.to_string())),
         Err(error @ BeginError::Epoch(_)) => return Err(protocol(&error.to_string())),
@@ -183,6 +183,9 @@ where
             events = feed.next(), if keeps_up => for event in events {
                 let now = clock::monotonic();
                 outputs.extend(match event {
+                    FeedEvent::Superseded => {
+                        return Some(goodbye(Reason::Superseded, "a newer session of this node took over, at another replica"));
+                    }
                     FeedEvent::Desired(object) => hub.step(now, HubInput::Desired(object)),
                     FeedEvent::Keep(collection, entry) => hub.step(now, HubInput::Keep(collection, entry)),
                     FeedEvent::Gone(collection, uid) => hub.step(now, HubInput::Gone(collection, uid)),

@@ -102,7 +102,7 @@ impl Backend for FakeBackend {
         }
         Ok(match script.nodes.get(&node.name) {
             None => NodeCheck::Deleted,
-            Some((uid, _)) if *uid == node.uid => NodeCheck::Live,
+            Some((uid, _)) if *uid == node.uid => NodeCheck::Live { epoch: 0 },
             Some(_) => NodeCheck::OtherUid,
         })
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
-use kube::api::{DynamicObject, Patch};
+use kube::api::Patch;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tracing::{debug, warn};
@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 use crate::apiserver::{Apiserver, Kind, Verdict, verdict};
 use crate::backend::NodeIdentity;
 use crate::clock;
+use crate::nodes::{EPOCH_ANNOTATION, epoch_of};
 use crate::retry::chain;
 
 /// Where node leases live.
@@ -34,7 +35,6 @@ const RETRY: Duration = Duration::from_secs(2);
 const LATE: Duration = Duration::from_secs(3);
 /// Requests under way at once.
 const AT_ONCE: usize = 64;
-const EPOCH_ANNOTATION: &str = "skerry.dev/epoch";
 
 /// One renewal to carry out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -245,10 +245,6 @@ fn body(renewal: &Renewal, now: Timestamp) -> Value {
         },
         "spec": {"holderIdentity": name, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": time},
     })
-}
-
-fn epoch_of(lease: &DynamicObject) -> Option<u64> {
-    lease.metadata.annotations.as_ref()?.get(EPOCH_ANNOTATION)?.parse().ok()
 }
 
 #[cfg(test)]

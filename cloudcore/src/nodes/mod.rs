@@ -13,6 +13,8 @@ pub(crate) mod autonomy;
 pub(crate) mod labels;
 pub(crate) mod leases;
 
+/// On a Node: the newest session that took it over from another replica, or wrote its status. On a lease: whose renewals count.
+pub(crate) const EPOCH_ANNOTATION: &str = "skerry.dev/epoch";
 /// Which machine a Node is.
 const MACHINE_ANNOTATION: &str = "skerry.dev/machine-id";
 /// Someone else may create or delete the Node while we look.
@@ -57,9 +59,30 @@ pub(crate) async fn check(api: &Apiserver, node: &NodeIdentity) -> Result<NodeCh
     let failed = |source| BackendError { action: format!("look up node {}", node.name), source };
     Ok(match api.get(Kind::Node, "", &node.name).await.map_err(failed)? {
         None => NodeCheck::Deleted,
-        Some(found) if found.metadata.uid.as_deref() == Some(node.uid.as_str()) => NodeCheck::Live,
+        Some(found) if found.metadata.uid.as_deref() == Some(node.uid.as_str()) => {
+            NodeCheck::Live { epoch: epoch_of(&found).unwrap_or_default() }
+        }
         Some(_) => NodeCheck::OtherUid,
     })
+}
+
+/// Says that a session has a Node from now on: whoever has an older one sees it, and ends it. Answers the epoch that has it.
+pub(crate) async fn claim(api: &Apiserver, node: &NodeIdentity, epoch: u64) -> Result<u64, kube::Error> {
+    let before = api.get(Kind::Node, "", &node.name).await?;
+    let held = before.as_ref().filter(|found| found.metadata.uid.as_deref() == Some(node.uid.as_str()));
+    let Some(held) = held else { return Ok(epoch) };
+    if let Some(newer) = epoch_of(held).filter(|newer| *newer >= epoch) {
+        return Ok(newer);
+    }
+    // Only on what was looked at: of two that claim at once, the second looks again.
+    let version = held.metadata.resource_version.as_deref();
+    let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": version, "annotations": {EPOCH_ANNOTATION: epoch.to_string()}}});
+    api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await.map(|_| epoch)
+}
+
+/// The epoch that a Node or lease is marked with.
+pub(crate) fn epoch_of(object: &DynamicObject) -> Option<u64> {
+    object.metadata.annotations.as_ref()?.get(EPOCH_ANNOTATION)?.parse().ok()
 }
 
 /// Gives a Node its label back: what carries it is ours to serve.

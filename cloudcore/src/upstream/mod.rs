@@ -15,7 +15,7 @@ use skerry_proto::payload::{NodeReport, PodReport};
 use skerry_proto::sync::{Report, ReportKind};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use self::event::About;
 use self::pod::StatusFacts;
@@ -25,7 +25,8 @@ use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
 use crate::closure::PodFacts;
 use crate::nodes::leases::Leases;
-use crate::{clock, supervise};
+use crate::retry::chain;
+use crate::{clock, nodes, supervise};
 
 mod event;
 pub(crate) mod node;
@@ -56,6 +57,7 @@ pub(crate) struct Reports {
 
 struct Queue {
     node: NodeIdentity,
+    epoch: u64,
     state: Mutex<State>,
     wake: tokio::sync::Notify,
     /// Something is to be reported once more.
@@ -94,18 +96,19 @@ impl Upstream {
         Arc::new(Self { api, shared, leases, permits: Semaphore::new(AT_ONCE), queues: Mutex::default() })
     }
 
-    /// Begins a session.
-    pub(crate) fn open(self: &Arc<Self>, node: &NodeIdentity) -> Reports {
+    /// Begins a session. One that `claims` writes nothing before the Node says that it has it.
+    pub(crate) fn open(self: &Arc<Self>, node: &NodeIdentity, epoch: u64, claims: bool) -> Reports {
         let (sender, ended) = mpsc::channel(WAITING);
         let queue = Arc::new(Queue {
             node: node.clone(),
+            epoch,
             state: Mutex::default(),
             wake: tokio::sync::Notify::new(),
             wanted: tokio::sync::Notify::new(),
             ended: sender,
         });
         lock(&self.queues).insert(node.name.clone(), queue.clone());
-        let task = supervise::spawn("upstream", self.clone().drive(queue.clone()));
+        let task = supervise::spawn("upstream", self.clone().drive(queue.clone(), claims));
         Reports { upstream: self.clone(), queue, ended, task }
     }
 
@@ -132,7 +135,10 @@ impl Upstream {
         }
     }
 
-    async fn drive(self: Arc<Self>, queue: Arc<Queue>) {
+    async fn drive(self: Arc<Self>, queue: Arc<Queue>, claims: bool) {
+        if claims {
+            Box::pin(self.claim(&queue)).await;
+        }
         loop {
             let next = lock(&queue.state).next(clock::monotonic());
             let ended = match next {
@@ -156,6 +162,25 @@ impl Upstream {
         }
     }
 
+    /// Takes the node over from whatever replica had it, however long that takes.
+    async fn claim(&self, queue: &Queue) {
+        let mut attempt = 0;
+        loop {
+            let claimed = match self.permits.acquire().await {
+                Ok(_permit) => nodes::claim(&self.api, &queue.node, queue.epoch).await,
+                Err(_) => return,
+            };
+            match claimed {
+                Ok(epoch) => return self.shared.closures().claimed(&queue.node.name, epoch),
+                Err(error) => {
+                    debug!(node = queue.node.name, "cannot claim the node yet: {}", chain(&error));
+                    tokio::time::sleep(backoff(attempt, rand::random())).await;
+                    attempt += 1;
+                }
+            }
+        }
+    }
+
     /// Tries once. Answers a report that came to its end, and why it was refused or nothing; what is to be tried again waits for it, and
     /// the others go on.
     async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<(u64, String)> {
@@ -164,6 +189,10 @@ impl Upstream {
         let outcome = match self.permits.acquire().await {
             Ok(_permit) => {
                 self.leases.on_time().await;
+                if self.shared.closures().is_superseded(&queue.node, queue.epoch) {
+                    // The newer session has it too: this one only has to end.
+                    return None;
+                }
                 AssertUnwindSafe(self.attempt(queue, report)).catch_unwind().await.unwrap_or_else(|_| {
                     error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
                     Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
@@ -211,7 +240,7 @@ impl Upstream {
     async fn attempt(&self, queue: &Queue, report: &Report) -> Outcome {
         match report.kind {
             ReportKind::PodStatus => self.pod_status(queue, report).await,
-            ReportKind::NodeStatus => self.node_status(&queue.node, report).await,
+            ReportKind::NodeStatus => self.node_status(queue, report).await,
             ReportKind::Event => self.event(&queue.node, report).await,
             ReportKind::Unspecified => {
                 Outcome::Refused("cloudcore does not know this kind of report: update it".into())
@@ -336,7 +365,8 @@ impl Upstream {
         }
     }
 
-    async fn node_status(&self, node: &NodeIdentity, report: &Report) -> Outcome {
+    async fn node_status(&self, queue: &Queue, report: &Report) -> Outcome {
+        let node = &queue.node;
         if report.name != node.name {
             return Outcome::Refused(format!("node {} may not report for node {}", node.name, report.name));
         }
@@ -348,7 +378,7 @@ impl Upstream {
             let closures = self.shared.closures();
             (closures.capacity(&node.name).cloned(), closures.node_shown(&node.name))
         };
-        let patch = match node::patch(&node.name, &node.uid, &content, capacity.as_ref()) {
+        let patch = match node::patch(node, queue.epoch, &content, capacity.as_ref()) {
             Ok(patch) => patch,
             Err(reason) => return Outcome::Refused(reason),
         };

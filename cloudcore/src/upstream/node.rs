@@ -9,7 +9,8 @@ use skerry_proto::ADDRESSES_ANNOTATION;
 use skerry_proto::payload::NodeReport;
 
 use super::pod::meaning;
-use crate::nodes::labels;
+use crate::backend::NodeIdentity;
+use crate::nodes::{EPOCH_ANNOTATION, labels};
 
 /// What an edge may say of its node; the rest of a NodeStatus is the cloud's.
 const FIELDS: [&str; 8] = [
@@ -94,7 +95,13 @@ fn heartbeat(node: &Value) -> i64 {
 
 /// The strategic merge patch of nodes/status, with the box's addresses and the labels it may set. `capacity` is what the apiserver has: resources that others added to it must also be
 /// allocatable.
-pub(crate) fn patch(name: &str, uid: &str, report: &NodeReport, capacity: Option<&Value>) -> Result<Value, String> {
+pub(crate) fn patch(
+    node: &NodeIdentity,
+    epoch: u64,
+    report: &NodeReport,
+    capacity: Option<&Value>,
+) -> Result<Value, String> {
+    let NodeIdentity { name, uid } = node;
     let reported = report.status.as_object().ok_or("the status is not an object")?;
     let mut status: Map<String, Value> = FIELDS
         .into_iter()
@@ -121,7 +128,7 @@ pub(crate) fn patch(name: &str, uid: &str, report: &NodeReport, capacity: Option
     let labels: BTreeMap<&String, &String> =
         report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
     // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
-    let annotations = json!({ADDRESSES_ANNOTATION: report.addresses.join(",")});
+    let annotations = json!({ADDRESSES_ANNOTATION: report.addresses.join(","), EPOCH_ANNOTATION: epoch.to_string()});
     Ok(json!({"metadata": {"uid": uid, "annotations": annotations, "labels": labels}, "status": status}))
 }
 
@@ -138,6 +145,10 @@ fn foreign(there: Option<&Value>, reported: Option<&Value>) -> Vec<(String, Valu
 mod tests {
     use super::*;
 
+    fn e() -> NodeIdentity {
+        NodeIdentity { name: "e".to_owned(), uid: "u".to_owned() }
+    }
+
     #[test]
     fn foreign_capacity_becomes_allocatable_and_the_clouds_fields_stay() {
         let report = NodeReport {
@@ -151,14 +162,14 @@ mod tests {
         };
         let stored = json!({"cpu": "2", "example.com/dongle": "3"});
         assert_eq!(
-            patch("edge", "u", &report, Some(&stored)).unwrap(),
+            patch(&e(), 7, &report, Some(&stored)).unwrap(),
             json!({
-                "metadata": {"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5,10.9.9.9"}, "labels": {}},
+                "metadata": {"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5,10.9.9.9", EPOCH_ANNOTATION: "7"}, "labels": {}},
                 "status": {
                     "capacity": {"cpu": "2"}, "allocatable": {"cpu": "1900m", "example.com/dongle": "3"}, "nodeInfo": {"kernelVersion": "6"},
                     "conditions": [{"type": "Ready", "status": "True"}],
                     "addresses": [
-                        {"$patch": "replace"}, {"type": "InternalIP", "address": "192.168.1.5"}, {"type": "Hostname", "address": "edge"},
+                        {"$patch": "replace"}, {"type": "InternalIP", "address": "192.168.1.5"}, {"type": "Hostname", "address": "e"},
                     ],
                 },
             })
@@ -196,12 +207,12 @@ mod tests {
             },
         });
         let (shown, capacity) = (NodeShown::of(&node), Some(&node["status"]["capacity"]));
-        let says = |report: &NodeReport| shown.says(&patch("e", "u", report, capacity).unwrap(), capacity);
+        let says = |report: &NodeReport| shown.says(&patch(&e(), 7, report, capacity).unwrap(), capacity);
         assert!(says(&report("False", 14)));
         assert!(!says(&report("True", 0)), "something changed");
         assert!(!says(&report("False", 15)), "the heartbeat is old");
         assert!(!says(&NodeReport { addresses: vec!["10.0.0.1".into()], ..report("False", 0) }), "the box moved");
-        assert!(!NodeShown::default().says(&patch("e", "u", &report("False", 0), None).unwrap(), None));
+        assert!(!NodeShown::default().says(&patch(&e(), 7, &report("False", 0), None).unwrap(), None));
     }
 
     #[test]
@@ -218,8 +229,8 @@ mod tests {
             labels: labels.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         };
         assert_eq!(
-            patch("e", "u", &report, None).unwrap()["metadata"],
-            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b"}, "labels": {"kubernetes.io/arch": "amd64"}})
+            patch(&e(), 7, &report, None).unwrap()["metadata"],
+            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b", EPOCH_ANNOTATION: "7"}, "labels": {"kubernetes.io/arch": "amd64"}})
         );
     }
 }

@@ -170,7 +170,8 @@ pub fn encode(json: &[u8]) -> (Encoding, Bytes) {
         && let Ok(small) = zstd::bulk::compress(json, 3)
         && small.len() < json.len()
     {
-        return (Encoding::Zstd, small.into());
+        // Without the room that compressing took: many of these are held.
+        return (Encoding::Zstd, small.into_boxed_slice().into());
     }
     (Encoding::Raw, Bytes::copy_from_slice(json))
 }

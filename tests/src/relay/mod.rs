@@ -48,6 +48,8 @@ pub struct Line {
     generation: u64,
     /// How often the NAT gave clients of UDP other ports.
     rebindings: u64,
+    /// Where new connections and new clients go, if not where the relay was started for.
+    elsewhere: Option<SocketAddr>,
 }
 
 /// A relay. Dropping it closes everything.
@@ -96,6 +98,11 @@ impl Relay {
         self.line.send_modify(change);
     }
 
+    /// New connections and new clients go there from now on, as behind a balancer.
+    pub fn retarget(&self, target: SocketAddr) {
+        self.set(|line| line.elsewhere = Some(target));
+    }
+
     /// Gives every client of UDP another port, as NATs do.
     pub fn rebind(&self) {
         self.set(|line| line.rebindings += 1);
@@ -108,7 +115,10 @@ impl Relay {
 
     /// The line as it was at the start. Connections that lost bytes stay dead.
     pub fn heal(&self) {
-        self.set(|line| *line = Line { generation: line.generation, rebindings: line.rebindings, ..Line::default() });
+        self.set(|line| {
+            let (generation, rebindings, elsewhere) = (line.generation, line.rebindings, line.elsewhere);
+            *line = Line { generation, rebindings, elsewhere, ..Line::default() };
+        });
     }
 
     /// Resets every connection; new ones pass. Clients of UDP are lost without a word.
@@ -151,6 +161,7 @@ async fn accept(listener: TcpListener, target: SocketAddr, line: watch::Receiver
             near.set_zero_linger().ok();
             continue;
         }
+        let target = line.borrow().elsewhere.unwrap_or(target);
         tokio::spawn(connection(near, target, line.clone(), counters.clone()));
     }
 }

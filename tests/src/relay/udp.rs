@@ -23,6 +23,7 @@ const MOST: usize = 16 << 10;
 
 /// A client, as a NAT knows it.
 struct Mapping {
+    target: SocketAddr,
     far: Arc<UdpSocket>,
     /// [`Line::generation`] when it came.
     generation: u64,
@@ -58,6 +59,7 @@ pub(super) async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Rece
                 continue;
             }
             counters.connections.fetch_add(1, Ordering::Relaxed);
+            let target = now.elsewhere.unwrap_or(target);
             let Ok(mapping) = map(client, &now, target, &near, &down, &line, &counters).await else { continue };
             clients.insert(client, mapping);
         }
@@ -66,7 +68,7 @@ pub(super) async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Rece
             continue;
         }
         if mapping.rebindings != now.rebindings {
-            let Ok(anew) = map(client, &now, target, &near, &down, &line, &counters).await else { continue };
+            let Ok(anew) = map(client, &now, mapping.target, &near, &down, &line, &counters).await else { continue };
             *mapping = anew;
         }
         up.send(&now, &buffer[..bytes], &mapping.far, None, &counters);
@@ -96,7 +98,7 @@ async fn map(
             }
         }
     });
-    Ok(Mapping { far, generation, rebindings: now.rebindings, answers })
+    Ok(Mapping { target, far, generation, rebindings: now.rebindings, answers })
 }
 
 impl Lane {

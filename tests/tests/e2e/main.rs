@@ -12,6 +12,7 @@ mod join;
 mod linkcut;
 mod nodedelete;
 mod powercycle;
+mod replicas;
 mod transports;
 mod workloads;
 mod world;

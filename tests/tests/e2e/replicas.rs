@@ -1,0 +1,99 @@
+//! Several cloudcores behind one address.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use skerry_tests::cloudcore::Cloudcore;
+use skerry_tests::manifests::{list, sleeper};
+use skerry_tests::wait::until;
+
+use crate::world::{control, story};
+
+#[test]
+fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result<()> {
+    story("replicas-takeover", |world| {
+        let node = world.edge.name().to_owned();
+        world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
+        let before = world.running()?;
+        let second = {
+            let control = control()?;
+            Cloudcore::start(&control, &world.dir().join("second"), None)?
+        };
+        for transport in ["quic", "websocket"] {
+            world.carry_over(transport)?;
+            let (first_session, first) = (world.session()?.1, world.cloud.address());
+            ensure!(sessions(&world.cloud)? == 1 && sessions(&second)? == 0, "the node is not at the first replica");
+
+            // The first replica hears nothing of the end of its session.
+            world.relay.cut();
+            world.edge.kill();
+            world.relay.retarget(second.address());
+            world.relay.heal();
+            world.edge.start()?;
+            world.wait_connected()?;
+            until("the first replica to let go", 10, || Ok(sessions(&world.cloud)? == 0))?;
+            ensure!(sessions(&second)? == 1, "the node is not at the second replica");
+            ensure!(world.session()?.1 > first_session, "the epoch did not rise");
+            ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+
+            // What is done now is done once, and by the second.
+            world.kubectl.apply(&sleeper("three", &node, false).to_string())?;
+            world.wait_ready("app=sleeper", 3)?;
+            world.kubectl.delete("pod", "three")?;
+            world.kubectl.wait_gone("pod", "three", 60)?;
+            std::thread::sleep(Duration::from_secs(12));
+            world.wait_node_ready()?;
+            ensure!(sessions(&second)? == 1 && sessions(&world.cloud)? == 0, "the session moved by itself");
+
+            // And back.
+            world.relay.cut();
+            world.edge.kill();
+            world.relay.retarget(first);
+            world.relay.heal();
+            world.edge.start()?;
+            world.wait_connected()?;
+            until("the second replica to let go", 10, || Ok(sessions(&second)? == 0))?;
+            ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn sessions_move_between_replicas_while_pods_come_and_go() -> Result<()> {
+    story("replicas-moving", |world| {
+        let node = world.edge.name().to_owned();
+        let second = {
+            let control = control()?;
+            Cloudcore::start(&control, &world.dir().join("moving"), None)?
+        };
+        let both = [world.cloud.address(), second.address()];
+        world.carry_over("websocket")?;
+        for round in 0..8 {
+            world.kubectl.apply(&sleeper(&format!("pod-{round}"), &node, false).to_string())?;
+            if round >= 2 {
+                world.kubectl.delete("pod", &format!("pod-{}", round - 2))?;
+            }
+            world.relay.retarget(both[(round + 1) % 2]);
+            world.relay.reset();
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        for gone in 0..6 {
+            world.kubectl.wait_gone("pod", &format!("pod-{gone}"), 60)?;
+        }
+        world.wait_ready("app=sleeper", 2)?;
+        until("exactly the two pods to run", 30, || Ok(world.running()?.len() == 2))?;
+        world.relay.retarget(both[0]);
+        world.relay.reset();
+        until("the session to be where it was", 30, || {
+            Ok(sessions(&world.cloud)? == 1 && sessions(&second)? == 0 && world.is_connected()?)
+        })
+    })
+}
+
+/// Sessions that stand at a cloudcore, by its own account.
+fn sessions(cloud: &Cloudcore) -> Result<u64> {
+    let (_, text) = cloud.admin("/metrics")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("skerry_sessions "));
+    line.and_then(|count| count.trim().parse().ok()).with_context(|| format!("no number of sessions in {text}"))
+}
