@@ -19,6 +19,20 @@ pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/skerry.link.v1.rs"));
 }
 
+impl wire::frame::Body {
+    /// Whether it is of the control class as it is: neither a stream's, nor a part of a larger frame.
+    pub(crate) fn is_control(&self) -> bool {
+        !matches!(
+            self,
+            Self::StreamOpen(_)
+                | Self::StreamData(_)
+                | Self::StreamCredit(_)
+                | Self::StreamReset(_)
+                | Self::ControlPart(_)
+        )
+    }
+}
+
 /// CRI v1, client and server, generated from `cri/cri.proto`.
 #[cfg(feature = "cri")]
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, deprecated)]

@@ -469,19 +469,11 @@ impl Mux {
         }
         let whole = self.assembly.take().unwrap_or_default().freeze();
         let frame = Frame::decode(whole).map_err(|_| Violation::Malformed)?;
-        match frame.body {
-            Some(
-                Body::StreamOpen(_)
-                | Body::StreamData(_)
-                | Body::StreamCredit(_)
-                | Body::StreamReset(_)
-                | Body::ControlPart(_),
-            ) => Err(Violation::Malformed),
-            _ => {
-                self.events.push_back(Event::Control(frame));
-                Ok(())
-            }
+        if frame.body.as_ref().is_some_and(|body| !body.is_control()) {
+            return Err(Violation::Malformed);
         }
+        self.events.push_back(Event::Control(frame));
+        Ok(())
     }
 
     /// The id of a stream that is or was.

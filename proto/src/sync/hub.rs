@@ -285,22 +285,8 @@ impl Hub {
             // A frame of a kind that is not known here comes from a newer edge, which can do without an answer.
             Some(Body::Pong(_)) | None => Ok(()),
             Some(Body::Hello(_)) => Err("a second hello".to_owned()),
-            Some(
-                Body::Welcome(_)
-                | Body::InventoryRequest(_)
-                | Body::Upsert(_)
-                | Body::Delete(_)
-                | Body::DigestCheck(_)
-                | Body::ReportAck(_)
-                | Body::ReportRequest(_),
-            ) => Err("a frame that only the cloud sends".to_owned()),
-            Some(
-                Body::StreamOpen(_)
-                | Body::StreamData(_)
-                | Body::StreamCredit(_)
-                | Body::StreamReset(_)
-                | Body::ControlPart(_),
-            ) => Err("a frame that is not of the control class".to_owned()),
+            Some(body) if body.is_control() => Err("a frame that only the cloud sends".to_owned()),
+            Some(_) => Err("a frame that is not of the control class".to_owned()),
         }
     }
 
