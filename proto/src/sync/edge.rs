@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use super::revisions::{self, Revisions};
 use super::{
     COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL,
     REPORT_WINDOW, Report, decode, encode, rank,
@@ -25,6 +26,7 @@ pub struct Edge {
     agent: String,
     last_epoch: u64,
     collections: [Rows; COLLECTIONS.len()],
+    revisions: Revisions,
     /// Waiting to be sent, in order of id.
     queued: VecDeque<Report>,
     /// Sent in this session, in order of id.
@@ -80,8 +82,8 @@ pub enum EdgeOutput {
         /// The cloud's clock, Unix milliseconds.
         server_time: u64,
     },
-    /// Write these to the store in one transaction, then answer [`EdgeInput::Committed`]. If that fails, make a new [`Edge`] from what
-    /// the store holds: this one is ahead of it.
+    /// Write these and [`Edge::revisions`] to the store in one transaction, then answer [`EdgeInput::Committed`]. If that fails, make a
+    /// new [`Edge`] from what the store holds: this one is ahead of it.
     Apply {
         /// In order.
         ops: Vec<Op>,
@@ -147,6 +149,7 @@ impl Edge {
             agent: agent.to_owned(),
             last_epoch,
             collections: Default::default(),
+            revisions: Revisions::default(),
             queued: VecDeque::new(),
             sent: VecDeque::new(),
             next_ticket: 1,
@@ -158,6 +161,29 @@ impl Edge {
             }
         }
         edge
+    }
+
+    /// This, whose store holds these [`Edge::revisions`].
+    #[must_use]
+    pub fn with_revisions(mut self, stored: impl IntoIterator<Item = (Collection, u64)>) -> Self {
+        for (collection, newest) in stored {
+            if let Some(order) = rank(collection) {
+                self.revisions[order] = newest;
+            }
+        }
+        self
+    }
+
+    /// How new what it holds may be: the apiserver's revision of each collection. A replica of the cloud that has not come as far waits
+    /// with what it has to say. It belongs to the rows: stored with them, and lost and restored with them.
+    pub fn revisions(&self) -> impl Iterator<Item = (Collection, u64)> {
+        COLLECTIONS.into_iter().zip(self.revisions).filter(|(_, newest)| *newest > 0)
+    }
+
+    /// As if nothing unanswered were on its way: what no edge does.
+    #[cfg(test)]
+    pub(super) fn forget_sent(&mut self) {
+        self.sent.clear();
     }
 
     /// Takes an input at a time.
@@ -237,6 +263,7 @@ impl Edge {
             last_epoch: self.last_epoch,
             digests: digests.map(|(collection, rows)| rows.digest.to_wire(collection)).collect(),
             agent: self.agent.clone(),
+            revisions: revisions::to_wire(&self.revisions),
         })));
     }
 
@@ -284,6 +311,7 @@ impl Edge {
                 let collection = delete.collection();
                 let order = rank(collection).ok_or("a delete in an unknown collection")?;
                 session.advance(delete.seq)?;
+                revisions::note(&mut self.revisions, &delete.revisions);
                 self.collections[order].set(&delete.uid, None);
                 self.apply(Op::Delete(collection, delete.uid), out);
                 Ok(())
@@ -333,6 +361,7 @@ impl Edge {
         serde_json::from_slice::<serde::de::IgnoredAny>(&payload)
             .map_err(|error| format!("{} is not JSON: {error}", upsert.key))?;
         session.advance(upsert.seq)?;
+        revisions::note(&mut self.revisions, &upsert.revisions);
         let wire::Upsert { key, uid, version, .. } = upsert;
         self.collections[order].set(&uid, Some((key.clone(), version)));
         let entry = Entry { key, uid, version };
@@ -343,11 +372,12 @@ impl Edge {
 
     fn delta(&mut self, order: usize, upsert: wire::Upsert, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let wire::Upsert { seq, key, uid, version, delta, base, .. } = upsert;
+        let wire::Upsert { seq, key, uid, version, delta, base, revisions, .. } = upsert;
         if self.collections[order].rows.get(&uid).is_none_or(|(_, held)| *held != base) {
             return Err(format!("a delta of {key} against a version that is not held"));
         }
         session.advance(seq)?;
+        revisions::note(&mut self.revisions, &revisions);
         self.collections[order].set(&uid, Some((key.clone(), version)));
         let op = Op::Patch(COLLECTIONS[order], Entry { key, uid, version }, Delta { base, payload: delta });
         self.apply(op, out);

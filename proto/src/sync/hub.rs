@@ -2,13 +2,15 @@
 //!
 //! It compares what the edge holds with what the caller says is desired, and sends the difference. What the edge holds is known
 //! from its digests when they agree and from its inventory when they do not; from then on it is what was held plus what was sent,
-//! checked by a digest behind every batch. A collection is neither sent nor deleted from before it is declared complete.
+//! checked by a digest behind every batch. A collection is neither sent nor deleted from before it is declared complete, and none before
+//! what was said is as new as what the edge has seen, from whatever replica; what agrees already is in sync without that.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use prost::Message as _;
 
+use super::revisions::Freshness;
 use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_NAME, Object, PROTOCOL, REPORT_WINDOW, Report, decode,
     rank,
@@ -16,12 +18,13 @@ use super::{
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
 /// Unacknowledged bytes beyond which nothing more is sent; one object may exceed it alone. Small in tests, so that it is met often.
-const WINDOW: usize = if cfg!(test) { 4 << 10 } else { 256 << 10 };
+const WINDOW: usize = if cfg!(test) { 2 << 10 } else { 256 << 10 };
 
 /// The cloud's side of one session: from the edge's Hello to the end of the connection.
 #[derive(Debug)]
 pub struct Hub {
     collections: [Held; COLLECTIONS.len()],
+    freshness: Freshness,
     /// What differs, in the order in which it is to be sent.
     dirty: BTreeSet<Turn>,
     sent_seq: u64,
@@ -50,6 +53,13 @@ pub enum HubInput {
     Gone(Collection, String),
     /// Everything the edge should hold of this collection has been said: from now on it is compared, sent and deleted.
     Complete(Collection),
+    /// What is said of any collection from now on may show changes of this one up to this revision of the apiserver's, none beyond. To be
+    /// said before it.
+    Newest(Collection, u64),
+    /// Every change of this collection up to this revision shows in what was said of every collection; see [`Hub::is_behind`].
+    Reached(Collection, u64),
+    /// The apiserver's revisions began anew (it was restored from a backup): those that the edge has seen mean nothing.
+    Restored,
     /// The apiserver took the report of this id (`refused` empty) or refused it for good.
     Reported {
         /// The report's id.
@@ -149,6 +159,7 @@ impl Hub {
     ) -> (Self, Vec<HubOutput>) {
         let mut hub = Self {
             collections: Default::default(),
+            freshness: Freshness::new(&hello.revisions),
             dirty: BTreeSet::new(),
             sent_seq: 0,
             acked_seq: 0,
@@ -188,6 +199,12 @@ impl Hub {
             Some(order) if !self.closed => self.request_inventory(order).into_iter().collect(),
             _ => Vec::new(),
         }
+    }
+
+    /// Whether the edge has seen later changes than [`HubInput::Reached`] has told of: until they are reached, nothing is sent but what
+    /// finds out whether both sides agree all the same.
+    pub fn is_behind(&self) -> bool {
+        self.freshness.is_behind()
     }
 
     /// Has the edge report once more what it knows of an object.
@@ -234,6 +251,17 @@ impl Hub {
                     out.extend(self.compare(order));
                 }
             }
+            HubInput::Newest(collection, revision) => {
+                if let Some(order) = rank(collection) {
+                    self.freshness.newest(order, revision);
+                }
+            }
+            HubInput::Reached(collection, revision) => {
+                if let Some(order) = rank(collection) {
+                    self.catch_up(|freshness| freshness.reached(order, revision), &mut out);
+                }
+            }
+            HubInput::Restored => self.catch_up(Freshness::disregard, &mut out),
             HubInput::Reported { id, refused } => {
                 if self.reports.remove(&id) {
                     out.push(send(Body::ReportAck(wire::ReportAck { id, refused })));
@@ -344,10 +372,23 @@ impl Hub {
         self.requeue(order, uid);
     }
 
+    /// Compares everything once what the edge has seen is reached.
+    fn catch_up(&mut self, by: impl FnOnce(&mut Freshness), out: &mut Vec<HubOutput>) {
+        let was_behind = self.is_behind();
+        by(&mut self.freshness);
+        if was_behind && !self.is_behind() {
+            for order in 0..COLLECTIONS.len() {
+                if self.collections[order].complete {
+                    out.extend(self.compare(order));
+                }
+            }
+        }
+    }
+
     /// Puts a row in the queue, or takes it out, according to its difference.
     fn requeue(&mut self, order: usize, uid: String) {
         let held = &self.collections[order];
-        let ready = held.complete && matches!(held.knowledge, Knowledge::Rows);
+        let ready = held.complete && matches!(held.knowledge, Knowledge::Rows) && !self.is_behind();
         let upsert = Turn { delete: false, order, uid };
         let delete = Turn { delete: true, order: COLLECTIONS.len() - order, uid: upsert.uid.clone() };
         self.dirty.remove(&upsert);
@@ -385,8 +426,9 @@ impl Hub {
             }
         }
         match held.knowledge {
-            Knowledge::None | Knowledge::Digest(_) => self.request_inventory(order),
-            Knowledge::Asked(_) => None,
+            Knowledge::None | Knowledge::Digest(_) if !self.freshness.is_behind() => self.request_inventory(order),
+            // What differs while it is behind may well agree once it is not.
+            Knowledge::None | Knowledge::Digest(_) | Knowledge::Asked(_) => None,
             Knowledge::Rows => {
                 let uids: Vec<String> = held.rows.keys().cloned().collect();
                 for uid in uids {
@@ -473,6 +515,7 @@ impl Hub {
                         key: row.key.clone(),
                         uid: uid.clone(),
                         version: object.entry.version,
+                        revisions: self.freshness.untold(),
                         ..wire::Upsert::default()
                     };
                     // What the edge holds once it has applied everything sent is what it will hold when this arrives.
@@ -492,8 +535,9 @@ impl Hub {
                     continue;
                 }
                 None => {
-                    let collection = COLLECTIONS[order].into();
-                    (Body::Delete(wire::Delete { seq: self.sent_seq + 1, collection, uid: uid.clone() }), None)
+                    let (seq, collection) = (self.sent_seq + 1, COLLECTIONS[order].into());
+                    let revisions = self.freshness.untold();
+                    (Body::Delete(wire::Delete { seq, collection, uid: uid.clone(), revisions }), None)
                 }
             };
             let held = &mut self.collections[order];

@@ -1,7 +1,8 @@
 //! State sync between one cloud (the hub side) and one edge: two machines, [`Hub`] and [`Edge`], that do no IO.
 //!
 //! What they guarantee: an edge whose link works converges to what the hub is told to be desired; per object no version goes
-//! backwards; nothing is deleted but by an explicit delete of a UID, which a hub sends only for a collection declared complete.
+//! backwards, also from one replica of the cloud to another; nothing is deleted but by an explicit delete of a UID, which a hub sends
+//! only for a collection declared complete, and only when it is known to be as new as what the edge has seen.
 //! Time is a [`Duration`] since any fixed origin of the caller's.
 
 use std::time::Duration;
@@ -18,6 +19,7 @@ pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 mod digest;
 mod edge;
 mod hub;
+mod revisions;
 #[cfg(test)]
 mod tests;
 
