@@ -10,6 +10,7 @@ pub(super) type Id = (usize, String);
 
 pub(super) const CONFIG_MAPS: usize = 4;
 pub(super) const SECRETS: usize = 5;
+const TOKENS: usize = 6;
 pub(super) const PODS: usize = 7;
 
 #[derive(Default)]
@@ -232,8 +233,12 @@ impl Replica {
         if id.0 == PODS {
             let key = needed_by(&id.1);
             let maps = (CONFIG_MAPS, String::new())..(SECRETS, String::new());
-            let mut touched: Vec<Id> =
-                self.cache.range(maps.clone()).filter(|(_, map)| map.entry.key == key).map(|(id, _)| id.clone()).collect();
+            let mut touched: Vec<Id> = self
+                .cache
+                .range(maps.clone())
+                .filter(|(_, map)| map.entry.key == key)
+                .map(|(id, _)| id.clone())
+                .collect();
             if let Some(session) = &self.session {
                 touched.extend(session.told.range(maps).filter(|(_, map)| map.key == key).map(|(id, _)| id.clone()));
             }
@@ -259,6 +264,16 @@ impl Replica {
         }
     }
 
+    /// The edge says what it holds: what it was to keep and has not got is given.
+    pub(super) fn answer(&mut self, collection: Collection, held: &[Entry]) {
+        let Some(session) = self.session.as_mut().filter(|_| rank(collection) == Some(TOKENS)) else { return };
+        for (id, entry) in session.told.range((TOKENS, String::new())..(PODS, String::new())) {
+            if let Some(object) = self.cache.get(id).filter(|_| !held.contains(entry)) {
+                session.untold.push_back(HubInput::Desired(object.clone()));
+            }
+        }
+    }
+
     fn tell(&mut self, input: HubInput) {
         if let Some(session) = &mut self.session {
             session.untold.push_back(input);
@@ -266,12 +281,17 @@ impl Replica {
     }
 
     /// What a session says first, in this order: how new it may be, what belongs on the node, and that this is all.
-    pub(super) fn begin(&mut self, mut session: Session, dice: &mut Dice, first: Option<fn(&HubInput) -> bool>) {
+    pub(super) fn begin(&mut self, mut session: Session, dice: &mut Dice, too_early: bool) {
         let mine = self.cache.iter().filter(|(id, _)| belongs(&self.cache, id));
         let mut objects: Vec<HubInput> = Vec::new();
         for (id, object) in mine {
             session.told.insert(id.clone(), object.entry.clone());
-            objects.push(HubInput::Desired(object.clone()));
+            // A token that the edge may hold is not minted again.
+            objects.push(if id.0 == TOKENS && dice.one_in(2) {
+                HubInput::Keep(object.collection, object.entry.clone())
+            } else {
+                HubInput::Desired(object.clone())
+            });
         }
         dice.shuffle(&mut objects);
         let mut ends: Vec<HubInput> = Vec::new();
@@ -281,12 +301,8 @@ impl Replica {
             ends.push(HubInput::Complete(collection));
         }
         dice.shuffle(&mut ends);
-        session.untold.extend(objects);
-        session.untold.extend(ends);
-        if let Some(first) = first {
-            let (early, rest): (Vec<_>, Vec<_>) = session.untold.drain(..).partition(first);
-            session.untold.extend(early.into_iter().chain(rest));
-        }
+        let (first, then) = if too_early { (ends, objects) } else { (objects, ends) };
+        session.untold.extend(first.into_iter().chain(then));
         self.session = Some(session);
     }
 }

@@ -132,7 +132,7 @@ impl Node {
     /// A new report, as the outbox holds it.
     pub(super) fn report(&mut self, dice: &mut Dice) -> Report {
         self.disk.next_report += 1;
-        let (id, uid) = (self.disk.next_report, format!("p{}", dice.roll(5)));
+        let (id, uid) = (self.disk.next_report, format!("p{}", dice.roll(3)));
         let is_event = dice.one_in(3);
         let kind = if is_event { ReportKind::Event } else { ReportKind::PodStatus };
         let name = if is_event { format!("event-{id}") } else { uid.clone() };

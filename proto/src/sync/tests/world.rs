@@ -104,11 +104,12 @@ impl World {
         self.edge_outputs(out);
     }
 
-    /// The node lets go of its connection; what it sent may still arrive.
+    /// The node lets go of its connection; what it sent may still arrive, and the end may not.
     pub(super) fn disconnect(&mut self) {
         let Some(id) = self.current.take() else { return };
+        let is_heard = !self.dice.one_in(3);
         if let Some(connection) = self.connection(id) {
-            connection.left_by_node = true;
+            connection.left_by_node = is_heard;
         }
         let out = self.node.edge.step(self.now, EdgeInput::Disconnected);
         assert!(out.is_empty());
@@ -129,14 +130,8 @@ impl World {
         let (hub, out) = Hub::new(self.now, &hello, epoch, 0, "hub");
         let (untold, told, reports) = (VecDeque::new(), BTreeMap::new(), VecDeque::new());
         let session = Session { connection, epoch, hub, untold, told, reports };
-        let first: Option<fn(&HubInput) -> bool> = match self.mutation {
-            Some(Mutation::CompleteTooEarly) => Some(|input| matches!(input, HubInput::Complete(_))),
-            Some(Mutation::ReachedTooEarly) => {
-                Some(|input| matches!(input, HubInput::Reached(..) | HubInput::Complete(_)))
-            }
-            _ => None,
-        };
-        self.replicas[at].begin(session, &mut self.dice, first);
+        let too_early = self.is(Mutation::CompleteTooEarly);
+        self.replicas[at].begin(session, &mut self.dice, too_early);
         self.hub_outputs(at, out);
     }
 
@@ -168,7 +163,7 @@ impl World {
                         connection.down.push_back(through_the_wire(&frame));
                     }
                 }
-                HubOutput::Inventory(..) => {}
+                HubOutput::Inventory(collection, held) => self.replicas[at].answer(collection, &held),
                 HubOutput::InSync => {
                     if self.current == Some(session.connection)
                         && session.untold.is_empty()
@@ -351,7 +346,7 @@ impl World {
         }
         match frame.body {
             Some(Body::Hello(hello)) => self.hello(at, id, hello),
-            Some(Body::Report(mut report)) if self.is(Mutation::ReportTwice) => {
+            Some(Body::Report(mut report)) if self.is(Mutation::ReportTwice) && self.session_on(at, id) => {
                 if report.kind() == ReportKind::Event && !self.arrived.insert(report.id) {
                     report.name.push_str("-again");
                 }
@@ -434,33 +429,40 @@ impl World {
                     self.feed(at);
                 }
             }
-            720..780 => {
+            720..723 => {
+                let collection = self.dice.pick(&COLLECTIONS);
+                if let Some(session) = &mut self.replicas[at].session {
+                    let out = session.hub.ask(collection);
+                    self.hub_outputs(at, out);
+                }
+            }
+            723..770 => {
                 let order = self.dice.roll(COLLECTIONS.len());
                 for _ in 0..=self.dice.roll(3) {
                     self.replicas[at].watch(&self.apiserver, order);
                 }
             }
-            780..785 => {
+            770..785 => {
                 let marked = !self.is(Mutation::FetchUnmarked);
                 self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
             }
-            785..840 => {
-                for _ in 0..=self.dice.roll(3) {
+            785..830 => {
+                for _ in 0..self.dice.pick(&[1, 1, 2, 7]) {
                     self.deliver_report(at);
                 }
             }
-            840..860 => self.apiserver.create(&mut self.dice),
-            860..895 => {
+            830..845 => self.apiserver.create(&mut self.dice),
+            845..880 => {
                 if let Some((id, key)) = self.apiserver.pick(&mut self.dice) {
                     self.apiserver.write(&mut self.dice, &id, &key);
                 }
             }
-            895..912 => {
+            880..897 => {
                 if let Some((id, _)) = self.apiserver.pick(&mut self.dice) {
                     self.apiserver.delete(&id);
                 }
             }
-            912..937 => self.report(),
+            897..937 => self.report(),
             937..950 => {
                 let by = self.dice.roll(20_000);
                 self.pass_time(Duration::from_millis(by.try_into().unwrap()));
