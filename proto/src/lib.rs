@@ -4,6 +4,11 @@
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
 pub mod delta;
+#[cfg(test)]
+mod dice;
+pub mod frame;
+#[cfg(test)]
+mod fuzz;
 pub mod mux;
 pub mod payload;
 #[cfg(feature = "streams")]

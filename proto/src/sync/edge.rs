@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::revisions::{self, Revisions};
 use super::{
-    COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL,
+    COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, MAX_NAME, Object, PING_AFTER, PROTOCOL,
     REPORT_WINDOW, Report, decode, encode, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
@@ -352,6 +352,9 @@ impl Edge {
         let order = rank(collection).ok_or("an object of an unknown collection")?;
         if upsert.uid.is_empty() || upsert.key.is_empty() {
             return Err("an object without a name or a UID".to_owned());
+        }
+        if upsert.uid.len() > MAX_NAME || upsert.key.len() > MAX_NAME {
+            return Err(format!("an object with a name of more than {MAX_NAME} bytes"));
         }
         if !upsert.delta.is_empty() {
             return self.delta(order, upsert, out);

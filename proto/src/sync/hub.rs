@@ -12,8 +12,8 @@ use prost::Message as _;
 
 use super::revisions::Freshness;
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_NAME, Object, PROTOCOL, REPORT_WINDOW, Report, decode,
-    rank,
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, Object, PROTOCOL,
+    REPORT_WINDOW, Report, decode, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
@@ -467,6 +467,9 @@ impl Hub {
         parts.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
         if parts.len() > MAX_INVENTORY {
             return Err(format!("an inventory of more than {MAX_INVENTORY} rows"));
+        }
+        if parts.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>() > MAX_INVENTORY_BYTES {
+            return Err(format!("an inventory with more than {MAX_INVENTORY_BYTES} bytes of names"));
         }
         if !part.last {
             held.knowledge = Knowledge::Asked(parts);

@@ -51,7 +51,9 @@ pub const MAX_OBJECT: usize = 10 << 20;
 pub const REPORT_WINDOW: usize = 16;
 /// The most rows a hub accepts in one inventory: far above what a node can hold.
 pub const MAX_INVENTORY: usize = 10_000;
-/// The longest key or UID a hub accepts in an inventory, in bytes: namespace, name, a service account and an audience.
+/// The most bytes of keys and UIDs that a hub accepts in one inventory: so much it remembers of what a node says it holds.
+pub const MAX_INVENTORY_BYTES: usize = 1 << 20;
+/// The longest key or UID either side accepts, in bytes: namespace, name, a service account and an audience.
 const MAX_NAME: usize = 1024;
 /// Rows in one inventory frame.
 const INVENTORY_PART: usize = 1000;
@@ -121,7 +123,8 @@ impl Object {
             Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(&self.payload),
         };
         // Names and numbers go into the same frame.
-        self.payload.len() + 4096 <= MAX_FRAME && size.is_some_and(|size| size <= MAX_OBJECT)
+        let names = self.entry.key.len().max(self.entry.uid.len());
+        names <= MAX_NAME && self.payload.len() + 4096 <= MAX_FRAME && size.is_some_and(|size| size <= MAX_OBJECT)
     }
 
     /// Makes an object whose version has another meaning than its content (a token's).

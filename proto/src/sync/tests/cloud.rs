@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::dice::Dice;
 use super::*;
 
 /// Rank in [`COLLECTIONS`], and UID.

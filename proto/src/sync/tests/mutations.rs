@@ -5,7 +5,7 @@ use std::panic;
 use super::run;
 
 /// Schedules within which each is noticed.
-const SCHEDULES: u64 = 20_000;
+const SCHEDULES: u64 = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mutation {

@@ -274,6 +274,14 @@ fn peers_that_break_the_protocol_are_dismissed() {
             entries: vec![wire::Entry::default(); MAX_INVENTORY + 1],
             ..Default::default()
         }),
+        Body::Inventory(wire::Inventory {
+            collection: Collection::Pods.into(),
+            entries: vec![
+                wire::Entry { key: "k".repeat(MAX_NAME), ..Default::default() };
+                1 + MAX_INVENTORY_BYTES / MAX_NAME
+            ],
+            ..Default::default()
+        }),
         Body::Report(wire::Report {
             encoding: Encoding::Zstd.into(),
             payload: Bytes::from_static(b"junk"),
@@ -318,6 +326,14 @@ fn peers_that_break_the_protocol_are_dismissed() {
             ..Default::default()
         }),
         Body::Upsert(wire::Upsert { seq: 1, collection: 99, ..Default::default() }),
+        Body::Upsert(wire::Upsert {
+            seq: 1,
+            collection: pods,
+            key: "k".repeat(MAX_NAME + 1),
+            uid: "u".into(),
+            full: Bytes::from_static(b"{}"),
+            ..Default::default()
+        }),
         Body::DigestCheck(wire::DigestCheck { seq: 1, digest: None }),
         Body::ReportAck(wire::ReportAck { id: 3, refused: String::new() }),
         Body::Hello(wire::Hello::default()),
