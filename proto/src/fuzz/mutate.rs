@@ -11,7 +11,7 @@ use crate::dice::Dice;
 /// Numbers at which something changes.
 const NUMBERS: [u64; 12] =
     [0, 1, 2, 5, 127, 128, 65_536, 4_194_304, i32::MAX as u64, u32::MAX as u64, i64::MAX as u64, u64::MAX];
-/// No input grows beyond this.
+/// No input grows far beyond this.
 const LARGEST: usize = 64 << 10;
 
 /// One of the seeds, damaged a few times.
@@ -113,7 +113,7 @@ fn field(dice: &mut Dice, bytes: &[u8], other: &[u8], depth: usize) -> Vec<u8> {
             let inner = &bytes[value];
             let inner = match dice.roll(8) {
                 0 => other.to_vec(),
-                1 => inner.repeat(1 + LARGEST / 4 / inner.len().max(1)),
+                1 => inner.repeat(1 + dice.pick(&[LARGEST / 4, 4 * LARGEST]) / inner.len().max(1)),
                 2 => Vec::new(),
                 _ if depth < 4 => field(dice, inner, other, depth + 1),
                 _ => inner.to_vec(),
