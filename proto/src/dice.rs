@@ -26,7 +26,7 @@ pub(crate) fn seeds(variable: &str, usual: u64, run: impl Fn(u64) + Sync) -> u64
             if n >= count {
                 return;
             }
-            if n > 0 && n % (MANY / 2) == 0 {
+            if n > 0 && n.is_multiple_of(MANY / 2) {
                 eprintln!("{n} of {count} done");
             }
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(first + n))) {

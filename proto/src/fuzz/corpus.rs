@@ -13,6 +13,9 @@ use crate::sync::{
 };
 use crate::wire::{self, Frame, frame::Body};
 
+/// What one side hears, frame by frame.
+type Sequence = Vec<Vec<u8>>;
+
 /// Frames of one session.
 const LONGEST: usize = 40;
 
@@ -27,7 +30,7 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
 }
 
 /// What a hub hears in some sessions, and what an edge hears, from their first frames on.
-pub(super) fn sessions() -> (Vec<Vec<Vec<u8>>>, Vec<Vec<Vec<u8>>>) {
+pub(super) fn sessions() -> (Vec<Sequence>, Vec<Sequence>) {
     let held = |n: u64| Entry { key: format!("ns/{n}"), uid: format!("u{n}"), version: n };
     // A new store, one that holds something else, and one with many rows.
     let stores = [0..0, 1..4, 1..1500].map(|rows| rows.map(|n| (Collection::Pods, held(n))).collect::<Vec<_>>());
@@ -40,7 +43,7 @@ pub(super) fn object(n: usize, size: usize) -> Object {
     Object::new(collection, format!("ns/{n}"), format!("u{n}"), &json)
 }
 
-fn session(edge: Edge) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn session(edge: Edge) -> (Sequence, Sequence) {
     let now = Duration::ZERO;
     let mut edge = edge.with_revisions([(Collection::Pods, 3)]);
     let mut hub: Option<Hub> = None;
@@ -129,7 +132,7 @@ pub(super) fn words(n: usize, report: Option<u64>) -> Vec<HubInput> {
 }
 
 /// What an edge's multiplexer hears, and a cloud's.
-pub(super) fn streams() -> Vec<Vec<Vec<u8>>> {
+pub(super) fn streams() -> Vec<Sequence> {
     let heard = |from: Side, size: usize| {
         let mut mux = Mux::new(from);
         let mut frames = vec![vec![u8::from(from == Side::Cloud)]];

@@ -55,8 +55,9 @@ fn join_tokens() {
     fuzz(targets::token, &corpus::tokens(), mutate::bytes);
 }
 
-fn fuzz<T: Sync>(target: fn(&T), seeds: &[T], damaged: fn(&mut Dice, &[T]) -> T) {
-    seeds.iter().for_each(target);
+/// An input is a string of bytes, or of messages.
+fn fuzz<T: Sync>(target: fn(&[T]), seeds: &[Vec<T>], damaged: fn(&mut Dice, &[Vec<T>]) -> Vec<T>) {
+    seeds.iter().for_each(|seed| target(seed));
     let one = |seed| target(&damaged(&mut Dice::new(seed), seeds));
     let seconds = std::env::var("FUZZ").ok().filter(|_| std::env::var("SEED").is_err());
     let Some(seconds) = seconds.map(|seconds| Duration::from_secs(seconds.parse().unwrap())) else {

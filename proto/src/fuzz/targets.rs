@@ -23,9 +23,8 @@ use crate::wire::{self, Frame, frame::Body};
 const WORKSPACE: usize = 1 << 20;
 
 /// A frame takes memory as its length says, but for a number of rows that is bounded.
-#[expect(clippy::ptr_arg, reason = "as all targets")]
-pub(super) fn frame(bytes: &Vec<u8>) {
-    let input = Bytes::from(bytes.clone());
+pub(super) fn frame(bytes: &[u8]) {
+    let input = Bytes::copy_from_slice(bytes);
     let (frame, most) = peak(|| frame::decode(input));
     assert!(most < 4 * bytes.len() + 2 * 64 * MAX_INVENTORY, "{most} bytes for a frame of {}", bytes.len());
     if let Ok(frame) = frame {
@@ -34,7 +33,7 @@ pub(super) fn frame(bytes: &Vec<u8>) {
 }
 
 /// The cloud's side of a session with an edge that may say anything.
-pub(super) fn hub(heard: &Vec<Vec<u8>>) {
+pub(super) fn hub(heard: &[Vec<u8>]) {
     let mut frames = heard.iter().filter_map(|bytes| frame::decode(bytes.clone().into()).ok()).peekable();
     let mut hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
     if let Some(Frame { body: Some(Body::Hello(first)) }) = frames.peek() {
@@ -76,7 +75,7 @@ pub(super) fn hub(heard: &Vec<Vec<u8>>) {
 }
 
 /// The edge's side of a session with a cloud that may say anything.
-pub(super) fn edge(heard: &Vec<Vec<u8>>) {
+pub(super) fn edge(heard: &[Vec<u8>]) {
     let rows = (1..4).map(|n| (Collection::Pods, Entry { key: format!("ns/{n}"), uid: format!("u{n}"), version: n }));
     let mut edge = Edge::new("n", "b", "s", "edge", 4, rows);
     edge.step(Duration::ZERO, EdgeInput::Connected);
@@ -118,7 +117,7 @@ pub(super) fn edge(heard: &Vec<Vec<u8>>) {
 }
 
 /// A multiplexer whose peer may send anything; the first byte of all says which side it is.
-pub(super) fn mux(heard: &Vec<Vec<u8>>) {
+pub(super) fn mux(heard: &[Vec<u8>]) {
     let side = heard
         .first()
         .and_then(|first| first.first())
@@ -155,8 +154,7 @@ pub(super) fn mux(heard: &Vec<Vec<u8>>) {
     }
 }
 
-#[expect(clippy::ptr_arg, reason = "as all targets")]
-pub(super) fn payload(bytes: &Vec<u8>) {
+pub(super) fn payload(bytes: &[u8]) {
     let Some((encoding, payload)) = bytes.split_first() else { return };
     let encoding = if encoding & 1 == 1 { Encoding::Zstd } else { Encoding::Raw };
     let (decoded, most) = peak(|| decode(encoding, payload));
@@ -166,8 +164,7 @@ pub(super) fn payload(bytes: &Vec<u8>) {
     }
 }
 
-#[expect(clippy::ptr_arg, reason = "as all targets")]
-pub(super) fn delta(bytes: &Vec<u8>) {
+pub(super) fn delta(bytes: &[u8]) {
     let Some((length, rest)) = bytes.split_first_chunk() else { return };
     let (base, delta) = rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len()));
     let (made, most) = peak(|| delta::apply(base, delta));
@@ -178,8 +175,7 @@ pub(super) fn delta(bytes: &Vec<u8>) {
     }
 }
 
-#[expect(clippy::ptr_arg, reason = "as all targets")]
-pub(super) fn json(bytes: &Vec<u8>) {
+pub(super) fn json(bytes: &[u8]) {
     fn read<T: DeserializeOwned + Serialize>(bytes: &[u8]) {
         let (read, most) = peak(|| serde_json::from_slice::<T>(bytes));
         assert!(most <= 200 * bytes.len() + WORKSPACE, "{most} bytes for JSON of {}", bytes.len());
@@ -198,8 +194,7 @@ pub(super) fn json(bytes: &Vec<u8>) {
     read::<Refusal>(bytes);
 }
 
-#[expect(clippy::ptr_arg, reason = "as all targets")]
-pub(super) fn token(bytes: &Vec<u8>) {
+pub(super) fn token(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     match text.parse::<JoinToken>() {
         Ok(token) => assert_eq!(token.to_string().to_lowercase(), text.trim().to_lowercase()),

@@ -53,8 +53,8 @@ pub enum HubInput {
     Gone(Collection, String),
     /// Everything the edge should hold of this collection has been said: from now on it is compared, sent and deleted.
     Complete(Collection),
-    /// What is said of any collection from now on may show changes of this one up to this revision of the apiserver's, none beyond. To be
-    /// said before it.
+    /// What is said of any collection from now on, and what is said to be gone, may show changes of this one up to this revision of the
+    /// apiserver's, none beyond. To be said before it.
     Newest(Collection, u64),
     /// Every change of this collection up to this revision shows in what was said of every collection; see [`Hub::is_behind`].
     Reached(Collection, u64),

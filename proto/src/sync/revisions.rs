@@ -12,6 +12,9 @@ use crate::wire;
 /// Of each collection, by its rank; 0: nothing was said.
 pub(super) type Revisions = [u64; COLLECTIONS.len()];
 
+/// No revision at all.
+const UNTOLD: u64 = u64::MAX;
+
 /// A hub's side of it.
 #[derive(Debug, Default)]
 pub(super) struct Freshness {
@@ -40,9 +43,10 @@ impl Freshness {
         self.reached[order] = self.reached[order].max(revision);
     }
 
-    /// What the edge said counts no more.
+    /// What the edge said counts no more, and it is told all anew.
     pub(super) fn disregard(&mut self) {
         self.least = Revisions::default();
+        self.told = [UNTOLD; COLLECTIONS.len()];
     }
 
     pub(super) fn is_behind(&self) -> bool {
@@ -53,9 +57,10 @@ impl Freshness {
     pub(super) fn untold(&mut self) -> Vec<wire::Revision> {
         let mut untold = Vec::new();
         for (order, collection) in COLLECTIONS.into_iter().enumerate() {
-            if self.told[order] != self.newest[order] {
-                self.told[order] = self.newest[order];
-                untold.push(wire::Revision { collection: collection.into(), newest: self.newest[order] });
+            let (told, newest) = (self.told[order], self.newest[order]);
+            if newest > told || told == UNTOLD {
+                self.told[order] = newest;
+                untold.push(wire::Revision { collection: collection.into(), newest });
             }
         }
         untold

@@ -24,8 +24,8 @@ pub(super) struct Apiserver {
     pub(super) referred: BTreeMap<String, Vec<bool>>,
     /// The epoch on the Node.
     pub(super) epoch: u64,
-    /// The newest report of each object, and how often it was written.
-    pub(super) statuses: BTreeMap<String, (u64, u64)>,
+    /// What each object's status shows.
+    pub(super) statuses: BTreeMap<String, Status>,
     /// Events by name, and the report that each came with.
     pub(super) events: BTreeMap<String, u64>,
     next_uid: u64,
@@ -37,6 +37,16 @@ struct Change {
     uid: String,
     /// `None`: it was deleted.
     object: Option<Object>,
+}
+
+#[derive(Clone, Copy, Default)]
+pub(super) struct Status {
+    /// The report it came with.
+    pub(super) report: u64,
+    /// Of the session that wrote it.
+    pub(super) epoch: u64,
+    /// How often it was written.
+    pub(super) version: u64,
 }
 
 /// One cloudcore.
@@ -68,7 +78,7 @@ pub(super) struct Session {
 /// A report on its way to the apiserver.
 pub(super) struct Delivery {
     pub(super) report: Report,
-    /// What was read before: how often the status was written by then.
+    /// What was read before: the status's version.
     pub(super) read: Option<u64>,
     /// The epoch was this session's, looked at after that.
     pub(super) is_ours: bool,

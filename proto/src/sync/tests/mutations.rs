@@ -69,7 +69,7 @@ const ALL: [Mutation; 17] = [
 fn what_is_broken_is_noticed() {
     for mutation in ALL {
         let noticed = (0..SCHEDULES).find(|seed| panic::catch_unwind(|| run(*seed, Some(mutation))).is_err());
-        println!("{mutation:?}: {noticed:?}");
+        eprintln!("{mutation:?}: {noticed:?}");
         assert!(noticed.is_some(), "{SCHEDULES} schedules do not notice {mutation:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use prost::Message as _;
 
-use super::cloud::{Apiserver, Delivery, Replica, Session};
+use super::cloud::{Apiserver, Delivery, Replica, Session, Status};
 use super::mutations::Mutation;
 use super::node::{Batch, Disk, Node};
 use super::*;
@@ -222,7 +222,7 @@ impl World {
                     let report = &self.reports[&id];
                     let taken = match report.kind {
                         ReportKind::Event => self.apiserver.events.contains_key(&report.name),
-                        _ => self.apiserver.statuses.get(&report.uid).is_some_and(|(shown, _)| *shown >= id),
+                        _ => self.apiserver.statuses.get(&report.uid).is_some_and(|shown| shown.report >= id),
                     };
                     assert!(taken, "acknowledged, but the apiserver has not got it");
                     self.node.disk.outbox.remove(&id);
@@ -298,7 +298,7 @@ impl World {
         let Some(session) = &mut self.replicas[at].session else { return };
         let Some(delivery) = session.reports.front_mut() else { return };
         let report = &delivery.report;
-        let written = self.apiserver.statuses.get(&report.uid).map_or(0, |(_, times)| *times);
+        let shown = self.apiserver.statuses.get(&report.uid).copied().unwrap_or_default();
         let look = if too_early { delivery.read.is_none() } else { delivery.read.is_some() };
         if look && !delivery.is_ours && !unfenced {
             delivery.is_ours = session.epoch == self.apiserver.epoch;
@@ -308,7 +308,7 @@ impl World {
             return;
         }
         let Some(read) = delivery.read else {
-            delivery.read = Some(written);
+            delivery.read = Some(shown.version);
             return;
         };
         let id = report.id;
@@ -316,10 +316,11 @@ impl World {
             let doubled = self.apiserver.events.iter().any(|(name, with)| *with == id && *name != report.name);
             assert!(!doubled, "one event became two");
             self.apiserver.events.insert(report.name.clone(), id);
-        } else if read == written {
-            let shown = self.apiserver.statuses.entry(report.uid.clone()).or_default();
-            assert!(id >= shown.0, "an older report overwrote a newer one");
-            *shown = (id, shown.1 + 1);
+        } else if read == shown.version {
+            assert!(session.epoch >= shown.epoch, "a session overwrote what a newer one wrote");
+            assert!(id >= shown.report, "an older report overwrote a newer one");
+            let status = Status { report: id, epoch: session.epoch, version: shown.version + 1 };
+            self.apiserver.statuses.insert(report.uid.clone(), status);
         } else {
             (delivery.read, delivery.is_ours) = (None, false);
             return;
@@ -366,7 +367,7 @@ impl World {
         let mut current = self.current;
         if self.is(Mutation::OldConnection) {
             let at = self.dice.roll(self.connections.len());
-            current = current.and(self.connections.get(at).map(|connection| connection.id));
+            current = current.and_then(|_| self.connections.get(at)).map(|connection| connection.id);
         }
         let Some(connection) = current.and_then(|id| self.connection(id)) else { return };
         let Some(mut frame) = connection.down.pop_front() else {
