@@ -5,17 +5,20 @@
 //! checked by a digest behind every batch. A collection is neither sent nor deleted from before it is declared complete, and none before
 //! what was said is as new as what the edge has seen, from whatever replica; what agrees already is in sync without that.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use prost::Message as _;
 
+use self::held::{Held, Knowledge, Row, Wanted, entry};
 use super::revisions::Freshness;
 use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, Object, PROTOCOL,
     REPORT_WINDOW, Report, decode, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
+
+mod held;
 
 /// Unacknowledged bytes beyond which nothing more is sent; one object may exceed it alone. Small in tests, so that it is met often.
 const WINDOW: usize = if cfg!(test) { 2 << 10 } else { 256 << 10 };
@@ -85,50 +88,6 @@ pub enum HubOutput {
     Report(Report),
     /// End the connection. If `Some`, send this Goodbye first.
     Close(Option<wire::Goodbye>),
-}
-
-/// One collection as this session knows it.
-#[derive(Debug, Default)]
-struct Held {
-    rows: BTreeMap<String, Row>,
-    /// Of what is desired.
-    wanted: Digest,
-    /// Of what the edge holds once it has applied everything sent.
-    held: Digest,
-    complete: bool,
-    knowledge: Knowledge,
-    /// Something was sent since the last digest check.
-    unchecked: bool,
-}
-
-/// Where the knowledge of what an edge holds comes from.
-#[derive(Debug, Default)]
-enum Knowledge {
-    /// Its Hello did not tell.
-    #[default]
-    None,
-    /// The digest of its Hello.
-    Digest(Digest),
-    /// Its inventory is on the way; the parts that came.
-    Asked(Vec<Entry>),
-    /// `Row::held` says it.
-    Rows,
-}
-
-#[derive(Debug)]
-struct Row {
-    key: String,
-    wanted: Option<Wanted>,
-    held: Option<u64>,
-    /// The edge holds it under this key, when that is not `key`.
-    held_key: Option<String>,
-}
-
-#[derive(Debug)]
-struct Wanted {
-    version: u64,
-    /// `None`: the caller has no payload (see [`HubInput::Keep`]).
-    object: Option<Object>,
 }
 
 /// A place in the order of sending: upserts go in the order of [`COLLECTIONS`], so that a pod comes after what it needs; then
@@ -581,44 +540,6 @@ impl Hub {
         self.in_flight.push_back(InFlight { seq: self.sent_seq, bytes, change });
         out.push(HubOutput::Send(frame));
     }
-}
-
-impl Held {
-    /// Notes what the edge holds of one UID, and keeps the digest of it.
-    fn set_held(&mut self, uid: &str, change: Option<&Entry>) {
-        if change.is_none() && !self.rows.contains_key(uid) {
-            return;
-        }
-        let row = self.rows.entry(uid.to_owned()).or_insert_with(|| Row {
-            key: change.map(|change| change.key.clone()).unwrap_or_default(),
-            wanted: None,
-            held: None,
-            held_key: None,
-        });
-        if let Some(version) = row.held.take() {
-            let key = row.held_key.take().unwrap_or_else(|| row.key.clone());
-            self.held.remove(&entry(&key, uid, version));
-        }
-        if let Some(change) = change {
-            self.held.insert(change);
-            row.held = Some(change.version);
-            row.held_key = (row.key != change.key).then(|| change.key.clone());
-        } else if row.wanted.is_none() {
-            self.rows.remove(uid);
-        }
-    }
-
-    fn held_entries(&self) -> Vec<Entry> {
-        let held = |(uid, row): (&String, &Row)| {
-            let key = row.held_key.as_ref().unwrap_or(&row.key);
-            row.held.map(|version| entry(key, uid, version))
-        };
-        self.rows.iter().filter_map(held).collect()
-    }
-}
-
-fn entry(key: &str, uid: &str, version: u64) -> Entry {
-    Entry { key: key.to_owned(), uid: uid.to_owned(), version }
 }
 
 fn send(body: Body) -> HubOutput {
