@@ -17,13 +17,13 @@ const MAX_FIELDS: usize = MAX_INVENTORY + 64;
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// Larger than [`MAX_FRAME`].
-    #[error("a frame of {0} bytes is larger than {MAX_FRAME}")]
+    #[error("its {0} bytes are more than {MAX_FRAME}")]
     TooLarge(usize),
     /// More of them than a frame has a use for.
-    #[error("a frame of more than {MAX_FIELDS} fields")]
+    #[error("it has more than {MAX_FIELDS} fields")]
     TooMany,
     /// No protobuf, or another message.
-    #[error("a frame that cannot be read")]
+    #[error(transparent)]
     Malformed(#[from] prost::DecodeError),
 }
 
