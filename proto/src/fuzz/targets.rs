@@ -14,7 +14,7 @@ use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_STREAMS, Mux, Side};
 use crate::payload::{JoinRequest, JoinResponse, NodeReport, PodReport, Refusal, Settings, Token};
 use crate::sync::{
     Collection, Edge, EdgeInput, EdgeOutput, Encoding, Entry, Hub, HubInput, HubOutput, MAX_FRAME, MAX_INVENTORY,
-    MAX_INVENTORY_BYTES, MAX_OBJECT, Op, REPORT_WINDOW, decode,
+    MAX_INVENTORY_BYTES, MAX_OBJECT, MAX_REPORT, Op, REPORT_WINDOW, decode,
 };
 use crate::token::JoinToken;
 use crate::wire::{self, Frame, frame::Body};
@@ -54,7 +54,7 @@ pub(super) fn hub(heard: &[Vec<u8>]) {
             match output {
                 HubOutput::Send(frame) => sent += frame.encoded_len(),
                 HubOutput::Report(report) => {
-                    assert!(report.payload.len() <= MAX_OBJECT);
+                    assert!(report.payload.len() <= MAX_REPORT);
                     assert!(reports.insert(report.id) && reports.len() <= REPORT_WINDOW);
                 }
                 HubOutput::Inventory(_, rows) => {

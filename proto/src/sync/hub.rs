@@ -13,8 +13,8 @@ use prost::Message as _;
 use self::held::{Held, Knowledge, Row, Wanted, entry};
 use super::revisions::Freshness;
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, Object, PROTOCOL,
-    REPORT_WINDOW, Report, decode, rank,
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, MAX_REPORT, Object, PROTOCOL,
+    REPORT_WINDOW, Report, decode, decoded_size, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
@@ -278,6 +278,11 @@ impl Hub {
     }
 
     fn report(&mut self, report: wire::Report, out: &mut Vec<HubOutput>) -> Result<(), String> {
+        if decoded_size(report.encoding(), &report.payload).is_some_and(|size| size > MAX_REPORT) {
+            let refused = format!("a report of more than {MAX_REPORT} bytes");
+            out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
+            return Ok(());
+        }
         let payload = decode(report.encoding(), &report.payload)
             .map_err(|error| format!("report {} cannot be read: {error}", report.id))?;
         if self.reports.len() >= REPORT_WINDOW {

@@ -49,6 +49,8 @@ pub const MAX_OBJECT: usize = 10 << 20;
 
 /// Reports that may be on their way at once; an edge waits beyond it, a hub ends the session of one that does not.
 pub const REPORT_WINDOW: usize = 16;
+/// The largest report after decompression, in bytes: what etcd takes, and room for how JSON says it. A hub refuses a larger one for good.
+pub const MAX_REPORT: usize = 2 << 20;
 /// The most rows a hub accepts in one inventory: far above what a node can hold.
 pub const MAX_INVENTORY: usize = 10_000;
 /// The most bytes of keys and UIDs that a hub accepts in one inventory: so much it remembers of what a node says it holds.
@@ -118,10 +120,7 @@ impl Object {
 
     /// Whether an edge accepts it.
     pub fn is_deliverable(&self) -> bool {
-        let size = match self.encoding {
-            Encoding::Raw => Some(self.payload.len()),
-            Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(&self.payload),
-        };
+        let size = decoded_size(self.encoding, &self.payload);
         // Names and numbers go into the same frame.
         let names = self.entry.key.len().max(self.entry.uid.len());
         names <= MAX_NAME && self.payload.len() + 4096 <= MAX_FRAME && size.is_some_and(|size| size <= MAX_OBJECT)
@@ -178,6 +177,14 @@ pub fn encode(json: &[u8]) -> (Encoding, Bytes) {
         return (Encoding::Zstd, small.into());
     }
     (Encoding::Raw, Bytes::copy_from_slice(json))
+}
+
+/// How large it becomes by [`decode`] at most; `None` if that cannot be told.
+fn decoded_size(encoding: Encoding, payload: &[u8]) -> Option<usize> {
+    match encoding {
+        Encoding::Raw => Some(payload.len()),
+        Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(payload),
+    }
 }
 
 /// Undoes [`encode`], refusing more than [`MAX_OBJECT`] bytes.

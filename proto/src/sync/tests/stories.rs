@@ -246,6 +246,20 @@ fn what_an_edge_would_refuse_is_known_beforehand() {
 }
 
 #[test]
+fn a_report_that_is_too_large_is_refused_and_holds_nothing_up() {
+    let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+    for id in 0..100 {
+        let (encoding, payload) = encode(&vec![b'x'; MAX_REPORT + 1]);
+        let (kind, encoding) = (ReportKind::Event.into(), encoding.into());
+        let report = Body::Report(wire::Report { id, kind, encoding, payload, ..wire::Report::default() });
+        let out = hub.step(Duration::ZERO, HubInput::Frame(Frame { body: Some(report) }));
+        let [HubOutput::Send(Frame { body: Some(Body::ReportAck(ack)) })] = out.as_slice() else { panic!("{out:?}") };
+        assert!(ack.id == id && !ack.refused.is_empty());
+    }
+}
+
+#[test]
 fn peers_that_break_the_protocol_are_dismissed() {
     let hello = |min, max| wire::Hello {
         protocol_min: min,
