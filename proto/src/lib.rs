@@ -4,6 +4,11 @@
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
 pub mod delta;
+#[cfg(test)]
+mod dice;
+pub mod frame;
+#[cfg(test)]
+mod fuzz;
 pub mod mux;
 pub mod payload;
 #[cfg(feature = "streams")]
@@ -17,6 +22,20 @@ pub mod transport;
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
 pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/skerry.link.v1.rs"));
+}
+
+impl wire::frame::Body {
+    /// Whether it is of the control class as it is: neither a stream's, nor a part of a larger frame.
+    pub(crate) fn is_control(&self) -> bool {
+        !matches!(
+            self,
+            Self::StreamOpen(_)
+                | Self::StreamData(_)
+                | Self::StreamCredit(_)
+                | Self::StreamReset(_)
+                | Self::ControlPart(_)
+        )
+    }
 }
 
 /// CRI v1, client and server, generated from `cri/cri.proto`.

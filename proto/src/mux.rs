@@ -16,6 +16,7 @@ use prost::Message as _;
 pub use self::error::{OpenError, Violation};
 pub use self::id::{Class, Side, StreamId};
 use self::stream::{Finish, Reset, Stream};
+use crate::frame;
 use crate::sync::MAX_FRAME;
 use crate::wire::{self, Frame, frame::Body};
 
@@ -468,20 +469,12 @@ impl Mux {
             return Ok(());
         }
         let whole = self.assembly.take().unwrap_or_default().freeze();
-        let frame = Frame::decode(whole).map_err(|_| Violation::Malformed)?;
-        match frame.body {
-            Some(
-                Body::StreamOpen(_)
-                | Body::StreamData(_)
-                | Body::StreamCredit(_)
-                | Body::StreamReset(_)
-                | Body::ControlPart(_),
-            ) => Err(Violation::Malformed),
-            _ => {
-                self.events.push_back(Event::Control(frame));
-                Ok(())
-            }
+        let frame = frame::decode(whole).map_err(|_| Violation::Malformed)?;
+        if frame.body.as_ref().is_some_and(|body| !body.is_control()) {
+            return Err(Violation::Malformed);
         }
+        self.events.push_back(Event::Control(frame));
+        Ok(())
     }
 
     /// The id of a stream that is or was.

@@ -227,6 +227,7 @@ pub fn hello(node: &str) -> wire::Hello {
             .map(|collection| wire::Digest { collection: (*collection).into(), count: 0, sum: vec![0; 16].into() })
             .collect(),
         agent: "tests".to_owned(),
+        revisions: Vec::new(),
     }
 }
 

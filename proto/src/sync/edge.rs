@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use super::revisions::{self, Revisions};
 use super::{
-    COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, Object, PING_AFTER, PROTOCOL,
+    COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, MAX_NAME, Object, PING_AFTER, PROTOCOL,
     REPORT_WINDOW, Report, decode, encode, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
@@ -25,6 +26,7 @@ pub struct Edge {
     agent: String,
     last_epoch: u64,
     collections: [Rows; COLLECTIONS.len()],
+    revisions: Revisions,
     /// Waiting to be sent, in order of id.
     queued: VecDeque<Report>,
     /// Sent in this session, in order of id.
@@ -80,8 +82,8 @@ pub enum EdgeOutput {
         /// The cloud's clock, Unix milliseconds.
         server_time: u64,
     },
-    /// Write these to the store in one transaction, then answer [`EdgeInput::Committed`]. If that fails, make a new [`Edge`] from what
-    /// the store holds: this one is ahead of it.
+    /// Write these and [`Edge::revisions`] to the store in one transaction, then answer [`EdgeInput::Committed`]. If that fails, make a
+    /// new [`Edge`] from what the store holds: this one is ahead of it.
     Apply {
         /// In order.
         ops: Vec<Op>,
@@ -147,6 +149,7 @@ impl Edge {
             agent: agent.to_owned(),
             last_epoch,
             collections: Default::default(),
+            revisions: Revisions::default(),
             queued: VecDeque::new(),
             sent: VecDeque::new(),
             next_ticket: 1,
@@ -158,6 +161,29 @@ impl Edge {
             }
         }
         edge
+    }
+
+    /// This, whose store holds these [`Edge::revisions`].
+    #[must_use]
+    pub fn with_revisions(mut self, stored: impl IntoIterator<Item = (Collection, u64)>) -> Self {
+        for (collection, newest) in stored {
+            if let Some(order) = rank(collection) {
+                self.revisions[order] = newest;
+            }
+        }
+        self
+    }
+
+    /// How new what it holds may be: the apiserver's revision of each collection. A replica of the cloud that has not come as far waits
+    /// with what it has to say. It belongs to the rows: stored with them, and lost and restored with them.
+    pub fn revisions(&self) -> impl Iterator<Item = (Collection, u64)> {
+        COLLECTIONS.into_iter().zip(self.revisions).filter(|(_, newest)| *newest > 0)
+    }
+
+    /// As if nothing unanswered were on its way: what no edge does.
+    #[cfg(test)]
+    pub(super) fn forget_sent(&mut self) {
+        self.sent.clear();
     }
 
     /// Takes an input at a time.
@@ -237,6 +263,7 @@ impl Edge {
             last_epoch: self.last_epoch,
             digests: digests.map(|(collection, rows)| rows.digest.to_wire(collection)).collect(),
             agent: self.agent.clone(),
+            revisions: revisions::to_wire(&self.revisions),
         })));
     }
 
@@ -284,6 +311,7 @@ impl Edge {
                 let collection = delete.collection();
                 let order = rank(collection).ok_or("a delete in an unknown collection")?;
                 session.advance(delete.seq)?;
+                revisions::note(&mut self.revisions, &delete.revisions);
                 self.collections[order].set(&delete.uid, None);
                 self.apply(Op::Delete(collection, delete.uid), out);
                 Ok(())
@@ -313,16 +341,8 @@ impl Edge {
             }
             // A frame of a kind that is not known here comes from a newer cloud, which can do without an answer.
             Some(Body::Pong(_)) | None => Ok(()),
-            Some(Body::Hello(_) | Body::Inventory(_) | Body::Ack(_) | Body::Report(_)) => {
-                Err("a frame that only the edge sends".to_owned())
-            }
-            Some(
-                Body::StreamOpen(_)
-                | Body::StreamData(_)
-                | Body::StreamCredit(_)
-                | Body::StreamReset(_)
-                | Body::ControlPart(_),
-            ) => Err("a frame that is not of the control class".to_owned()),
+            Some(body) if body.is_control() => Err("a frame that only the edge sends".to_owned()),
+            Some(_) => Err("a frame that is not of the control class".to_owned()),
         }
     }
 
@@ -333,6 +353,9 @@ impl Edge {
         if upsert.uid.is_empty() || upsert.key.is_empty() {
             return Err("an object without a name or a UID".to_owned());
         }
+        if upsert.uid.len() > MAX_NAME || upsert.key.len() > MAX_NAME {
+            return Err(format!("an object with a name of more than {MAX_NAME} bytes"));
+        }
         if !upsert.delta.is_empty() {
             return self.delta(order, upsert, out);
         }
@@ -341,6 +364,7 @@ impl Edge {
         serde_json::from_slice::<serde::de::IgnoredAny>(&payload)
             .map_err(|error| format!("{} is not JSON: {error}", upsert.key))?;
         session.advance(upsert.seq)?;
+        revisions::note(&mut self.revisions, &upsert.revisions);
         let wire::Upsert { key, uid, version, .. } = upsert;
         self.collections[order].set(&uid, Some((key.clone(), version)));
         let entry = Entry { key, uid, version };
@@ -351,11 +375,12 @@ impl Edge {
 
     fn delta(&mut self, order: usize, upsert: wire::Upsert, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let wire::Upsert { seq, key, uid, version, delta, base, .. } = upsert;
+        let wire::Upsert { seq, key, uid, version, delta, base, revisions, .. } = upsert;
         if self.collections[order].rows.get(&uid).is_none_or(|(_, held)| *held != base) {
             return Err(format!("a delta of {key} against a version that is not held"));
         }
         session.advance(seq)?;
+        revisions::note(&mut self.revisions, &revisions);
         self.collections[order].set(&uid, Some((key.clone(), version)));
         let op = Op::Patch(COLLECTIONS[order], Entry { key, uid, version }, Delta { base, payload: delta });
         self.apply(op, out);

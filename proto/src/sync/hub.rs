@@ -2,26 +2,32 @@
 //!
 //! It compares what the edge holds with what the caller says is desired, and sends the difference. What the edge holds is known
 //! from its digests when they agree and from its inventory when they do not; from then on it is what was held plus what was sent,
-//! checked by a digest behind every batch. A collection is neither sent nor deleted from before it is declared complete.
+//! checked by a digest behind every batch. A collection is neither sent nor deleted from before it is declared complete, and none before
+//! what was said is as new as what the edge has seen, from whatever replica; what agrees already is in sync without that.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use prost::Message as _;
 
+use self::held::{Held, Knowledge, Row, Wanted, entry};
+use super::revisions::Freshness;
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_NAME, Object, PROTOCOL, REPORT_WINDOW, Report, decode,
-    rank,
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, MAX_REPORT, Object, PROTOCOL,
+    REPORT_WINDOW, Report, decode, decoded_size, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
+mod held;
+
 /// Unacknowledged bytes beyond which nothing more is sent; one object may exceed it alone. Small in tests, so that it is met often.
-const WINDOW: usize = if cfg!(test) { 4 << 10 } else { 256 << 10 };
+const WINDOW: usize = if cfg!(test) { 2 << 10 } else { 256 << 10 };
 
 /// The cloud's side of one session: from the edge's Hello to the end of the connection.
 #[derive(Debug)]
 pub struct Hub {
     collections: [Held; COLLECTIONS.len()],
+    freshness: Freshness,
     /// What differs, in the order in which it is to be sent.
     dirty: BTreeSet<Turn>,
     sent_seq: u64,
@@ -50,6 +56,13 @@ pub enum HubInput {
     Gone(Collection, String),
     /// Everything the edge should hold of this collection has been said: from now on it is compared, sent and deleted.
     Complete(Collection),
+    /// What is said of any collection from now on, and what is said to be gone, may show changes of this one up to this revision of the
+    /// apiserver's, none beyond. To be said before it.
+    Newest(Collection, u64),
+    /// Every change of this collection up to this revision shows in what was said of every collection; see [`Hub::is_behind`].
+    Reached(Collection, u64),
+    /// The apiserver's revisions began anew (it was restored from a backup): those that the edge has seen mean nothing.
+    Restored,
     /// The apiserver took the report of this id (`refused` empty) or refused it for good.
     Reported {
         /// The report's id.
@@ -75,50 +88,6 @@ pub enum HubOutput {
     Report(Report),
     /// End the connection. If `Some`, send this Goodbye first.
     Close(Option<wire::Goodbye>),
-}
-
-/// One collection as this session knows it.
-#[derive(Debug, Default)]
-struct Held {
-    rows: BTreeMap<String, Row>,
-    /// Of what is desired.
-    wanted: Digest,
-    /// Of what the edge holds once it has applied everything sent.
-    held: Digest,
-    complete: bool,
-    knowledge: Knowledge,
-    /// Something was sent since the last digest check.
-    unchecked: bool,
-}
-
-/// Where the knowledge of what an edge holds comes from.
-#[derive(Debug, Default)]
-enum Knowledge {
-    /// Its Hello did not tell.
-    #[default]
-    None,
-    /// The digest of its Hello.
-    Digest(Digest),
-    /// Its inventory is on the way; the parts that came.
-    Asked(Vec<Entry>),
-    /// `Row::held` says it.
-    Rows,
-}
-
-#[derive(Debug)]
-struct Row {
-    key: String,
-    wanted: Option<Wanted>,
-    held: Option<u64>,
-    /// The edge holds it under this key, when that is not `key`.
-    held_key: Option<String>,
-}
-
-#[derive(Debug)]
-struct Wanted {
-    version: u64,
-    /// `None`: the caller has no payload (see [`HubInput::Keep`]).
-    object: Option<Object>,
 }
 
 /// A place in the order of sending: upserts go in the order of [`COLLECTIONS`], so that a pod comes after what it needs; then
@@ -149,6 +118,7 @@ impl Hub {
     ) -> (Self, Vec<HubOutput>) {
         let mut hub = Self {
             collections: Default::default(),
+            freshness: Freshness::new(&hello.revisions),
             dirty: BTreeSet::new(),
             sent_seq: 0,
             acked_seq: 0,
@@ -188,6 +158,12 @@ impl Hub {
             Some(order) if !self.closed => self.request_inventory(order).into_iter().collect(),
             _ => Vec::new(),
         }
+    }
+
+    /// Whether the edge has seen later changes than [`HubInput::Reached`] has told of: until they are reached, nothing is sent but what
+    /// finds out whether both sides agree all the same.
+    pub fn is_behind(&self) -> bool {
+        self.freshness.is_behind()
     }
 
     /// Has the edge report once more what it knows of an object.
@@ -234,6 +210,17 @@ impl Hub {
                     out.extend(self.compare(order));
                 }
             }
+            HubInput::Newest(collection, revision) => {
+                if let Some(order) = rank(collection) {
+                    self.freshness.newest(order, revision);
+                }
+            }
+            HubInput::Reached(collection, revision) => {
+                if let Some(order) = rank(collection) {
+                    self.catch_up(|freshness| freshness.reached(order, revision), &mut out);
+                }
+            }
+            HubInput::Restored => self.catch_up(Freshness::disregard, &mut out),
             HubInput::Reported { id, refused } => {
                 if self.reports.remove(&id) {
                     out.push(send(Body::ReportAck(wire::ReportAck { id, refused })));
@@ -285,26 +272,17 @@ impl Hub {
             // A frame of a kind that is not known here comes from a newer edge, which can do without an answer.
             Some(Body::Pong(_)) | None => Ok(()),
             Some(Body::Hello(_)) => Err("a second hello".to_owned()),
-            Some(
-                Body::Welcome(_)
-                | Body::InventoryRequest(_)
-                | Body::Upsert(_)
-                | Body::Delete(_)
-                | Body::DigestCheck(_)
-                | Body::ReportAck(_)
-                | Body::ReportRequest(_),
-            ) => Err("a frame that only the cloud sends".to_owned()),
-            Some(
-                Body::StreamOpen(_)
-                | Body::StreamData(_)
-                | Body::StreamCredit(_)
-                | Body::StreamReset(_)
-                | Body::ControlPart(_),
-            ) => Err("a frame that is not of the control class".to_owned()),
+            Some(body) if body.is_control() => Err("a frame that only the cloud sends".to_owned()),
+            Some(_) => Err("a frame that is not of the control class".to_owned()),
         }
     }
 
     fn report(&mut self, report: wire::Report, out: &mut Vec<HubOutput>) -> Result<(), String> {
+        if decoded_size(report.encoding(), &report.payload).is_some_and(|size| size > MAX_REPORT) {
+            let refused = format!("a report of more than {MAX_REPORT} bytes");
+            out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
+            return Ok(());
+        }
         let payload = decode(report.encoding(), &report.payload)
             .map_err(|error| format!("report {} cannot be read: {error}", report.id))?;
         if self.reports.len() >= REPORT_WINDOW {
@@ -358,10 +336,23 @@ impl Hub {
         self.requeue(order, uid);
     }
 
+    /// Compares everything once what the edge has seen is reached.
+    fn catch_up(&mut self, by: impl FnOnce(&mut Freshness), out: &mut Vec<HubOutput>) {
+        let was_behind = self.is_behind();
+        by(&mut self.freshness);
+        if was_behind && !self.is_behind() {
+            for order in 0..COLLECTIONS.len() {
+                if self.collections[order].complete {
+                    out.extend(self.compare(order));
+                }
+            }
+        }
+    }
+
     /// Puts a row in the queue, or takes it out, according to its difference.
     fn requeue(&mut self, order: usize, uid: String) {
         let held = &self.collections[order];
-        let ready = held.complete && matches!(held.knowledge, Knowledge::Rows);
+        let ready = held.complete && matches!(held.knowledge, Knowledge::Rows) && !self.is_behind();
         let upsert = Turn { delete: false, order, uid };
         let delete = Turn { delete: true, order: COLLECTIONS.len() - order, uid: upsert.uid.clone() };
         self.dirty.remove(&upsert);
@@ -399,8 +390,9 @@ impl Hub {
             }
         }
         match held.knowledge {
-            Knowledge::None | Knowledge::Digest(_) => self.request_inventory(order),
-            Knowledge::Asked(_) => None,
+            Knowledge::None | Knowledge::Digest(_) if !self.freshness.is_behind() => self.request_inventory(order),
+            // What differs while it is behind may well agree once it is not.
+            Knowledge::None | Knowledge::Digest(_) | Knowledge::Asked(_) => None,
             Knowledge::Rows => {
                 let uids: Vec<String> = held.rows.keys().cloned().collect();
                 for uid in uids {
@@ -439,6 +431,9 @@ impl Hub {
         parts.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
         if parts.len() > MAX_INVENTORY {
             return Err(format!("an inventory of more than {MAX_INVENTORY} rows"));
+        }
+        if parts.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>() > MAX_INVENTORY_BYTES {
+            return Err(format!("an inventory with more than {MAX_INVENTORY_BYTES} bytes of names"));
         }
         if !part.last {
             held.knowledge = Knowledge::Asked(parts);
@@ -487,6 +482,7 @@ impl Hub {
                         key: row.key.clone(),
                         uid: uid.clone(),
                         version: object.entry.version,
+                        revisions: self.freshness.untold(),
                         ..wire::Upsert::default()
                     };
                     // What the edge holds once it has applied everything sent is what it will hold when this arrives.
@@ -506,8 +502,9 @@ impl Hub {
                     continue;
                 }
                 None => {
-                    let collection = COLLECTIONS[order].into();
-                    (Body::Delete(wire::Delete { seq: self.sent_seq + 1, collection, uid: uid.clone() }), None)
+                    let (seq, collection) = (self.sent_seq + 1, COLLECTIONS[order].into());
+                    let revisions = self.freshness.untold();
+                    (Body::Delete(wire::Delete { seq, collection, uid: uid.clone(), revisions }), None)
                 }
             };
             let held = &mut self.collections[order];
@@ -548,44 +545,6 @@ impl Hub {
         self.in_flight.push_back(InFlight { seq: self.sent_seq, bytes, change });
         out.push(HubOutput::Send(frame));
     }
-}
-
-impl Held {
-    /// Notes what the edge holds of one UID, and keeps the digest of it.
-    fn set_held(&mut self, uid: &str, change: Option<&Entry>) {
-        if change.is_none() && !self.rows.contains_key(uid) {
-            return;
-        }
-        let row = self.rows.entry(uid.to_owned()).or_insert_with(|| Row {
-            key: change.map(|change| change.key.clone()).unwrap_or_default(),
-            wanted: None,
-            held: None,
-            held_key: None,
-        });
-        if let Some(version) = row.held.take() {
-            let key = row.held_key.take().unwrap_or_else(|| row.key.clone());
-            self.held.remove(&entry(&key, uid, version));
-        }
-        if let Some(change) = change {
-            self.held.insert(change);
-            row.held = Some(change.version);
-            row.held_key = (row.key != change.key).then(|| change.key.clone());
-        } else if row.wanted.is_none() {
-            self.rows.remove(uid);
-        }
-    }
-
-    fn held_entries(&self) -> Vec<Entry> {
-        let held = |(uid, row): (&String, &Row)| {
-            let key = row.held_key.as_ref().unwrap_or(&row.key);
-            row.held.map(|version| entry(key, uid, version))
-        };
-        self.rows.iter().filter_map(held).collect()
-    }
-}
-
-fn entry(key: &str, uid: &str, version: u64) -> Entry {
-    Entry { key: key.to_owned(), uid: uid.to_owned(), version }
 }
 
 fn send(body: Body) -> HubOutput {

@@ -1,7 +1,8 @@
 //! State sync between one cloud (the hub side) and one edge: two machines, [`Hub`] and [`Edge`], that do no IO.
 //!
 //! What they guarantee: an edge whose link works converges to what the hub is told to be desired; per object no version goes
-//! backwards; nothing is deleted but by an explicit delete of a UID, which a hub sends only for a collection declared complete.
+//! backwards, also from one replica of the cloud to another; nothing is deleted but by an explicit delete of a UID, which a hub sends
+//! only for a collection declared complete, and only when it is known to be as new as what the edge has seen.
 //! Time is a [`Duration`] since any fixed origin of the caller's.
 
 use std::time::Duration;
@@ -18,6 +19,7 @@ pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 mod digest;
 mod edge;
 mod hub;
+mod revisions;
 #[cfg(test)]
 mod tests;
 
@@ -47,9 +49,13 @@ pub const MAX_OBJECT: usize = 10 << 20;
 
 /// Reports that may be on their way at once; an edge waits beyond it, a hub ends the session of one that does not.
 pub const REPORT_WINDOW: usize = 16;
+/// The largest report after decompression, in bytes: what etcd takes, and room for how JSON says it. A hub refuses a larger one for good.
+pub const MAX_REPORT: usize = 2 << 20;
 /// The most rows a hub accepts in one inventory: far above what a node can hold.
 pub const MAX_INVENTORY: usize = 10_000;
-/// The longest key or UID a hub accepts in an inventory, in bytes: namespace, name, a service account and an audience.
+/// The most bytes of keys and UIDs that a hub accepts in one inventory: so much it remembers of what a node says it holds.
+pub const MAX_INVENTORY_BYTES: usize = 1 << 20;
+/// The longest key or UID either side accepts, in bytes: namespace, name, a service account and an audience.
 const MAX_NAME: usize = 1024;
 /// Rows in one inventory frame.
 const INVENTORY_PART: usize = 1000;
@@ -114,12 +120,10 @@ impl Object {
 
     /// Whether an edge accepts it.
     pub fn is_deliverable(&self) -> bool {
-        let size = match self.encoding {
-            Encoding::Raw => Some(self.payload.len()),
-            Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(&self.payload),
-        };
+        let size = decoded_size(self.encoding, &self.payload);
         // Names and numbers go into the same frame.
-        self.payload.len() + 4096 <= MAX_FRAME && size.is_some_and(|size| size <= MAX_OBJECT)
+        let names = self.entry.key.len().max(self.entry.uid.len());
+        names <= MAX_NAME && self.payload.len() + 4096 <= MAX_FRAME && size.is_some_and(|size| size <= MAX_OBJECT)
     }
 
     /// Makes an object whose version has another meaning than its content (a token's).
@@ -174,6 +178,14 @@ pub fn encode(json: &[u8]) -> (Encoding, Bytes) {
         return (Encoding::Zstd, small.into_boxed_slice().into());
     }
     (Encoding::Raw, Bytes::copy_from_slice(json))
+}
+
+/// How large it becomes by [`decode`] at most; `None` if that cannot be told.
+fn decoded_size(encoding: Encoding, payload: &[u8]) -> Option<usize> {
+    match encoding {
+        Encoding::Raw => Some(payload.len()),
+        Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(payload),
+    }
 }
 
 /// Undoes [`encode`], refusing more than [`MAX_OBJECT`] bytes.

@@ -230,6 +230,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     }
 }
 
-fn malformed(error: &prost::DecodeError) -> End {
+fn malformed(error: &impl std::fmt::Display) -> End {
     End::Garbage(format!("a frame cannot be decoded: {error}"))
 }

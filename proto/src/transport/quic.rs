@@ -13,6 +13,7 @@ use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerCo
 use quinn::{Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, VarInt, WriteError, rustls};
 
 use super::{BURST, End, Meter, Progress, malformed};
+use crate::frame;
 use crate::mux::{Class, class_of};
 use crate::streams::Carrier;
 use crate::sync::MAX_FRAME;
@@ -222,7 +223,7 @@ impl Incoming {
         let head = self.unread.len() - rest.len();
         self.unread.advance(head);
         let bytes = self.unread.split_to(length).freeze();
-        Frame::decode(bytes).map(|frame| Some((frame, head + length))).map_err(|error| malformed(&error))
+        frame::decode(bytes).map(|frame| Some((frame, head + length))).map_err(|error| malformed(&error))
     }
 }
 

@@ -11,6 +11,7 @@ use tokio_tungstenite::tungstenite::error::{CapacityError, Error, ProtocolError}
 use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
 use super::{BURST, End, Meter, Progress, malformed};
+use crate::frame;
 use crate::streams::Carrier;
 use crate::sync::MAX_FRAME;
 use crate::wire::Frame;
@@ -79,7 +80,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
             return Poll::Ready(match message {
                 Message::Binary(bytes) => {
                     meter.received(bytes.len());
-                    Frame::decode(bytes).map_err(|error| malformed(&error))
+                    frame::decode(bytes).map_err(|error| malformed(&error))
                 }
                 Message::Text(_) => Err(End::Garbage("a frame is text where it must be binary".to_owned())),
                 Message::Close(_) => Err(End::Closed),

@@ -1,0 +1,75 @@
+//! Ways to break a machine or what carries it. Each has to be noticed, or the schedules prove nothing.
+
+use std::panic;
+
+use super::run;
+
+/// Schedules within which each is noticed.
+const SCHEDULES: u64 = 10_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mutation {
+    /// The edge takes what it received for durable.
+    AckBeforeCommit,
+    /// A commit speaks for the batches behind it too.
+    TicketOfLast,
+    /// The disk loses a batch and says that it has it.
+    BatchLost,
+    /// The machine goes on with what its store has lost, or could not apply.
+    MachineKept,
+    /// A delta is applied to whatever there is.
+    DeltaUnchecked,
+    /// What was not said yet counts as absent, and so as to be deleted.
+    CompleteTooEarly,
+    /// A replica does not ask how new what the edge holds is.
+    RevisionsIgnored,
+    /// The edge does not store how new what it holds is.
+    RevisionsForgotten,
+    /// Each collection is looked at alone.
+    RevisionsApart,
+    /// What was asked for beside the watch counts for no newer.
+    FetchUnmarked,
+    /// Each replica counts epochs by itself.
+    EpochOfOwn,
+    /// A session writes without looking whether a newer one took over.
+    EpochUnread,
+    /// It looks before it reads what it is going to replace.
+    EpochReadTooEarly,
+    /// Frames of an older connection get to the machine.
+    OldConnection,
+    /// A new session does not send again what was not answered.
+    ReportForgotten,
+    /// What is sent again passes for new.
+    ReportTwice,
+    /// A report is acknowledged before the apiserver has it.
+    ReportAckedEarly,
+}
+
+const ALL: [Mutation; 17] = [
+    Mutation::AckBeforeCommit,
+    Mutation::TicketOfLast,
+    Mutation::BatchLost,
+    Mutation::MachineKept,
+    Mutation::DeltaUnchecked,
+    Mutation::CompleteTooEarly,
+    Mutation::RevisionsIgnored,
+    Mutation::RevisionsForgotten,
+    Mutation::RevisionsApart,
+    Mutation::FetchUnmarked,
+    Mutation::EpochOfOwn,
+    Mutation::EpochUnread,
+    Mutation::EpochReadTooEarly,
+    Mutation::OldConnection,
+    Mutation::ReportForgotten,
+    Mutation::ReportTwice,
+    Mutation::ReportAckedEarly,
+];
+
+#[test]
+fn what_is_broken_is_noticed() {
+    for mutation in ALL {
+        let noticed = (0..SCHEDULES).find(|seed| panic::catch_unwind(|| run(*seed, Some(mutation))).is_err());
+        eprintln!("{mutation:?}: {noticed:?}");
+        assert!(noticed.is_some(), "{SCHEDULES} schedules do not notice {mutation:?}");
+    }
+}

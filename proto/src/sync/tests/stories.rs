@@ -1,0 +1,386 @@
+//! One thing at a time: what a link costs, when it is dead, and each way to break the protocol.
+
+use prost::Message as _;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+use super::cloud::{Apiserver, Id, PODS, Replica};
+use super::world::Connection;
+use super::*;
+use crate::wire::{self, Frame, frame::Body};
+
+/// A world of one replica, whose edge holds twenty pods and is in sync.
+fn in_sync() -> World {
+    let mut world = World::new(1, None);
+    world.apiserver.clear();
+    for n in 0..20 {
+        let id = (PODS, format!("0b9cb2a2-4d3a-4a6e-8a26-0123456789{n:02}"));
+        world.apiserver.write(&mut world.dice, &id, &format!("default/web-{n}"));
+    }
+    world.replicas = vec![Replica::new(&world.apiserver)];
+    world.settle();
+    world
+}
+
+fn some_pod(world: &World) -> Id {
+    world.apiserver.objects.keys().next().unwrap().clone()
+}
+
+/// An object changes, and the session says so.
+fn change(world: &mut World, id: &Id, text: &str) {
+    world.apiserver.put(id, "default/web", &serde_json::to_vec(text).unwrap());
+    hear(world, id.0);
+}
+
+/// The replica sees all that happened, and its session says so.
+fn hear(world: &mut World, order: usize) {
+    while world.replicas[0].watch(&world.apiserver, order) {}
+    for _ in 0..100 {
+        world.feed(0);
+    }
+}
+
+/// Everything moves but the replicas' watches.
+fn go_on(world: &mut World) {
+    for _ in 0..200 {
+        world.feed(0);
+        world.deliver_up(world.connections.len() - 1);
+        world.deliver_down();
+        world.commit();
+    }
+}
+
+fn line(world: &World) -> &Connection {
+    world.connections.last().unwrap()
+}
+
+fn is_change(frame: &Frame) -> bool {
+    matches!(frame.body, Some(Body::Upsert(_) | Body::Delete(_)))
+}
+
+#[test]
+fn reconnecting_with_nothing_changed_sends_no_object() {
+    let mut world = in_sync();
+    world.connect();
+    let mut bytes = 0;
+    for _ in 0..100 {
+        let line = line(&world);
+        bytes += line.up.iter().chain(&line.down).map(prost::Message::encoded_len).sum::<usize>();
+        assert!(!line.down.iter().any(|frame| matches!(frame.body, Some(Body::Upsert(_) | Body::InventoryRequest(_)))));
+        world.deliver_up(world.connections.len() - 1);
+        world.feed(0);
+        world.deliver_down();
+    }
+    assert!(bytes < 1024, "{bytes} bytes");
+}
+
+#[test]
+fn a_letter_changed_is_sent_as_a_delta() {
+    let mut world = in_sync();
+    let id = some_pod(&world);
+    let noise: String = (0..4).map(|_| world.dice.letters(12_000)).collect();
+    let mut other = noise.clone();
+    other.replace_range(24_000..24_001, "_");
+    change(&mut world, &id, &noise);
+    world.settle_on();
+    let before = world.node.deltas;
+    change(&mut world, &id, &other);
+    let sent = line(&world).down.iter().map(prost::Message::encoded_len).max().unwrap();
+    world.settle_on();
+    assert!(sent < 300, "{sent} bytes");
+    assert_eq!(world.node.deltas, before + 1);
+    world.assert_converged();
+}
+
+#[test]
+fn a_hub_that_is_not_complete_neither_sends_nor_deletes() {
+    let mut world = in_sync();
+    world.apiserver.clear();
+    world.replicas[0] = Replica::new(&world.apiserver);
+    world.connect();
+    world.deliver_up(world.connections.len() - 1);
+    let session = world.replicas[0].session.as_mut().unwrap();
+    // Everything but that pods are complete.
+    session.untold.retain(|input| !matches!(input, HubInput::Complete(Collection::Pods)));
+    // And as if nothing were missing.
+    world.say(0, HubInput::Restored);
+    go_on(&mut world);
+    assert_eq!(world.node.disk.rows.len(), 20);
+}
+
+#[test]
+fn a_replica_that_lags_takes_nothing_back() {
+    let mut world = in_sync();
+    let (changed, gone) = (some_pod(&world), world.apiserver.objects.keys().nth(1).unwrap().clone());
+    let late = Replica::new(&world.apiserver);
+    change(&mut world, &changed, "newer");
+    world.apiserver.delete(&gone);
+    let new = (PODS, "new".to_owned());
+    change(&mut world, &new, "not known yet");
+    go_on(&mut world);
+    let held = world.node.disk.rows.clone();
+    assert_eq!(held, world.apiserver.desired());
+
+    // What it has seen is older, whatever it is: a state, an object that is gone, one that is not there yet.
+    world.replicas[0] = late;
+    world.connect();
+    go_on(&mut world);
+    assert!(world.replicas[0].session.as_ref().unwrap().hub.is_behind());
+    assert_eq!(world.node.disk.rows, held);
+    // When it has caught up, both agree, and nothing is sent.
+    hear(&mut world, PODS);
+    assert!(!world.replicas[0].session.as_ref().unwrap().hub.is_behind());
+    assert!(!line(&world).down.iter().any(is_change));
+    change(&mut world, &changed, "newest");
+    go_on(&mut world);
+    world.assert_converged();
+}
+
+#[test]
+fn an_apiserver_that_was_restored_is_believed() {
+    let mut world = in_sync();
+    let held: Vec<_> = world.node.edge.revisions().collect();
+    assert!(!held.is_empty());
+    // Its revisions begin anew, far below what the edge has seen.
+    let epoch = world.apiserver.epoch;
+    world.apiserver = Apiserver::default();
+    world.apiserver.epoch = epoch;
+    world.apiserver.write(&mut world.dice, &(PODS, "other".to_owned()), "default/other");
+    world.replicas = vec![Replica::new(&world.apiserver)];
+    world.connect();
+    go_on(&mut world);
+    assert_eq!(world.node.disk.rows.len(), 20);
+    world.say(0, HubInput::Restored);
+    go_on(&mut world);
+    world.assert_converged();
+    assert_eq!(world.node.edge.revisions().collect::<Vec<_>>(), [(Collection::Pods, 1)]);
+}
+
+#[test]
+fn a_slow_edge_gets_the_newest_only() {
+    let mut world = in_sync();
+    let id = some_pod(&world);
+    for n in 0..50 {
+        // Too varied to be compressed below the window.
+        let noise = world.dice.letters(9000);
+        change(&mut world, &id, &format!("{n}{noise}"));
+    }
+    let queued = line(&world).down.iter().filter(|frame| is_change(frame)).count();
+    assert!(queued <= 2, "{queued} queued");
+    world.settle();
+    world.assert_converged();
+}
+
+#[test]
+fn a_dead_link_is_noticed_on_both_sides() {
+    for (up, down) in [(true, true), (true, false), (false, true)] {
+        let mut world = in_sync();
+        let id = world.current.unwrap();
+        let connection = world.connection(id).unwrap();
+        (connection.is_up_lost, connection.is_down_lost) = (up, down);
+        for _ in 0..60 {
+            world.pass_time(Duration::from_secs(1));
+            world.deliver_up(world.connections.len() - 1);
+            world.deliver_down();
+        }
+        assert!(world.current.is_none() && world.replicas[0].session.is_none());
+    }
+}
+
+#[test]
+fn parts_of_a_large_frame_are_signs_of_life() {
+    let late = DEAD_AFTER - Duration::from_secs(1);
+    let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+    assert!(hub.step(late, HubInput::Heard).is_empty());
+    assert!(hub.step(DEAD_AFTER, HubInput::Timeout).is_empty());
+    assert!(matches!(hub.step(late + DEAD_AFTER, HubInput::Timeout).as_slice(), [HubOutput::Close(None)]));
+    let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+    edge.step(Duration::ZERO, EdgeInput::Connected);
+    assert!(edge.step(late, EdgeInput::Heard).is_empty());
+    assert!(edge.step(DEAD_AFTER, EdgeInput::Timeout).is_empty());
+    assert!(matches!(edge.step(late + DEAD_AFTER, EdgeInput::Timeout).as_slice(), [EdgeOutput::Close(None)]));
+}
+
+#[test]
+fn an_idle_link_is_kept_alive() {
+    let mut world = in_sync();
+    for _ in 0..600 {
+        world.pass_time(Duration::from_secs(1));
+        world.deliver_up(world.connections.len() - 1);
+        world.deliver_down();
+    }
+    assert!(world.current.is_some() && world.replicas[0].session.is_some());
+}
+
+#[test]
+fn a_version_that_was_to_be_kept_but_is_missing_is_asked_for() {
+    let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+    let entry = Entry { key: "a".into(), uid: "a".into(), version: 7 };
+    hub.step(Duration::ZERO, HubInput::Keep(Collection::Tokens, entry));
+    let asked = hub.step(Duration::ZERO, HubInput::Complete(Collection::Tokens));
+    assert!(matches!(asked.as_slice(), [HubOutput::Send(Frame { body: Some(Body::InventoryRequest(_)) })]));
+    let collection = Collection::Tokens.into();
+    let inventory = Body::Inventory(wire::Inventory { collection, entries: vec![], last: true, seq: 0 });
+    let out = hub.step(Duration::ZERO, HubInput::Frame(Frame { body: Some(inventory) }));
+    let inventories =
+        out.iter().filter(|output| matches!(output, HubOutput::Inventory(Collection::Tokens, rows) if rows.is_empty()));
+    assert_eq!(inventories.count(), 2, "{out:?}");
+}
+
+#[test]
+fn what_an_edge_would_refuse_is_known_beforehand() {
+    let deliverable = |json: &[u8]| {
+        let object = Object::new(Collection::ConfigMaps, "a/b".into(), "u".into(), json);
+        assert_eq!(decode(object.encoding, &object.payload).is_ok(), json.len() <= MAX_OBJECT);
+        object.is_deliverable()
+    };
+    assert!(deliverable(b"{}"));
+    // What a legal ConfigMap of zero bytes becomes.
+    assert!(deliverable(serde_json::to_string(&"\0".repeat(1_500_000)).unwrap().as_bytes()));
+    assert!(!deliverable(&vec![b'x'; MAX_OBJECT + 1]));
+    let mut noise = vec![0; MAX_FRAME];
+    StdRng::seed_from_u64(1).fill(&mut noise[..]);
+    assert!(!deliverable(&noise));
+}
+
+#[test]
+fn a_report_that_is_too_large_is_refused_and_holds_nothing_up() {
+    let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+    for id in 0..100 {
+        let (encoding, payload) = encode(&vec![b'x'; MAX_REPORT + 1]);
+        let (kind, encoding) = (ReportKind::Event.into(), encoding.into());
+        let report = Body::Report(wire::Report { id, kind, encoding, payload, ..wire::Report::default() });
+        let out = hub.step(Duration::ZERO, HubInput::Frame(Frame { body: Some(report) }));
+        let [HubOutput::Send(Frame { body: Some(Body::ReportAck(ack)) })] = out.as_slice() else { panic!("{out:?}") };
+        assert!(ack.id == id && !ack.refused.is_empty());
+    }
+}
+
+#[test]
+fn peers_that_break_the_protocol_are_dismissed() {
+    let hello = |min, max| wire::Hello {
+        protocol_min: min,
+        protocol_max: max,
+        agent: "edgecore 9".into(),
+        ..Default::default()
+    };
+    let (_, out) = Hub::new(Duration::ZERO, &hello(2, 3), 1, 0, "cloudcore 0");
+    let [HubOutput::Close(Some(goodbye))] = out.as_slice() else { panic!("{out:?}") };
+    assert_eq!(goodbye.reason(), Reason::Version);
+    assert!(goodbye.message.contains("edgecore 9") && goodbye.message.contains("cloudcore 0"));
+
+    let lies = [
+        Body::Ack(wire::Ack { seq: 5 }),
+        Body::Hello(wire::Hello::default()),
+        Body::Delete(wire::Delete::default()),
+        Body::Inventory(wire::Inventory { seq: 9, collection: Collection::Pods.into(), ..Default::default() }),
+        Body::Inventory(wire::Inventory { collection: 77, ..Default::default() }),
+        Body::Inventory(wire::Inventory {
+            collection: Collection::Pods.into(),
+            entries: vec![wire::Entry { key: "k".repeat(MAX_NAME + 1), ..Default::default() }],
+            ..Default::default()
+        }),
+        Body::Inventory(wire::Inventory {
+            collection: Collection::Pods.into(),
+            entries: vec![wire::Entry::default(); MAX_INVENTORY + 1],
+            ..Default::default()
+        }),
+        Body::Inventory(wire::Inventory {
+            collection: Collection::Pods.into(),
+            entries: vec![
+                wire::Entry { key: "k".repeat(MAX_NAME), ..Default::default() };
+                1 + MAX_INVENTORY_BYTES / MAX_NAME
+            ],
+            ..Default::default()
+        }),
+        Body::Report(wire::Report {
+            encoding: Encoding::Zstd.into(),
+            payload: Bytes::from_static(b"junk"),
+            ..Default::default()
+        }),
+    ];
+    for lie in lies {
+        let (mut hub, _) = Hub::new(Duration::ZERO, &hello(1, 1), 1, 0, "cloudcore 0");
+        let out = hub.step(Duration::ZERO, HubInput::Frame(Frame { body: Some(lie.clone()) }));
+        assert!(matches!(out.as_slice(), [HubOutput::Close(Some(_))]), "{lie:?}: {out:?}");
+    }
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello(1, 1), 1, 0, "cloudcore 0");
+    let flood = (0..100).map(|id| {
+        let report = wire::Report { id, kind: ReportKind::Event.into(), ..Default::default() };
+        hub.step(Duration::ZERO, HubInput::Frame(Frame { body: Some(Body::Report(report)) }))
+    });
+    assert_eq!(flood.flatten().filter(|output| matches!(output, HubOutput::Report(_))).count(), REPORT_WINDOW);
+
+    let pods = Collection::Pods.into();
+    let upsert = |seq, full: &[u8]| {
+        let full = Bytes::copy_from_slice(full);
+        Body::Upsert(wire::Upsert {
+            seq,
+            collection: pods,
+            key: "a/b".into(),
+            uid: "u".into(),
+            full,
+            ..Default::default()
+        })
+    };
+    let lies = [
+        Body::Welcome(wire::Welcome { protocol: 1, epoch: 6, ..Default::default() }),
+        upsert(2, b"{}"),
+        upsert(1, b"{"),
+        Body::Upsert(wire::Upsert {
+            seq: 1,
+            collection: pods,
+            key: "a/b".into(),
+            uid: "u".into(),
+            delta: Bytes::from_static(b"x"),
+            base: 7,
+            ..Default::default()
+        }),
+        Body::Upsert(wire::Upsert { seq: 1, collection: 99, ..Default::default() }),
+        Body::Upsert(wire::Upsert {
+            seq: 1,
+            collection: pods,
+            key: "k".repeat(MAX_NAME + 1),
+            uid: "u".into(),
+            full: Bytes::from_static(b"{}"),
+            ..Default::default()
+        }),
+        Body::DigestCheck(wire::DigestCheck { seq: 1, digest: None }),
+        Body::ReportAck(wire::ReportAck { id: 3, refused: String::new() }),
+        Body::Hello(wire::Hello::default()),
+    ];
+    for lie in lies {
+        let mut edge = Edge::new("n", "b", "s", "edge", 4, []);
+        edge.step(Duration::ZERO, EdgeInput::Connected);
+        let welcome = Body::Welcome(wire::Welcome { protocol: 1, epoch: 5, ..Default::default() });
+        edge.step(Duration::ZERO, EdgeInput::Frame(Frame { body: Some(welcome) }));
+        let out = edge.step(Duration::ZERO, EdgeInput::Frame(Frame { body: Some(lie.clone()) }));
+        assert!(matches!(out.as_slice(), [EdgeOutput::Close(Some(_))]), "{lie:?}: {out:?}");
+        assert!(edge.next_timeout().is_none());
+    }
+    let mut edge = Edge::new("n", "b", "s", "edge", 4, []);
+    edge.step(Duration::ZERO, EdgeInput::Connected);
+    let stale = Body::Welcome(wire::Welcome { protocol: 1, epoch: 4, ..Default::default() });
+    let out = edge.step(Duration::ZERO, EdgeInput::Frame(Frame { body: Some(stale) }));
+    assert!(matches!(out.as_slice(), [EdgeOutput::Close(Some(_))]));
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_bytes_make_a_machine_panic(bytes: Vec<u8>, welcome: bool) {
+        let Ok(frame) = Frame::decode(bytes.as_slice()) else { return Ok(()) };
+        let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..Default::default() };
+        let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+        hub.step(Duration::ZERO, HubInput::Frame(frame.clone()));
+        let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+        edge.step(Duration::ZERO, EdgeInput::Connected);
+        if welcome {
+            let welcome = Body::Welcome(wire::Welcome { protocol: 1, epoch: 5, ..Default::default() });
+            edge.step(Duration::ZERO, EdgeInput::Frame(Frame { body: Some(welcome) }));
+        }
+        edge.step(Duration::ZERO, EdgeInput::Frame(frame));
+    }
+}

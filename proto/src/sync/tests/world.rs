@@ -1,0 +1,549 @@
+//! Everything between the machines: connections that lose, delay and end, the replicas, the node, and what goes wrong with each.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use prost::Message as _;
+
+use super::cloud::{Apiserver, Delivery, Replica, Session, Status};
+use super::mutations::Mutation;
+use super::node::{Batch, Disk, Node};
+use super::*;
+use crate::wire::{self, Frame, frame::Body};
+
+/// Connections that are remembered, with what is still on its way on them.
+const CONNECTIONS: usize = 4;
+/// Steps within which everything comes to rest once the weather is clear.
+const PATIENCE: usize = 4000;
+
+pub(super) struct World {
+    pub(super) dice: Dice,
+    pub(super) now: Duration,
+    pub(super) mutation: Option<Mutation>,
+    pub(super) apiserver: Apiserver,
+    pub(super) replicas: Vec<Replica>,
+    pub(super) node: Node,
+    pub(super) connections: Vec<Connection>,
+    /// The one that the node uses.
+    pub(super) current: Option<u64>,
+    next_connection: u64,
+    /// What each report that was ever made is about.
+    reports: BTreeMap<u64, Report>,
+    /// Events that reached a hub.
+    arrived: BTreeSet<u64>,
+}
+
+/// One connection: what was sent arrives in order, at any time, or from some point on not at all.
+pub(super) struct Connection {
+    pub(super) id: u64,
+    pub(super) replica: usize,
+    pub(super) up: VecDeque<Frame>,
+    pub(super) down: VecDeque<Frame>,
+    /// What is sent this way is swallowed.
+    pub(super) is_up_lost: bool,
+    pub(super) is_down_lost: bool,
+    /// The node, or the replica, has let go of it; the other one hears that behind what was sent.
+    left_by_node: bool,
+    left_by_hub: bool,
+}
+
+impl World {
+    pub(super) fn new(seed: u64, mutation: Option<Mutation>) -> Self {
+        let mut world = Self {
+            dice: Dice::new(seed),
+            now: Duration::ZERO,
+            mutation,
+            apiserver: Apiserver::default(),
+            replicas: Vec::new(),
+            node: Node::new(mutation),
+            connections: Vec::new(),
+            current: None,
+            next_connection: 0,
+            reports: BTreeMap::new(),
+            arrived: BTreeSet::new(),
+        };
+        for _ in 0..world.dice.roll(12) {
+            world.apiserver.create(&mut world.dice);
+        }
+        for _ in 0..=world.dice.roll(3) {
+            world.replicas.push(Replica::new(&world.apiserver));
+        }
+        world
+    }
+
+    fn is(&self, mutation: Mutation) -> bool {
+        self.mutation == Some(mutation)
+    }
+
+    pub(super) fn connection(&mut self, id: u64) -> Option<&mut Connection> {
+        self.connections.iter_mut().find(|connection| connection.id == id)
+    }
+
+    /// The node dials, and gets to some replica.
+    pub(super) fn connect(&mut self) {
+        self.disconnect();
+        self.next_connection += 1;
+        let (id, replica) = (self.next_connection, self.dice.roll(self.replicas.len()));
+        if self.connections.len() == CONNECTIONS {
+            self.connections.remove(0);
+        }
+        self.connections.push(Connection {
+            id,
+            replica,
+            up: VecDeque::new(),
+            down: VecDeque::new(),
+            is_up_lost: false,
+            is_down_lost: false,
+            left_by_node: false,
+            left_by_hub: false,
+        });
+        self.current = Some(id);
+        if self.is(Mutation::ReportForgotten) {
+            self.node.edge.forget_sent();
+        }
+        let out = self.node.edge.step(self.now, EdgeInput::Connected);
+        self.edge_outputs(out);
+    }
+
+    /// The node lets go of its connection; what it sent may still arrive, and the end may not.
+    pub(super) fn disconnect(&mut self) {
+        let Some(id) = self.current.take() else { return };
+        let is_heard = !self.dice.one_in(3);
+        if let Some(connection) = self.connection(id) {
+            connection.left_by_node = is_heard;
+        }
+        let out = self.node.edge.step(self.now, EdgeInput::Disconnected);
+        assert!(out.is_empty());
+    }
+
+    fn hello(&mut self, at: usize, connection: u64, mut hello: wire::Hello) {
+        self.end_session(at, Some(Reason::Superseded));
+        // Compared and set on the Node.
+        self.apiserver.epoch = self.apiserver.epoch.max(hello.last_epoch) + 1;
+        let mut epoch = self.apiserver.epoch;
+        if self.is(Mutation::EpochOfOwn) {
+            self.replicas[at].counter += 1;
+            epoch = self.replicas[at].counter;
+        }
+        if self.is(Mutation::RevisionsIgnored) {
+            hello.revisions.clear();
+        }
+        let (hub, out) = Hub::new(self.now, &hello, epoch, 0, "hub");
+        let (untold, told, reports) = (VecDeque::new(), BTreeMap::new(), VecDeque::new());
+        let session = Session { connection, epoch, hub, untold, told, reports };
+        let too_early = self.is(Mutation::CompleteTooEarly);
+        self.replicas[at].begin(session, &mut self.dice, too_early);
+        self.hub_outputs(at, out);
+    }
+
+    /// The replica ends its session, if it has one.
+    fn end_session(&mut self, at: usize, reason: Option<Reason>) {
+        let Some(session) = self.replicas[at].session.take() else { return };
+        if let Some(connection) = self.connection(session.connection) {
+            connection.left_by_hub = true;
+            if let Some(reason) = reason {
+                let goodbye = wire::Goodbye { reason: reason.into(), ..wire::Goodbye::default() };
+                connection.down.push_back(Frame { body: Some(Body::Goodbye(goodbye)) });
+            }
+        }
+    }
+
+    pub(super) fn say(&mut self, at: usize, input: HubInput) {
+        let Some(session) = &mut self.replicas[at].session else { return };
+        let out = session.hub.step(self.now, input);
+        self.hub_outputs(at, out);
+    }
+
+    pub(super) fn hub_outputs(&mut self, at: usize, out: Vec<HubOutput>) {
+        for output in out {
+            let Some(session) = &mut self.replicas[at].session else { return };
+            match output {
+                HubOutput::Send(frame) => {
+                    let connection = session.connection;
+                    if let Some(connection) = self.connection(connection) {
+                        connection.down.push_back(through_the_wire(&frame));
+                    }
+                }
+                HubOutput::Inventory(collection, held) => self.replicas[at].answer(collection, &held),
+                HubOutput::InSync => {
+                    if self.current == Some(session.connection)
+                        && session.untold.is_empty()
+                        && self.node.batches.is_empty()
+                    {
+                        assert_eq!(self.node.disk.rows, session.told, "in sync, but not the same");
+                    }
+                }
+                HubOutput::Report(report) => {
+                    let id = report.id;
+                    session.reports.push_back(Delivery { report, read: None, is_ours: false });
+                    if self.is(Mutation::ReportAckedEarly) {
+                        self.say(at, HubInput::Reported { id, refused: String::new() });
+                    }
+                }
+                HubOutput::Close(goodbye) => {
+                    assert_eq!(goodbye, None, "no machine breaks the protocol");
+                    return self.end_session(at, None);
+                }
+            }
+        }
+    }
+
+    pub(super) fn edge_outputs(&mut self, out: Vec<EdgeOutput>) {
+        self.outputs_of_frame(out, 0);
+    }
+
+    /// `seq` is the number of the change that brought them forth.
+    fn outputs_of_frame(&mut self, out: Vec<EdgeOutput>, seq: u64) {
+        for output in out {
+            let Some(id) = self.current else { return };
+            match output {
+                EdgeOutput::Send(frame) => {
+                    if let Some(Body::Ack(ack)) = &frame.body {
+                        let mut written = self.node.batches.iter().filter(|batch| batch.connection == id);
+                        assert!(written.all(|batch| batch.seq > ack.seq), "acknowledged before it is durable");
+                    }
+                    if let Some(connection) = self.connection(id) {
+                        connection.up.push_back(through_the_wire(&frame));
+                    }
+                }
+                EdgeOutput::Established { epoch, .. } => {
+                    assert!(epoch > self.node.disk.epoch, "epochs rise");
+                    self.node.disk.epoch = epoch;
+                }
+                EdgeOutput::Apply { ops, ticket } => {
+                    let revisions = self.node.edge.revisions().collect();
+                    self.node.batches.push_back(Batch { ticket, connection: id, seq, ops, revisions });
+                    if self.is(Mutation::AckBeforeCommit) {
+                        let out = self.node.edge.step(self.now, EdgeInput::Committed { ticket });
+                        self.edge_outputs(out);
+                    }
+                }
+                EdgeOutput::Reported { id, refused } => {
+                    assert_eq!(refused, "");
+                    let report = &self.reports[&id];
+                    let taken = match report.kind {
+                        ReportKind::Event => self.apiserver.events.contains_key(&report.name),
+                        _ => self.apiserver.statuses.get(&report.uid).is_some_and(|shown| shown.report >= id),
+                    };
+                    assert!(taken, "acknowledged, but the apiserver has not got it");
+                    self.node.disk.outbox.remove(&id);
+                }
+                EdgeOutput::InSync(_) | EdgeOutput::ReportWanted { .. } => {}
+                EdgeOutput::Close(goodbye) => {
+                    assert_eq!(goodbye, None, "no machine breaks the protocol");
+                    return self.disconnect();
+                }
+                EdgeOutput::Dismissed(goodbye) => {
+                    assert!(matches!(goodbye.reason(), Reason::Superseded | Reason::Shutdown), "{goodbye:?}");
+                }
+            }
+        }
+    }
+
+    pub(super) fn commit(&mut self) {
+        let Some(batch) = self.node.batches.pop_front() else { return };
+        let mut ticket = batch.ticket;
+        if self.is(Mutation::TicketOfLast) {
+            ticket = self.node.batches.back().map_or(ticket, |last| last.ticket);
+        }
+        if self.is(Mutation::BatchLost) && self.dice.one_in(4) {
+            drop(batch);
+        } else if !self.node.make_durable(&self.apiserver, batch) {
+            // The machine is ahead of the store: what it still wanted written is, and a new one takes its place.
+            for batch in std::mem::take(&mut self.node.batches) {
+                self.node.make_durable(&self.apiserver, batch);
+            }
+            if !self.is(Mutation::MachineKept) {
+                self.disconnect();
+                return self.node.boot(self.now);
+            }
+        }
+        let out = self.node.edge.step(self.now, EdgeInput::Committed { ticket });
+        self.edge_outputs(out);
+    }
+
+    /// The edge's process dies, with or without what was being written, and starts again from its disk.
+    pub(super) fn crash_edge(&mut self) {
+        let survived = self.dice.roll(self.node.batches.len() + 1);
+        for batch in std::mem::take(&mut self.node.batches).into_iter().take(survived) {
+            self.node.make_durable(&self.apiserver, batch);
+        }
+        self.disconnect();
+        if !self.is(Mutation::MachineKept) {
+            self.node.boot(self.now);
+        }
+    }
+
+    /// The disk is another one: a new one, or an old copy of it. Report ids go on, as those of a new store do.
+    fn replace_disk(&mut self, by: Disk) {
+        self.crash_edge();
+        let next_report = self.node.disk.next_report;
+        self.node.disk = by;
+        self.node.disk.outbox.clear();
+        self.node.disk.next_report = next_report;
+        self.node.boot(self.now);
+    }
+
+    pub(super) fn report(&mut self) {
+        let report = self.node.report(&mut self.dice);
+        self.reports.insert(report.id, report.clone());
+        let out = self.node.edge.step(self.now, EdgeInput::Report(report));
+        self.edge_outputs(out);
+    }
+
+    /// A session takes a report to the apiserver, in three steps between which anything may happen: it reads the status, looks whether
+    /// the epoch on the Node is its own, and writes if the status is still what was read. So the session of an older epoch never
+    /// overwrites what a newer one wrote.
+    pub(super) fn deliver_report(&mut self, at: usize) {
+        let (unfenced, too_early) = (self.is(Mutation::EpochUnread), self.is(Mutation::EpochReadTooEarly));
+        let Some(session) = &mut self.replicas[at].session else { return };
+        let Some(delivery) = session.reports.front_mut() else { return };
+        let report = &delivery.report;
+        let shown = self.apiserver.statuses.get(&report.uid).copied().unwrap_or_default();
+        let look = if too_early { delivery.read.is_none() } else { delivery.read.is_some() };
+        if look && !delivery.is_ours && !unfenced {
+            delivery.is_ours = session.epoch == self.apiserver.epoch;
+            if !delivery.is_ours {
+                self.end_session(at, Some(Reason::Superseded));
+            }
+            return;
+        }
+        let Some(read) = delivery.read else {
+            delivery.read = Some(shown.version);
+            return;
+        };
+        let id = report.id;
+        if report.kind == ReportKind::Event {
+            let doubled = self.apiserver.events.iter().any(|(name, with)| *with == id && *name != report.name);
+            assert!(!doubled, "one event became two");
+            self.apiserver.events.insert(report.name.clone(), id);
+        } else if read == shown.version {
+            assert!(session.epoch >= shown.epoch, "a session overwrote what a newer one wrote");
+            assert!(id >= shown.report, "an older report overwrote a newer one");
+            let status = Status { report: id, epoch: session.epoch, version: shown.version + 1 };
+            self.apiserver.statuses.insert(report.uid.clone(), status);
+        } else {
+            (delivery.read, delivery.is_ours) = (None, false);
+            return;
+        }
+        session.reports.pop_front();
+        self.say(at, HubInput::Reported { id, refused: String::new() });
+    }
+
+    /// The next frame on a connection reaches its replica, or the end of the connection does.
+    pub(super) fn deliver_up(&mut self, which: usize) {
+        let Some(connection) = self.connections.get_mut(which) else { return };
+        let (id, at) = (connection.id, connection.replica);
+        let Some(frame) = connection.up.pop_front() else {
+            if connection.left_by_node && !connection.is_up_lost {
+                connection.left_by_hub = true;
+                if self.session_on(at, id) {
+                    self.replicas[at].session = None;
+                }
+            }
+            return;
+        };
+        if connection.is_up_lost || connection.left_by_hub {
+            return;
+        }
+        match frame.body {
+            Some(Body::Hello(hello)) => self.hello(at, id, hello),
+            Some(Body::Report(mut report)) if self.is(Mutation::ReportTwice) && self.session_on(at, id) => {
+                if report.kind() == ReportKind::Event && !self.arrived.insert(report.id) {
+                    report.name.push_str("-again");
+                }
+                self.say(at, HubInput::Frame(Frame { body: Some(Body::Report(report)) }));
+            }
+            body if self.session_on(at, id) => self.say(at, HubInput::Frame(Frame { body })),
+            _ => {}
+        }
+    }
+
+    fn session_on(&self, at: usize, connection: u64) -> bool {
+        self.replicas[at].session.as_ref().is_some_and(|session| session.connection == connection)
+    }
+
+    /// The next frame on the node's connection reaches it, or the end of the connection does.
+    pub(super) fn deliver_down(&mut self) {
+        let mut current = self.current;
+        if self.is(Mutation::OldConnection) {
+            let at = self.dice.roll(self.connections.len());
+            current = current.and_then(|_| self.connections.get(at)).map(|connection| connection.id);
+        }
+        let Some(connection) = current.and_then(|id| self.connection(id)) else { return };
+        let Some(mut frame) = connection.down.pop_front() else {
+            if connection.left_by_hub && !connection.is_down_lost {
+                self.disconnect();
+            }
+            return;
+        };
+        if connection.is_down_lost {
+            return;
+        }
+        if self.is(Mutation::RevisionsApart) {
+            match &mut frame.body {
+                Some(Body::Upsert(upsert)) => upsert.revisions.retain(|said| said.collection == upsert.collection),
+                Some(Body::Delete(delete)) => delete.revisions.retain(|said| said.collection == delete.collection),
+                _ => {}
+            }
+        }
+        let seq = match &frame.body {
+            Some(Body::Upsert(wire::Upsert { seq, .. }) | Body::Delete(wire::Delete { seq, .. })) => *seq,
+            _ => 0,
+        };
+        let out = self.node.edge.step(self.now, EdgeInput::Frame(frame));
+        self.outputs_of_frame(out, seq);
+    }
+
+    /// A session says the next thing it has to say.
+    pub(super) fn feed(&mut self, at: usize) {
+        let Some(session) = &mut self.replicas[at].session else { return };
+        if let Some(input) = session.untold.pop_front() {
+            self.say(at, input);
+        }
+    }
+
+    pub(super) fn pass_time(&mut self, by: Duration) {
+        self.now += by;
+        if self.node.edge.next_timeout().is_some_and(|due| due <= self.now) {
+            let out = self.node.edge.step(self.now, EdgeInput::Timeout);
+            self.edge_outputs(out);
+        }
+        for at in 0..self.replicas.len() {
+            if self.replicas[at].session.as_ref().is_some_and(|session| session.hub.next_timeout() <= self.now) {
+                self.say(at, HubInput::Timeout);
+            }
+        }
+    }
+
+    /// One random thing happens.
+    pub(super) fn chaos(&mut self) {
+        let at = self.dice.roll(self.replicas.len());
+        match self.dice.roll(1000) {
+            0..250 => {
+                let which = self.dice.roll(self.connections.len());
+                self.deliver_up(which);
+            }
+            250..500 => self.deliver_down(),
+            500..600 => self.commit(),
+            600..720 => {
+                for _ in 0..=self.dice.roll(12) {
+                    self.feed(at);
+                }
+            }
+            720..723 => {
+                let collection = self.dice.pick(&COLLECTIONS);
+                if let Some(session) = &mut self.replicas[at].session {
+                    let out = session.hub.ask(collection);
+                    self.hub_outputs(at, out);
+                }
+            }
+            723..770 => {
+                let order = self.dice.roll(COLLECTIONS.len());
+                for _ in 0..=self.dice.roll(3) {
+                    self.replicas[at].watch(&self.apiserver, order);
+                }
+            }
+            770..785 => {
+                let marked = !self.is(Mutation::FetchUnmarked);
+                self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
+            }
+            785..830 => {
+                for _ in 0..self.dice.pick(&[1, 1, 2, 7]) {
+                    self.deliver_report(at);
+                }
+            }
+            830..845 => self.apiserver.create(&mut self.dice),
+            845..880 => {
+                if let Some((id, key)) = self.apiserver.pick(&mut self.dice) {
+                    self.apiserver.write(&mut self.dice, &id, &key);
+                }
+            }
+            880..897 => {
+                if let Some((id, _)) = self.apiserver.pick(&mut self.dice) {
+                    self.apiserver.delete(&id);
+                }
+            }
+            897..937 => self.report(),
+            937..950 => {
+                let by = self.dice.roll(20_000);
+                self.pass_time(Duration::from_millis(by.try_into().unwrap()));
+            }
+            950..955 => self.disconnect(),
+            955..977 => self.connect(),
+            977..983 => {
+                let (up, down) = (self.dice.one_in(2), self.dice.one_in(2));
+                let current = self.current;
+                if let Some(connection) = current.and_then(|id| self.connection(id)) {
+                    connection.is_up_lost |= up;
+                    connection.is_down_lost |= down || !up;
+                }
+            }
+            983..989 => self.crash_edge(),
+            // A replica dies and lists everything again; nobody says goodbye.
+            989..993 => {
+                self.end_session(at, None);
+                let counter = self.replicas[at].counter;
+                self.replicas[at] = Replica::new(&self.apiserver);
+                self.replicas[at].counter = counter;
+            }
+            993..994 => self.replace_disk(Disk::default()),
+            994..996 => self.node.rot(&mut self.dice),
+            996..998 => self.node.backup = Some(self.node.disk.clone()),
+            _ => {
+                if let Some(backup) = self.node.backup.take() {
+                    self.replace_disk(backup);
+                }
+            }
+        }
+    }
+
+    /// The weather clears: everything that is on its way arrives.
+    pub(super) fn settle(&mut self) {
+        self.connect();
+        self.settle_on();
+    }
+
+    /// Until nothing is on its way, on the connection that stands; on a new one when that ends.
+    pub(super) fn settle_on(&mut self) {
+        for _ in 0..PATIENCE {
+            if self.current.is_none() {
+                self.connect();
+            }
+            for which in 0..self.connections.len() {
+                self.deliver_up(which);
+            }
+            let mut quiet = self.node.batches.is_empty();
+            for at in 0..self.replicas.len() {
+                for order in 0..COLLECTIONS.len() {
+                    quiet &= !self.replicas[at].watch(&self.apiserver, order);
+                }
+                self.feed(at);
+                self.deliver_report(at);
+            }
+            self.deliver_down();
+            self.commit();
+            let current = self.current;
+            let Some(connection) = current.and_then(|id| self.connection(id)) else { continue };
+            quiet &= connection.up.is_empty() && connection.down.is_empty();
+            let at = connection.replica;
+            if quiet
+                && let Some(session) = &self.replicas[at].session
+                && Some(session.connection) == current
+                && session.untold.is_empty()
+                && session.reports.is_empty()
+            {
+                return;
+            }
+        }
+        panic!("it does not come to rest");
+    }
+
+    pub(super) fn assert_converged(&self) {
+        self.node.assert_holds(&self.apiserver.desired());
+        assert!(self.node.disk.outbox.is_empty(), "reports were left");
+    }
+}
+
+fn through_the_wire(frame: &Frame) -> Frame {
+    Frame::decode(frame.encode_to_vec().as_slice()).unwrap()
+}
