@@ -508,8 +508,9 @@ fn streams_of_a_class_take_turns_and_end_with_the_session() {
         }
     }
     assert_eq!(turns, ids.repeat(3));
-    cloud.control(ping(1));
+    cloud.control(ping(0));
     cloud.end();
+    cloud.control(ping(1));
     assert_eq!(cloud.next_frame(), Some(ping(1)));
     assert_eq!((cloud.next_frame(), cloud.waiting()), (None, Waiting::default()));
 }

@@ -307,12 +307,10 @@ impl Hub {
     fn want(&mut self, collection: Collection, uid: String, wanted: Option<(String, Wanted)>) {
         let Some(order) = rank(collection) else { return };
         let held = &mut self.collections[order];
-        let row = held.rows.entry(uid.clone()).or_insert_with(|| Row {
-            key: String::new(),
-            wanted: None,
-            held: None,
-            held_key: None,
-        });
+        let row = held
+            .rows
+            .entry(uid.clone())
+            .or_insert_with(|| Box::new(Row { key: String::new(), wanted: None, held: None, held_key: None }));
         if let Some(old) = row.wanted.take() {
             held.wanted.remove(&entry(&row.key, &uid, old.version));
         }
@@ -360,7 +358,7 @@ impl Hub {
         if !ready {
             return;
         }
-        match held.rows.get(&upsert.uid) {
+        match held.rows.get(&upsert.uid).map(AsRef::as_ref) {
             Some(Row { wanted: Some(wanted), held, held_key, .. }) => {
                 if *held != Some(wanted.version) || held_key.is_some() {
                     self.dirty.insert(upsert);

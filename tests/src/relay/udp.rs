@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::Result;
 use rand::RngExt as _;
 use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
@@ -36,7 +35,16 @@ struct Mapping {
 struct Lane {
     direction: Direction,
     busy_until: Instant,
-    departures: mpsc::Sender<(Instant, Vec<u8>, Arc<UdpSocket>, Option<SocketAddr>)>,
+    departures: mpsc::Sender<Departure>,
+}
+
+/// A datagram on its way.
+struct Departure {
+    at: Instant,
+    datagram: Vec<u8>,
+    socket: Arc<UdpSocket>,
+    /// Where to, if the socket is not connected.
+    to: Option<SocketAddr>,
 }
 
 impl Drop for Mapping {
@@ -45,67 +53,77 @@ impl Drop for Mapping {
     }
 }
 
+/// What the answers of all clients share.
+struct Nat {
+    near: Arc<UdpSocket>,
+    down: Arc<tokio::sync::Mutex<Lane>>,
+    line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+}
+
 pub(super) async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Receiver<Line>, counters: Arc<Counters>) {
     let near = Arc::new(near);
     let down = Arc::new(tokio::sync::Mutex::new(Lane::new(Direction::Down)));
+    let nat = Nat { near: near.clone(), down, line: line.clone(), counters: counters.clone() };
     let mut up = Lane::new(Direction::Up);
     let mut clients: HashMap<SocketAddr, Mapping> = HashMap::new();
     let mut buffer = vec![0; LONGEST];
     loop {
         let Ok((bytes, client)) = near.recv_from(&mut buffer).await else { continue };
         let now = *line.borrow();
-        if !clients.contains_key(&client) {
-            if now.refuse {
-                continue;
+        let mapping = match clients.get(&client) {
+            Some(mapping) if mapping.rebindings == now.rebindings => None,
+            Some(mapping) => Some(nat.map(client, mapping.target, mapping.generation, now.rebindings).await),
+            None if now.refuse => continue,
+            None => {
+                counters.connections.fetch_add(1, Ordering::Relaxed);
+                let target = now.elsewhere.unwrap_or(target);
+                Some(nat.map(client, target, now.generation, now.rebindings).await)
             }
-            counters.connections.fetch_add(1, Ordering::Relaxed);
-            let target = now.elsewhere.unwrap_or(target);
-            let Ok(mapping) = map(client, &now, target, &near, &down, &line, &counters).await else { continue };
-            clients.insert(client, mapping);
+        };
+        match mapping {
+            Some(Ok(mapping)) => drop(clients.insert(client, mapping)),
+            // Out of sockets: the datagram is lost.
+            Some(Err(_)) => continue,
+            None => {}
         }
-        let Some(mapping) = clients.get_mut(&client) else { continue };
-        if mapping.generation != now.generation {
-            continue;
+        if let Some(mapping) = clients.get(&client).filter(|mapping| mapping.generation == now.generation) {
+            up.send(&now, &buffer[..bytes], &mapping.far, None, &counters);
         }
-        if mapping.rebindings != now.rebindings {
-            let Ok(anew) = map(client, &now, mapping.target, &near, &down, &line, &counters).await else { continue };
-            *mapping = anew;
-        }
-        up.send(&now, &buffer[..bytes], &mapping.far, None, &counters);
     }
 }
 
-async fn map(
-    client: SocketAddr,
-    now: &Line,
-    target: SocketAddr,
-    near: &Arc<UdpSocket>,
-    down: &Arc<tokio::sync::Mutex<Lane>>,
-    line: &watch::Receiver<Line>,
-    counters: &Arc<Counters>,
-) -> Result<Mapping> {
-    let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?);
-    far.connect(target).await?;
-    let generation = now.generation;
-    let (near, down, line, counters, from) = (near.clone(), down.clone(), line.clone(), counters.clone(), far.clone());
-    let answers = tokio::spawn(async move {
-        let mut buffer = vec![0; LONGEST];
-        loop {
-            let Ok(bytes) = from.recv(&mut buffer).await else { continue };
-            let now = *line.borrow();
-            if now.generation == generation {
-                down.lock().await.send(&now, &buffer[..bytes], &near, Some(client), &counters);
+impl Nat {
+    async fn map(
+        &self,
+        client: SocketAddr,
+        target: SocketAddr,
+        generation: u64,
+        rebindings: u64,
+    ) -> std::io::Result<Mapping> {
+        let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?);
+        far.connect(target).await?;
+        let (near, down, from) = (self.near.clone(), self.down.clone(), far.clone());
+        let (line, counters) = (self.line.clone(), self.counters.clone());
+        let answers = tokio::spawn(async move {
+            let mut buffer = vec![0; LONGEST];
+            loop {
+                let Ok(bytes) = from.recv(&mut buffer).await else { continue };
+                let now = *line.borrow();
+                if now.generation == generation {
+                    down.lock().await.send(&now, &buffer[..bytes], &near, Some(client), &counters);
+                }
             }
-        }
-    });
-    Ok(Mapping { target, far, generation, rebindings: now.rebindings, answers })
+        });
+        Ok(Mapping { target, far, generation, rebindings, answers })
+    }
 }
 
 impl Lane {
     fn new(direction: Direction) -> Self {
-        let (departures, mut departing) = mpsc::channel::<(Instant, Vec<u8>, Arc<UdpSocket>, Option<SocketAddr>)>(MOST);
+        let (departures, mut departing) = mpsc::channel(MOST);
         tokio::spawn(async move {
-            while let Some((at, datagram, socket, to)) = departing.recv().await {
+            while let Some(Departure { at, datagram, socket, to }) = departing.recv().await {
                 sleep_until(at).await;
                 // A datagram may be lost.
                 match to {
@@ -143,6 +161,7 @@ impl Lane {
             Direction::Up => counters.up.fetch_add(datagram.len() as u64, Ordering::Relaxed),
             Direction::Down => counters.down.fetch_add(datagram.len() as u64, Ordering::Relaxed),
         };
-        self.departures.try_send((at + line.latency, datagram.to_vec(), socket.clone(), to)).ok();
+        let (at, datagram, socket) = (at + line.latency, datagram.to_vec(), socket.clone());
+        self.departures.try_send(Departure { at, datagram, socket, to }).ok();
     }
 }

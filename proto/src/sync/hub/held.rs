@@ -7,7 +7,8 @@ use super::super::{Digest, Entry, Object};
 /// One collection as this session knows it.
 #[derive(Debug, Default)]
 pub(super) struct Held {
-    pub(super) rows: BTreeMap<String, Row>,
+    /// Boxed, for most collections are small, and a map has room for eleven at once.
+    pub(super) rows: BTreeMap<String, Box<Row>>,
     /// Of what is desired.
     pub(super) wanted: Digest,
     /// Of what the edge holds once it has applied everything sent.
@@ -54,11 +55,13 @@ impl Held {
         if change.is_none() && !self.rows.contains_key(uid) {
             return;
         }
-        let row = self.rows.entry(uid.to_owned()).or_insert_with(|| Row {
-            key: change.map(|change| change.key.clone()).unwrap_or_default(),
-            wanted: None,
-            held: None,
-            held_key: None,
+        let row = self.rows.entry(uid.to_owned()).or_insert_with(|| {
+            Box::new(Row {
+                key: change.map(|change| change.key.clone()).unwrap_or_default(),
+                wanted: None,
+                held: None,
+                held_key: None,
+            })
         });
         if let Some(version) = row.held.take() {
             let key = row.held_key.take().unwrap_or_else(|| row.key.clone());
@@ -74,11 +77,11 @@ impl Held {
     }
 
     pub(super) fn held_entries(&self) -> Vec<Entry> {
-        let held = |(uid, row): (&String, &Row)| {
+        let held = self.rows.iter().filter_map(|(uid, row)| {
             let key = row.held_key.as_ref().unwrap_or(&row.key);
             row.held.map(|version| entry(key, uid, version))
-        };
-        self.rows.iter().filter_map(held).collect()
+        });
+        held.collect()
     }
 }
 
