@@ -111,6 +111,21 @@ pub fn handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
     })
 }
 
+/// A QUIC handshake, and nothing after it.
+pub fn quic_handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+        let config = skerry_proto::transport::client_config(&client(Some(identity))?)?;
+        let connection = endpoint.connect_with(config, address, "localhost")?.await?;
+        // Until the server has confirmed it.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        connection.close(quinn::VarInt::from_u32(0), b"");
+        tokio::time::timeout(Duration::from_secs(5), endpoint.wait_idle()).await.ok();
+        Ok(())
+    })
+}
+
 /// A session, driven frame by frame.
 #[derive(Debug)]
 pub struct Session {
@@ -232,21 +247,25 @@ pub fn hello(node: &str) -> wire::Hello {
 }
 
 async fn connect(address: SocketAddr, identity: Option<&Identity>) -> Result<TlsStream<TcpStream>> {
+    let config = client(identity)?;
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::IpAddress(address.ip().into());
+    Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
+}
+
+fn client(identity: Option<&Identity>) -> Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let trust = Arc::new(TrustAnyone(provider.clone()));
     let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
     let config = config.dangerous().with_custom_certificate_verifier(trust);
-    let config = match identity {
+    Ok(match identity {
         Some(identity) => {
             let chain =
                 CertificateDer::pem_slice_iter(identity.certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
             config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(identity.key.as_bytes())?)?
         }
         None => config.with_no_client_auth(),
-    };
-    let stream = TcpStream::connect(address).await?;
-    let name = ServerName::IpAddress(address.ip().into());
-    Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
+    })
 }
 
 /// A verifier for a client with nothing to lose.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -76,15 +76,30 @@ const SEGMENT: usize = 1448;
 impl Relay {
     /// Listens on a free loopback port and passes to `target`.
     pub fn start(target: SocketAddr) -> Result<Self> {
+        Self::launch(target, None)
+    }
+
+    /// As [`Relay::start`], with so many bytes of room for TCP in each direction, as a modem has, where the system would give megabytes.
+    pub fn start_narrow(target: SocketAddr, room: usize) -> Result<Self> {
+        Self::launch(target, Some(room))
+    }
+
+    fn launch(target: SocketAddr, room: Option<usize>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let port = crate::ports::free()?;
-        let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, port)))?;
+        let listener = runtime.block_on(async {
+            let socket = TcpSocket::new_v4()?;
+            socket.set_reuseaddr(true)?;
+            narrow(&socket, room)?;
+            socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
+            socket.listen(1024)
+        })?;
         let datagrams = runtime.block_on(UdpSocket::bind((Ipv4Addr::LOCALHOST, port)))?;
         let address = listener.local_addr()?;
         let (line, seen) = watch::channel(Line::default());
         let counters = Arc::new(Counters::default());
         runtime.spawn(udp::relay(datagrams, target, seen.clone(), counters.clone()));
-        runtime.spawn(accept(listener, target, seen, counters.clone()));
+        runtime.spawn(accept(listener, target, room, seen, counters.clone()));
         Ok(Self { address, line, counters, _runtime: runtime })
     }
 
@@ -154,7 +169,19 @@ enum Direction {
     Down,
 }
 
-async fn accept(listener: TcpListener, target: SocketAddr, line: watch::Receiver<Line>, counters: Arc<Counters>) {
+fn narrow(socket: &TcpSocket, room: Option<usize>) -> std::io::Result<()> {
+    let Some(room) = room.and_then(|room| u32::try_from(room).ok()) else { return Ok(()) };
+    socket.set_recv_buffer_size(room)?;
+    socket.set_send_buffer_size(room)
+}
+
+async fn accept(
+    listener: TcpListener,
+    target: SocketAddr,
+    room: Option<usize>,
+    line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+) {
     while let Ok((near, _)) = listener.accept().await {
         counters.connections.fetch_add(1, Ordering::Relaxed);
         if line.borrow().refuse {
@@ -162,11 +189,17 @@ async fn accept(listener: TcpListener, target: SocketAddr, line: watch::Receiver
             continue;
         }
         let target = line.borrow().elsewhere.unwrap_or(target);
-        tokio::spawn(connection(near, target, line.clone(), counters.clone()));
+        tokio::spawn(connection(near, target, room, line.clone(), counters.clone()));
     }
 }
 
-async fn connection(near: TcpStream, target: SocketAddr, mut line: watch::Receiver<Line>, counters: Arc<Counters>) {
+async fn connection(
+    near: TcpStream,
+    target: SocketAddr,
+    room: Option<usize>,
+    mut line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+) {
     let generation = line.borrow().generation;
     // A cut network swallows the handshake too: the far side learns of the connection when the line passes.
     if line
@@ -180,7 +213,12 @@ async fn connection(near: TcpStream, target: SocketAddr, mut line: watch::Receiv
         near.set_zero_linger().ok();
         return;
     }
-    let Ok(far) = TcpStream::connect(target).await else {
+    let connected = async {
+        let socket = TcpSocket::new_v4()?;
+        narrow(&socket, room)?;
+        socket.connect(target).await
+    };
+    let Ok(far) = connected.await else {
         near.set_zero_linger().ok();
         return;
     };
@@ -193,8 +231,8 @@ async fn connection(near: TcpStream, target: SocketAddr, mut line: watch::Receiv
     };
     let both = async {
         tokio::join!(
-            pump(near_in, far_out, Direction::Up, line.clone(), counters.clone()),
-            pump(far_in, near_out, Direction::Down, line.clone(), counters.clone()),
+            pump(near_in, far_out, Direction::Up, room, line.clone(), counters.clone()),
+            pump(far_in, near_out, Direction::Down, room, line.clone(), counters.clone()),
         )
     };
     // Dropping the halves closes both sockets; unread data makes that a reset.
@@ -205,10 +243,11 @@ async fn pump(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     direction: Direction,
+    room: Option<usize>,
     mut line: watch::Receiver<Line>,
     counters: Arc<Counters>,
 ) {
-    let mut buffer = vec![0; 16 << 10];
+    let mut buffer = vec![0; room.unwrap_or(16 << 10)];
     let mut lost = false;
     loop {
         let count = match from.read(&mut buffer).await {

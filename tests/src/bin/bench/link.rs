@@ -2,7 +2,7 @@
 //!
 //! Everything is real: edgecore with containerd, cloudcore, the apiserver, and between the two a relay that counts. What the wire would
 //! carry is estimated from what passes: headers of IP and TCP for each piece of a segment's size, and as much again for its
-//! acknowledgement.
+//! acknowledgement; headers of IP and UDP for each datagram, among which are QUIC's acknowledgements.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -24,10 +24,11 @@ use skerry_tests::runtime::{Cni, Runtime};
 use skerry_tests::wait::{eventually, until};
 use skerry_tests::{peer, procfs};
 
+use crate::control;
 use crate::figures::{megabytes, tell};
 
-/// The transport that is measured.
-const WS: &str = "ws";
+/// The transports that are measured, and what edgecore's configuration calls them.
+const SUBJECTS: [(&str, &str); 2] = [("ws", "websocket"), ("quic", "quic")];
 const NODE: &str = "edge";
 /// What is given to things to calm down.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -35,6 +36,8 @@ const SETTLE: Duration = Duration::from_secs(30);
 const QUIET: Duration = Duration::from_secs(4);
 /// IPv4 and TCP headers with timestamps, of a segment and of its acknowledgement.
 const HEADERS: u64 = 2 * 52;
+/// IPv4 and UDP headers.
+const DATAGRAM_HEADERS: u64 = 28;
 const ROUNDS: usize = 5;
 const DAY: f64 = 86_400.0;
 
@@ -49,14 +52,17 @@ pub(crate) fn run(dir: &Path, idle: Duration) -> Result<()> {
     edge.start()?;
     let kubectl = control.kubectl().clone();
     kubectl.wait("node", NODE, "Ready", 60, is_ready)?;
-    let mut link = Link { cloud, relay, edge, kubectl };
-    link.idle(idle)?;
-    link.reconnect()?;
-    link.config_map()?;
-    link.image()?;
-    link.silence()?;
+    let mut link = Link { cloud, relay, edge, kubectl, subject: "" };
+    for (subject, transport) in SUBJECTS {
+        link.take(subject, transport)?;
+        link.idle(idle)?;
+        link.reconnect()?;
+        link.config_map()?;
+        link.image()?;
+        link.silence()?;
+    }
     link.edge.stop();
-    Ok(())
+    SUBJECTS.into_iter().try_for_each(|(subject, _)| control::run(subject))
 }
 
 struct Link {
@@ -64,9 +70,21 @@ struct Link {
     relay: Relay,
     edge: Edge,
     kubectl: Kubectl,
+    subject: &'static str,
 }
 
 impl Link {
+    /// From an empty node, over this transport.
+    fn take(&mut self, subject: &'static str, transport: &str) -> Result<()> {
+        eprintln!("the link is carried by {transport}");
+        self.subject = subject;
+        self.kubectl.run(&["delete", "pods", "--all", "--force", "--grace-period=0"])?;
+        self.edge.configure("transport", transport)?;
+        self.edge.stop();
+        self.edge.start()?;
+        until("the session to stand", 60, || self.connected())
+    }
+
     /// Eleven pods that sleep, and nothing to say.
     fn idle(&self, time: Duration) -> Result<()> {
         self.pods(0, 11)?;
@@ -79,7 +97,7 @@ impl Link {
         let days = begin.elapsed().as_secs_f64() / DAY;
         let (wire, disk) = (self.wire() - before, written()? - disk);
         eprintln!("{wire} bytes on the wire, {disk} bytes written");
-        tell("link.idle.day", WS, megabytes(wire) / days, "MB");
+        tell("link.idle.day", self.subject, megabytes(wire) / days, "MB");
         tell("store.flash.day", "edgecore", megabytes(disk) / days, "MB");
         Ok(())
     }
@@ -109,8 +127,8 @@ impl Link {
         }
         bytes.sort_unstable();
         times.sort_by(f64::total_cmp);
-        tell("link.reconnect.bytes", WS, whole(bytes[ROUNDS / 2]), "B");
-        tell("link.reconnect.s", WS, times[ROUNDS / 2], "s");
+        tell("link.reconnect.bytes", self.subject, whole(bytes[ROUNDS / 2]), "B");
+        tell("link.reconnect.s", self.subject, times[ROUNDS / 2], "s");
         Ok(())
     }
 
@@ -119,7 +137,8 @@ impl Link {
         let joined = peer::join(self.cloud.address(), &self.cloud.new_token(&[])?.token, "peer", "bench")?;
         let identity = joined.map_err(|refusal| anyhow::anyhow!("{}", refusal.message))?;
         let (up, down) = self.relay.bytes();
-        peer::handshake(self.relay.address(), &identity)?;
+        let shake = if self.subject == "quic" { peer::quic_handshake } else { peer::handshake };
+        shake(self.relay.address(), &identity)?;
         self.quiet()?;
         let after = self.relay.bytes();
         self.kubectl.delete("node", "peer")?;
@@ -151,7 +170,7 @@ impl Link {
         self.quiet()?;
         let after = self.relay.bytes();
         eprintln!("{} bytes up, {} down", after.0 - before.0, after.1 - before.1);
-        tell("link.configmap.1byte", WS, whole(after.0 + after.1 - before.0 - before.1), "B");
+        tell("link.configmap.1byte", self.subject, whole(after.0 + after.1 - before.0 - before.1), "B");
         Ok(())
     }
 
@@ -165,7 +184,7 @@ impl Link {
             Ok((up > before.0).then_some(down - before.1))
         });
         // The first look may be late: then a status that went up was answered too.
-        tell("link.image.bump", WS, whole(down?), "B");
+        tell("link.image.bump", self.subject, whole(down?), "B");
         Ok(())
     }
 
@@ -200,7 +219,7 @@ impl Link {
             worst = worst.max(cloud.unwrap_or_default()).max(edge.unwrap_or_default());
             self.relay.heal();
         }
-        tell("link.dead.s", WS, worst, "s");
+        tell("link.dead.s", self.subject, worst, "s");
         Ok(())
     }
 
@@ -214,7 +233,8 @@ impl Link {
 
     fn wire(&self) -> u64 {
         let (up, down) = self.relay.bytes();
-        up + down + self.relay.segments() * HEADERS
+        let (segments, datagrams) = (self.relay.segments(), self.relay.datagrams());
+        up + down + (segments - datagrams) * HEADERS + datagrams * DATAGRAM_HEADERS
     }
 
     /// Waits until nothing has passed for a while.

@@ -1,0 +1,158 @@
+//! How long what is urgent takes while all else floods a narrow line.
+//!
+//! Both ends are the product's own transport on real sockets, with the relay between them at 256 kbit/s each way; what floods are streams of
+//! the classes ops and device in both directions, as much as they take. Control frames are pings of the cloud's, one every 100 ms; what is
+//! told is the time until the edge has them. A fake stands in for cloudcore and edgecore: neither opens streams of these classes by itself.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
+use rustls::pki_types::PrivateKeyDer;
+use skerry_proto::mux::{Class, Side};
+use skerry_proto::streams::{Stream, Streams};
+use skerry_proto::transport::{self, Event, ws_config};
+use skerry_proto::wire::{Frame, Ping, frame::Body};
+use skerry_tests::relay::Relay;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::Role;
+
+use crate::figures::tell;
+
+type Wire = transport::Wire<TcpStream, ()>;
+
+/// 256 kbit/s, in bytes.
+const BANDWIDTH: u64 = 32_000;
+/// What a modem holds of a TCP connection, in bytes.
+const ROOM: usize = 4 << 10;
+/// Bytes that the product lets the system take before it has sent them.
+const UNSENT: u32 = 16 << 10;
+const EVERY: Duration = Duration::from_millis(100);
+const PINGS: usize = 600;
+
+pub(crate) fn run(subject: &'static str) -> Result<()> {
+    eprintln!("control frames over {subject} while a line of 256 kbit/s is flooded");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut times = runtime.block_on(async {
+        match subject {
+            "quic" => {
+                let (relay, cloud, edge, _endpoints) = quic().await?;
+                measure(relay, cloud, edge).await
+            }
+            _ => {
+                let (relay, cloud, edge) = websocket().await?;
+                measure(relay, cloud, edge).await
+            }
+        }
+    })?;
+    times.sort();
+    let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize].as_secs_f64();
+    eprintln!("median {:.3} s, worst {:.3} s of {}", at(0.5), at(1.0), times.len());
+    tell("link.control.p99", subject, at(0.99), "s");
+    Ok(())
+}
+
+async fn measure(relay: Relay, mut cloud: Wire, mut edge: Wire) -> Result<Vec<Duration>> {
+    for streams in [cloud.streams(), edge.streams()] {
+        for class in [Class::Ops, Class::Device] {
+            for _ in 0..4 {
+                tokio::spawn(flood(streams.clone(), class));
+            }
+        }
+    }
+    let (mut sent, mut times) = (Vec::new(), Vec::new());
+    let mut tick = tokio::time::interval(EVERY);
+    let begin = Instant::now();
+    while times.len() < PINGS {
+        tokio::select! {
+            _ = tick.tick(), if sent.len() < PINGS => {
+                // The line first fills up.
+                if begin.elapsed() > Duration::from_secs(5) {
+                    cloud.push(Frame { body: Some(Body::Ping(Ping { token: sent.len() as u64 })) });
+                    sent.push(Instant::now());
+                } else {
+                    relay.set(|line| line.bandwidth = BANDWIDTH);
+                }
+            }
+            event = cloud.next(true) => serve(event?),
+            event = edge.next(true) => match event? {
+                Event::Frame(Frame { body: Some(Body::Ping(ping)) }) => {
+                    let sent = sent.get(usize::try_from(ping.token)?).context("a ping that was never sent")?;
+                    times.push(sent.elapsed());
+                }
+                event => serve(event),
+            },
+        }
+        if begin.elapsed() > Duration::from_secs(180) {
+            bail!("only {} of {PINGS} pings came within three minutes", times.len());
+        }
+    }
+    Ok(times)
+}
+
+async fn flood(streams: Streams, class: Class) -> Result<()> {
+    let mut stream = streams.open(class, Bytes::new())?;
+    loop {
+        stream.write_all(&[7; 8 << 10]).await?;
+    }
+}
+
+fn serve(event: Event) {
+    if let Event::Opened(incoming) = event {
+        tokio::spawn(drain(incoming.stream));
+    }
+}
+
+async fn drain(mut stream: Stream) {
+    let mut buffer = vec![0; 64 << 10];
+    while stream.read(&mut buffer).await.is_ok_and(|bytes| bytes > 0) {}
+}
+
+async fn websocket() -> Result<(Relay, Wire, Wire)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let relay = Relay::start_narrow(listener.local_addr()?, ROOM)?;
+    let near = TcpStream::connect(relay.address()).await?;
+    let (far, _) = listener.accept().await?;
+    for stream in [&near, &far] {
+        stream.set_nodelay(true)?;
+        socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
+    }
+    let edge = WebSocketStream::from_raw_socket(near, Role::Client, Some(ws_config())).await;
+    let cloud = WebSocketStream::from_raw_socket(far, Role::Server, Some(ws_config())).await;
+    Ok((relay, Wire::over_websocket(cloud, Side::Cloud, ()), Wire::over_websocket(edge, Side::Edge, ())))
+}
+
+async fn quic() -> Result<(Relay, Wire, Wire, [quinn::Endpoint; 2])> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+    let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
+    let server = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)?;
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(cert.der().clone())?;
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?.into_std()?;
+    let listening = quinn::Endpoint::new(
+        quinn::EndpointConfig::default(),
+        Some(transport::server_config(&server)?),
+        socket,
+        Arc::new(quinn::TokioRuntime),
+    )?;
+    let relay = Relay::start(listening.local_addr()?)?;
+    let dialling = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let connecting = dialling.connect_with(transport::client_config(&client)?, relay.address(), "localhost")?;
+    let accepting = async { anyhow::Ok(listening.accept().await.context("the endpoint is closed")?.await?) };
+    let (edge, cloud) = tokio::join!(connecting, accepting);
+    let cloud = Wire::over_quic(cloud?, Side::Cloud, ()).await?;
+    let edge = Wire::over_quic(edge?, Side::Edge, ()).await?;
+    Ok((relay, cloud, edge, [listening, dialling]))
+}
