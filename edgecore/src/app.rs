@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
 use crate::identity::{self, Identity};
-use crate::link::{Link, LinkState, ReportWanted};
+use crate::link::{Link, LinkState, ReportWanted, network};
 use crate::store::Store;
 use crate::{clock, footprint, supervise};
 
@@ -125,6 +125,11 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
     });
     let cloud = identity.map(|(identity, identity_seen)| {
+        let (network, network_seen) = watch::channel(0);
+        let network = supervise::module("network", stop.clone(), {
+            let stop = stop.clone();
+            move || network::run(network.clone(), stop.clone())
+        });
         let link = supervise::module("link", stop.clone(), {
             let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
             let wanted = wanted.clone();
@@ -140,6 +145,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
                     identity: identity_seen.clone(),
                     wanted: wanted.clone(),
                     services: Services::default(),
+                    network: network_seen.clone(),
                     streams: streams.clone(),
                     state: link_state.clone(),
                     shutdown: stop.clone(),
@@ -151,7 +157,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
             let (data_dir, stop) = (data_dir.clone(), stop.clone());
             move || identity::renew::run(data_dir.clone(), server.clone(), identity.clone(), stop.clone())
         });
-        [("link", link), ("renewal", renewal)]
+        [("link", link), ("network", network), ("renewal", renewal)]
     });
     let parts = KubeletParts {
         store: store.clone(),

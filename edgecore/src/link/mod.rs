@@ -13,7 +13,7 @@ use skerry_proto::streams::{Incoming, Services};
 use skerry_proto::sync::{Edge, Op, Reason, ReportKind};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::backoff::Backoff;
 pub use self::connect::Transport;
@@ -28,6 +28,7 @@ use crate::store::{self, Store};
 pub mod backoff;
 mod connect;
 pub mod dial;
+pub mod network;
 mod session;
 mod streams;
 #[cfg(test)]
@@ -108,6 +109,8 @@ pub struct Link {
     pub wanted: broadcast::Sender<ReportWanted>,
     /// Who serves the streams that the cloud opens.
     pub services: Services<Incoming>,
+    /// Counts up whenever the network may be back; see [`network`].
+    pub network: watch::Receiver<u64>,
     /// Where it puts what opens streams of the session that stands.
     pub streams: watch::Sender<Option<skerry_proto::streams::Streams>>,
     /// Where it says how it is.
@@ -123,6 +126,7 @@ impl Link {
         let mut edge: Option<(Edge, u64)> = None;
         let mut given = session::Given::default();
         let mut choice = Choice::new(self.transport);
+        let mut network = self.network.clone();
         if let Some(deleted) = self.deleted().await {
             // The end may have come between the note and what follows from it.
             if let Err(failed) = self.wind_down(&deleted.message).await {
@@ -145,18 +149,27 @@ impl Link {
                     }
                     Err(failed) => {
                         error!(error = %failed, "the store cannot be read, there can be no session");
-                        self.rest(backoff.wait()).await;
+                        self.rest(Wait::Told(backoff.wait()), &mut network).await;
                         continue;
                     }
                 },
             };
+            // What happens from here on is news.
+            network.mark_unchanged();
             let (outcome, machine) = Box::pin(self.attempt(machine, damaged, &mut given, &mut choice)).await;
             edge = machine.map(|machine| (machine, damaged));
+            if matches!(outcome, Outcome::Ended { .. }) {
+                // Old news, for which the session stood.
+                network.mark_unchanged();
+            }
             let wait = self.digest(outcome, &mut backoff).await;
             if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
                 edge = None;
             }
-            self.rest(wait).await;
+            if self.rest(wait, &mut network).await {
+                debug!("the network may be back, no more waiting");
+                backoff.reset();
+            }
         }
     }
 
@@ -188,7 +201,8 @@ impl Link {
         let is_quic = wire.is_quic();
         let begun = clock::monotonic();
         let (ended, machine) = Session::new(self, machine, damaged, wire, given).run().await;
-        let lasted = clock::monotonic().saturating_sub(begun) >= STEADY;
+        let lasted = clock::monotonic().saturating_sub(begun);
+        let stood = |established: bool| if established { lasted } else { Duration::ZERO };
         let outcome = match ended {
             Ended::Shutdown => Outcome::Shutdown,
             Ended::Broken { established, cause } => {
@@ -198,13 +212,13 @@ impl Link {
                 } else if is_quic {
                     choice.quic_works();
                 }
-                Outcome::Ended { steady: established && lasted, cause, retry_after: None }
+                Outcome::Ended { stood: stood(established), cause, retry_after: None }
             }
             Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {
                 Outcome::Deleted(goodbye.message)
             }
             Ended::Dismissed { goodbye, established } => Outcome::Ended {
-                steady: established && lasted,
+                stood: stood(established),
                 cause: format!("the cloud ended the session ({:?}): {}", goodbye.reason(), goodbye.message),
                 retry_after: (goodbye.retry_after_ms > 0).then(|| Duration::from_millis(goodbye.retry_after_ms.into())),
             },
@@ -213,32 +227,32 @@ impl Link {
     }
 
     /// Says what came of an attempt, and how long to wait before the next.
-    async fn digest(&self, outcome: Outcome, backoff: &mut Backoff) -> Duration {
+    async fn digest(&self, outcome: Outcome, backoff: &mut Backoff) -> Wait {
         match outcome {
             Outcome::Shutdown => {
                 self.lost("edgecore ends");
-                Duration::ZERO
+                Wait::Told(Duration::ZERO)
             }
             Outcome::Deleted(message) => {
                 if let Err(failed) = self.wind_down(&message).await {
                     error!(error = %failed, "the node was deleted in the cloud, which cannot be recorded yet");
-                    return backoff.wait();
+                    return Wait::Told(backoff.wait());
                 }
                 self.state.send_replace(LinkState::Deleted { message });
                 backoff.reset();
-                DELETED_RETRY
+                Wait::Told(DELETED_RETRY)
             }
             Outcome::Failed(cause) => {
                 self.lost(&cause);
-                if matches!(*self.state.borrow(), LinkState::Deleted { .. }) { DELETED_RETRY } else { backoff.wait() }
-            }
-            Outcome::Ended { steady, cause, retry_after } => {
-                self.lost(&cause);
-                if steady {
-                    backoff.reset();
+                if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
+                    Wait::Told(DELETED_RETRY)
+                } else {
+                    Wait::Own(backoff.wait())
                 }
-                let own = backoff.wait();
-                retry_after.unwrap_or(own)
+            }
+            Outcome::Ended { stood, cause, retry_after } => {
+                self.lost(&cause);
+                after_session(backoff, stood, retry_after)
             }
         }
     }
@@ -333,12 +347,36 @@ impl Link {
         Ok(())
     }
 
-    async fn rest(&self, wait: Duration) {
+    /// Waits; says whether news of the network ended it.
+    async fn rest(&self, wait: Wait, network: &mut watch::Receiver<u64>) -> bool {
+        let (length, ends_by_news) = match wait {
+            Wait::Own(length) => (length, true),
+            Wait::Told(length) => (length, false),
+        };
         tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = self.shutdown.cancelled() => {}
+            () = tokio::time::sleep(length) => false,
+            () = self.shutdown.cancelled() => false,
+            Ok(()) = network.changed(), if ends_by_news => true,
         }
     }
+}
+
+/// How long to wait after a session that stood so long.
+fn after_session(backoff: &mut Backoff, stood: Duration, retry_after: Option<Duration>) -> Wait {
+    if stood >= STEADY {
+        backoff.reset();
+    }
+    let own = backoff.wait();
+    retry_after.map_or(Wait::Own(own), Wait::Told)
+}
+
+/// A pause before the next attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    /// For want of anything better: news of the network end it.
+    Own(Duration),
+    /// To its end: somebody said so, or it is not the network that fails.
+    Told(Duration),
 }
 
 enum Outcome {
@@ -347,7 +385,8 @@ enum Outcome {
     Failed(String),
     Deleted(String),
     Ended {
-        steady: bool,
+        /// How long the session stood.
+        stood: Duration,
         cause: String,
         retry_after: Option<Duration>,
     },

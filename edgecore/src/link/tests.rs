@@ -98,6 +98,8 @@ struct Bed {
     store: Store,
     state: watch::Receiver<LinkState>,
     streams: Streams,
+    /// Says that the network may be back.
+    network: watch::Sender<u64>,
     /// Streams of class ops that the cloud opens.
     incoming: mpsc::Receiver<Incoming>,
     listener: TcpListener,
@@ -140,6 +142,7 @@ impl Bed {
         let mut services = Services::default();
         let incoming = services.serve(Class::Ops, 4);
         let (opener, streams) = watch::channel(None);
+        let (network, network_seen) = watch::channel(0);
         let link = Link {
             node: "box".to_owned(),
             server,
@@ -148,6 +151,7 @@ impl Bed {
             identity: watch::channel(Arc::new(identity)).1,
             wanted: broadcast::channel(1).0,
             services,
+            network: network_seen,
             streams: opener,
             state: sender,
             shutdown: shutdown.clone(),
@@ -157,6 +161,7 @@ impl Bed {
             store,
             state,
             streams: Streams::new(streams),
+            network,
             incoming,
             listener,
             tls: Arc::new(config),
@@ -463,5 +468,44 @@ async fn a_peer_that_breaks_the_rules_of_streams_is_told() {
         }
     };
     assert!(goodbye.reason() == Reason::Protocol && goodbye.message.contains("never opened"), "{goodbye:?}");
+    bed.end().await;
+}
+
+#[test]
+fn a_session_that_stood_starts_the_back_off_over() {
+    let new = || Backoff::new(FIRST_RETRY, LAST_RETRY, 7);
+    let own = |wait| match wait {
+        Wait::Own(wait) => wait,
+        Wait::Told(wait) => panic!("nobody said {wait:?}"),
+    };
+    let mut backoff = new();
+    for _ in 0..20 {
+        own(after_session(&mut backoff, Duration::ZERO, None));
+    }
+    // Sessions that break off soon are failures like others: half a minute at most, a quarter at least.
+    let soon = own(after_session(&mut backoff, STEADY - Duration::from_millis(1), None));
+    assert!((LAST_RETRY / 2..=LAST_RETRY).contains(&soon), "{soon:?}");
+    let steady = own(after_session(&mut backoff, STEADY, None));
+    assert!((FIRST_RETRY / 2..=FIRST_RETRY).contains(&steady), "{steady:?}");
+    let again = own(after_session(&mut backoff, Duration::ZERO, None));
+    assert!((FIRST_RETRY..=2 * FIRST_RETRY).contains(&again), "{again:?}");
+    // What the cloud says goes, and nothing ends it before.
+    let told = Duration::from_secs(77);
+    assert_eq!(after_session(&mut backoff, STEADY, Some(told)), Wait::Told(told));
+}
+
+#[tokio::test]
+async fn news_of_the_network_end_the_wait_and_start_the_back_off_over() {
+    let bed = Bed::new().await;
+    for _ in 0..4 {
+        drop(bed.listener.accept().await.unwrap());
+    }
+    // Now it rests for two seconds at least.
+    let quiet = tokio::time::timeout(Duration::from_secs(1), bed.listener.accept()).await;
+    assert!(quiet.is_err(), "{quiet:?}");
+    bed.network.send_modify(|count| *count += 1);
+    let soon = Duration::from_millis(900);
+    drop(tokio::time::timeout(soon, bed.listener.accept()).await.expect("it tries at once").unwrap());
+    drop(tokio::time::timeout(soon, bed.listener.accept()).await.expect("the first step is short").unwrap());
     bed.end().await;
 }
