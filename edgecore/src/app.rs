@@ -125,6 +125,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
     });
     let cloud = identity.map(|(identity, identity_seen)| {
+        let (expired, expired_seen) = watch::channel(None);
         let (network, network_seen) = watch::channel(0);
         let network = supervise::module("network", stop.clone(), {
             let stop = stop.clone();
@@ -143,6 +144,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
                     transport,
                     store: store.clone(),
                     identity: identity_seen.clone(),
+                    expired: expired.clone(),
                     wanted: wanted.clone(),
                     services: Services::default(),
                     network: network_seen.clone(),
@@ -155,7 +157,10 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         });
         let renewal = supervise::module("renewal", stop.clone(), {
             let (data_dir, stop) = (data_dir.clone(), stop.clone());
-            move || identity::renew::run(data_dir.clone(), server.clone(), identity.clone(), stop.clone())
+            move || {
+                let (identity, expired) = (identity.clone(), expired_seen.clone());
+                identity::renew::run(data_dir.clone(), server.clone(), identity, expired, stop.clone())
+            }
         });
         [("link", link), ("network", network), ("renewal", renewal)]
     });

@@ -1,5 +1,8 @@
 //! Keeps the certificate young: at 60 % of its life, give or take, a new key and certificate are fetched; the old ones serve until the
 //! new ones are on the disk.
+//!
+//! This box's clock may be wrong, and may be set at any time. Once the cloud has told the time, that is gone by; and a certificate that
+//! the cloud takes for expired is renewed whatever any clock says.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,42 +34,61 @@ pub fn due(identity: &Identity, jitter: f64) -> Timestamp {
     Timestamp::from_second(at).unwrap_or(identity.not_after)
 }
 
-/// Renews for ever.
+/// Renews for ever: when it is time, and when an identity comes through `expired` that the cloud takes for expired.
 pub async fn run(
     data_dir: PathBuf,
     server: Server,
     identity: watch::Sender<Arc<Identity>>,
+    mut expired: watch::Receiver<Option<Arc<Identity>>>,
     shutdown: CancellationToken,
 ) {
     let mut backoff = Backoff::new(Duration::from_secs(60), LOOK, rand::random());
     let mut jitter: f64 = rand::random();
+    // The cloud's time, and this machine's at that moment.
+    let mut told: Option<(i64, Duration)> = None;
+    let mut complaint = String::new();
     loop {
         let current = Arc::clone(&identity.borrow());
-        let now = clock::wall();
-        let left = due(&current, jitter).as_second() - now.as_second();
-        let wait = if left > 0 {
+        let now = cloud_time(told, clock::monotonic()).unwrap_or_else(|| clock::wall().as_second());
+        let left = due(&current, jitter).as_second() - now;
+        let refused = expired.borrow_and_update().as_ref().is_some_and(|expired| Arc::ptr_eq(expired, &current));
+        let wait = if left > 0 && !refused {
             Duration::from_secs(left.unsigned_abs()).min(LOOK)
         } else {
             match renew(&data_dir, &server, &current).await {
-                Ok(renewed) => {
+                Ok((renewed, time)) => {
                     info!(until = %renewed.not_after, "the node's certificate was renewed");
                     backoff.reset();
                     jitter = rand::random();
+                    complaint.clear();
+                    told = Some((time, clock::monotonic()));
                     identity.send_replace(Arc::new(renewed));
-                    continue;
+                    Duration::ZERO
                 }
                 Err(failed) => {
-                    let days = (current.not_after.as_second() - now.as_second()) / 86_400;
-                    warn!(error = %failed, days_left = days, "the node's certificate cannot be renewed; it is tried again");
+                    let days = (current.not_after.as_second() - now) / 86_400;
+                    let failed = failed.to_string();
+                    // Every session that is refused asks for it again.
+                    if failed != complaint {
+                        warn!(error = %failed, days_left = days, "the node's certificate cannot be renewed; it is tried again");
+                        complaint = failed;
+                    }
                     backoff.wait()
                 }
             }
         };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
+            Ok(()) = expired.changed() => {}
             () = shutdown.cancelled() => return,
         }
     }
+}
+
+/// What time it is in the cloud, seconds since the Unix epoch, if it ever told.
+fn cloud_time(told: Option<(i64, Duration)>, now: Duration) -> Option<i64> {
+    let (time, at) = told?;
+    Some(time.saturating_add_unsigned(now.saturating_sub(at).as_secs()))
 }
 
 /// Why a certificate was not renewed.
@@ -83,8 +105,12 @@ pub enum RenewError {
     Answer(String),
 }
 
-/// Renews once, under the old certificate.
-pub async fn renew(data_dir: &std::path::Path, server: &Server, current: &Identity) -> Result<Identity, RenewError> {
+/// Renews once, under the old certificate; gives the cloud's time, too, in seconds since the Unix epoch.
+pub async fn renew(
+    data_dir: &std::path::Path,
+    server: &Server,
+    current: &Identity,
+) -> Result<(Identity, i64), RenewError> {
     let key = pending_key(data_dir)?;
     let body = serde_json::json!({ "csr": request(&current.node, &key)? });
     let body = serde_json::to_vec(&body).map_err(|error| RenewError::Answer(error.to_string()))?;
@@ -96,5 +122,67 @@ pub async fn renew(data_dir: &std::path::Path, server: &Server, current: &Identi
     if node != current.node {
         return Err(IdentityError::Unusable(format!("it is for node {node}, this is {}", current.node)).into());
     }
-    Ok(Identity::install(data_dir, &answer.certificate, &key, &answer.ca)?)
+    Ok((Identity::install(data_dir, &answer.certificate, &key, &answer.ca)?, answer.time))
+}
+
+#[cfg(test)]
+mod tests {
+    use skerry_proto::payload::Refusal;
+
+    use super::*;
+    use crate::enroll::tests::{FakeCloud, Reply};
+    use crate::identity::tests::identity_of;
+
+    #[test]
+    fn the_cloud_s_time_goes_by_with_this_machine() {
+        let seconds = Duration::from_secs;
+        assert_eq!(cloud_time(None, seconds(5)), None);
+        assert_eq!(cloud_time(Some((1_000_000, seconds(100))), seconds(100)), Some(1_000_000));
+        assert_eq!(cloud_time(Some((1_000_000, seconds(100))), seconds(3700)), Some(1_003_600));
+        assert_eq!(cloud_time(Some((i64::MAX, seconds(0))), seconds(1)), Some(i64::MAX));
+    }
+
+    #[tokio::test]
+    async fn what_the_cloud_takes_for_expired_is_renewed_whatever_the_clock_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let cloud = FakeCloud::new().await;
+        let identity = identity_of(&cloud.authority, "box", dir.path());
+        assert!(due(&identity, 1.0) > clock::wall(), "by this box's clock it is young");
+        // The key is kept until it has its certificate, so the answer can be made before it is asked for.
+        let csr = request("box", &pending_key(dir.path()).unwrap()).unwrap();
+        let answer = JoinResponse {
+            certificate: cloud.authority.sign("box", &csr),
+            ca: cloud.authority.pem(),
+            time: 1_900_000_000,
+        };
+        let no = Refusal { reason: "apiserver_unavailable".to_owned(), message: "later".to_owned() };
+        cloud.reply([
+            Reply::Raw(503, serde_json::to_string(&no).unwrap()),
+            Reply::Raw(200, serde_json::to_string(&answer).unwrap()),
+        ]);
+        let (sender, mut seen) = watch::channel(Arc::new(identity));
+        let old = Arc::clone(&seen.borrow_and_update());
+        let (expired, expired_seen) = watch::channel(None);
+        let stop = CancellationToken::new();
+        let renewal = crate::supervise::spawn(
+            "renewal",
+            run(dir.path().to_owned(), cloud.server.clone(), sender, expired_seen, stop.clone()),
+        );
+        let quiet = tokio::time::timeout(Duration::from_millis(200), seen.changed()).await;
+        assert!(quiet.is_err(), "it is not due");
+        // The first time the cloud cannot; each session that is refused asks again.
+        while seen.has_changed().is_ok_and(|changed| !changed) {
+            expired.send_replace(Some(Arc::clone(&old)));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let new = Arc::clone(&seen.borrow_and_update());
+        assert_ne!(new.certificate, old.certificate);
+        assert_eq!(Identity::load(dir.path()).unwrap().unwrap().certificate, new.certificate);
+        // The old one is old news.
+        expired.send_replace(Some(old));
+        let quiet = tokio::time::timeout(Duration::from_millis(200), seen.changed()).await;
+        assert!(quiet.is_err(), "it is renewed once");
+        stop.cancel();
+        renewal.await.unwrap();
+    }
 }

@@ -105,6 +105,8 @@ pub struct Link {
     pub store: Store,
     /// Who it is; a renewed identity is used at the next connect.
     pub identity: watch::Receiver<Arc<Identity>>,
+    /// Where it puts an identity whose certificate the cloud takes for expired: it is renewed, whatever this box's clock says.
+    pub expired: watch::Sender<Option<Arc<Identity>>>,
     /// Where it says what is to be reported once more.
     pub wanted: broadcast::Sender<ReportWanted>,
     /// Who serves the streams that the cloud opens.
@@ -149,25 +151,31 @@ impl Link {
                     }
                     Err(failed) => {
                         error!(error = %failed, "the store cannot be read, there can be no session");
-                        self.rest(Wait::Told(backoff.wait()), &mut network).await;
+                        tokio::select! {
+                            () = tokio::time::sleep(backoff.wait()) => {}
+                            () = self.shutdown.cancelled() => {}
+                        }
                         continue;
                     }
                 },
             };
             // What happens from here on is news.
             network.mark_unchanged();
-            let (outcome, machine) = Box::pin(self.attempt(machine, damaged, &mut given, &mut choice)).await;
+            let identity = Arc::clone(&self.identity.borrow());
+            let (outcome, machine) = Box::pin(self.attempt(&identity, machine, damaged, &mut given, &mut choice)).await;
             edge = machine.map(|machine| (machine, damaged));
             if matches!(outcome, Outcome::Ended { .. }) {
                 // Old news, for which the session stood.
                 network.mark_unchanged();
             }
+            if matches!(outcome, Outcome::Expired(_)) {
+                self.expired.send_replace(Some(Arc::clone(&identity)));
+            }
             let wait = self.digest(outcome, &mut backoff).await;
             if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
                 edge = None;
             }
-            if self.rest(wait, &mut network).await {
-                debug!("the network may be back, no more waiting");
+            if self.rest(wait, &identity, &mut network).await {
                 backoff.reset();
             }
         }
@@ -177,12 +185,12 @@ impl Link {
     /// `damaged` is the store's damage that the machine knows of.
     async fn attempt(
         &self,
+        identity: &Identity,
         machine: Edge,
         damaged: u64,
         given: &mut session::Given,
         choice: &mut Choice,
     ) -> (Outcome, Option<Edge>) {
-        let identity = Arc::clone(&self.identity.borrow());
         let config = match identity.client_config() {
             Ok(config) => config,
             Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
@@ -217,6 +225,9 @@ impl Link {
             Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {
                 Outcome::Deleted(goodbye.message)
             }
+            Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::CertificateExpired => {
+                Outcome::Expired(goodbye.message)
+            }
             Ended::Dismissed { goodbye, established } => Outcome::Ended {
                 stood: stood(established),
                 cause: format!("the cloud ended the session ({:?}): {}", goodbye.reason(), goodbye.message),
@@ -242,7 +253,7 @@ impl Link {
                 backoff.reset();
                 Wait::Told(DELETED_RETRY)
             }
-            Outcome::Failed(cause) => {
+            Outcome::Failed(cause) | Outcome::Expired(cause) => {
                 self.lost(&cause);
                 if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
                     Wait::Told(DELETED_RETRY)
@@ -347,16 +358,21 @@ impl Link {
         Ok(())
     }
 
-    /// Waits; says whether news of the network ended it.
-    async fn rest(&self, wait: Wait, network: &mut watch::Receiver<u64>) -> bool {
+    /// Waits; says whether good news ended it: the network may be back, or there is another identity than the one of the last attempt.
+    async fn rest(&self, wait: Wait, used: &Arc<Identity>, network: &mut watch::Receiver<u64>) -> bool {
         let (length, ends_by_news) = match wait {
             Wait::Own(length) => (length, true),
             Wait::Told(length) => (length, false),
         };
+        let mut identity = self.identity.clone();
         tokio::select! {
             () = tokio::time::sleep(length) => false,
             () = self.shutdown.cancelled() => false,
-            Ok(()) = network.changed(), if ends_by_news => true,
+            Ok(()) = network.changed(), if ends_by_news => {
+                debug!("the network may be back, no more waiting");
+                true
+            }
+            Ok(_) = identity.wait_for(|identity| !Arc::ptr_eq(identity, used)), if ends_by_news => true,
         }
     }
 }
@@ -373,7 +389,7 @@ fn after_session(backoff: &mut Backoff, stood: Duration, retry_after: Option<Dur
 /// A pause before the next attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
-    /// For want of anything better: news of the network end it.
+    /// For want of anything better: good news end it.
     Own(Duration),
     /// To its end: somebody said so, or it is not the network that fails.
     Told(Duration),
@@ -383,6 +399,8 @@ enum Outcome {
     Shutdown,
     /// There was no session.
     Failed(String),
+    /// There was none, and there will be none with this certificate.
+    Expired(String),
     Deleted(String),
     Ended {
         /// How long the session stood.

@@ -100,6 +100,9 @@ struct Bed {
     streams: Streams,
     /// Says that the network may be back.
     network: watch::Sender<u64>,
+    identity: watch::Sender<Arc<Identity>>,
+    /// Identities that the cloud took for expired.
+    expired: watch::Receiver<Option<Arc<Identity>>>,
     /// Streams of class ops that the cloud opens.
     incoming: mpsc::Receiver<Incoming>,
     listener: TcpListener,
@@ -143,12 +146,15 @@ impl Bed {
         let incoming = services.serve(Class::Ops, 4);
         let (opener, streams) = watch::channel(None);
         let (network, network_seen) = watch::channel(0);
+        let (identity, identity_seen) = watch::channel(Arc::new(identity));
+        let (expired, expired_seen) = watch::channel(None);
         let link = Link {
             node: "box".to_owned(),
             server,
             transport,
             store: store.clone(),
-            identity: watch::channel(Arc::new(identity)).1,
+            identity: identity_seen,
+            expired,
             wanted: broadcast::channel(1).0,
             services,
             network: network_seen,
@@ -162,6 +168,8 @@ impl Bed {
             state,
             streams: Streams::new(streams),
             network,
+            identity,
+            expired: expired_seen,
             incoming,
             listener,
             tls: Arc::new(config),
@@ -507,5 +515,31 @@ async fn news_of_the_network_end_the_wait_and_start_the_back_off_over() {
     let soon = Duration::from_millis(900);
     drop(tokio::time::timeout(soon, bed.listener.accept()).await.expect("it tries at once").unwrap());
     drop(tokio::time::timeout(soon, bed.listener.accept()).await.expect("the first step is short").unwrap());
+    bed.end().await;
+}
+
+#[tokio::test]
+async fn an_identity_that_expired_is_renewed_and_used_at_once() {
+    let mut bed = Bed::new().await;
+    let old = Arc::clone(&bed.identity.borrow());
+    for _ in 0..4 {
+        let mut peer = bed.accept().await;
+        hello(&mut peer).await;
+        let message = "the certificate of the node box expired at noon; edgecore renews it".to_owned();
+        let goodbye = wire::Goodbye { reason: Reason::CertificateExpired.into(), message, retry_after_ms: 0 };
+        send(&mut peer, Body::Goodbye(goodbye)).await;
+        let told = bed.expired.wait_for(Option::is_some).await.unwrap().clone();
+        assert!(told.is_some_and(|told| Arc::ptr_eq(&told, &old)));
+    }
+    bed.state(
+        |state| matches!(state, LinkState::Connecting { last_error: Some(cause), .. } if cause.contains("renews it")),
+    )
+    .await;
+    let quiet = tokio::time::timeout(Duration::from_secs(1), bed.listener.accept()).await;
+    assert!(quiet.is_err(), "now it rests for two seconds at least: {quiet:?}");
+    bed.identity.send_replace(Arc::new(old.as_ref().clone()));
+    let accepted = tokio::time::timeout(Duration::from_millis(900), bed.listener.accept()).await;
+    assert!(accepted.is_ok(), "the new one is used at once");
+    drop(accepted);
     bed.end().await;
 }
