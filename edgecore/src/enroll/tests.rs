@@ -55,11 +55,22 @@ impl FakeCloud {
         authority: Arc<Authority>,
         (certificate, key): (CertificateDer<'static>, rustls::pki_types::PrivateKeyDer<'static>),
     ) -> Self {
+        let trusted = authority.pem();
+        Self::with_chain(authority, trusted, vec![certificate], key).await
+    }
+
+    /// Tells to trust these, and shows a chain of its own.
+    async fn with_chain(
+        authority: Arc<Authority>,
+        trusted: String,
+        chain: Vec<CertificateDer<'static>>,
+        key: rustls::pki_types::PrivateKeyDer<'static>,
+    ) -> Self {
         let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
+            .with_single_cert(chain, key)
             .unwrap();
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("localhost:0").await.unwrap();
@@ -90,11 +101,11 @@ impl FakeCloud {
                 };
                 let proper = if head.starts_with("get /v1/ca ") {
                     assert!(!head.contains("authorization"), "the token goes to nobody before it is known who that is");
-                    ca.pem()
+                    trusted.clone()
                 } else if let Ok(request) = serde_json::from_slice::<JoinRequest>(&body) {
                     let response = JoinResponse {
                         certificate: ca.sign(&request.node, &request.csr),
-                        ca: ca.pem(),
+                        ca: trusted.clone(),
                         time: *time.lock().unwrap(),
                     };
                     log.lock().unwrap().push(request);
@@ -241,4 +252,27 @@ async fn an_answer_that_never_came_is_asked_for_again_with_the_same_key() {
     };
     assert_eq!(key(&requests[0].csr), key(&requests[1].csr));
     assert_eq!(requests[0].machine_id, requests[1].machine_id);
+}
+
+#[tokio::test]
+async fn a_token_of_the_ca_before_is_good_while_that_one_introduces_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (Authority::new(), Arc::new(Authority::new()));
+    let trusted = new.pem() + &old.pem();
+    let cloud = async |introduced: Option<CertificateDer<'static>>| {
+        let (certificate, key) = new.server("localhost");
+        let chain = std::iter::once(certificate).chain(introduced).collect();
+        FakeCloud::with_chain(Arc::clone(&new), trusted.clone(), chain, key).await
+    };
+    let good = cloud(Some(old.introduce(&new))).await;
+    let token = JoinToken { ca_hash: old.hash(), ..good.token() };
+    let (ca, _) = fetch_ca(&good.server, &token, now()).await.unwrap();
+    let enrolled = enroll(&good.server, &token, &ca, &applicant(), dir.path(), now()).await.unwrap();
+    assert_eq!(enrolled.identity.authorities().len(), 2, "it trusts both from now on");
+    // To show the old one's certificate is no proof: that is public.
+    for introduced in [None, Some(Authority::new().introduce(&new))] {
+        let liar = cloud(introduced).await;
+        let error = fetch_ca(&liar.server, &token, now()).await.unwrap_err();
+        assert!(matches!(error, EnrollError::Pin { .. }), "{error}");
+    }
 }
