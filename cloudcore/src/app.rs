@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::backend_k8s::{self, BackendOptions};
 use crate::config::Config;
 use crate::front::{self, AGENT, Front};
 use crate::metrics::Metrics;
-use crate::pki::{self, CaError, CertificateAuthority, ServerCertificate};
+use crate::pki::{self, CaError, CertificateAuthority, CurrentAuthority, ServerCertificate, Step};
 use crate::retry::{chain, persist};
 use crate::secrets::{KubeSecrets, SecretError, SecretStore as _};
 use crate::supervise::spawn;
@@ -136,8 +136,7 @@ async fn start(
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let secrets = KubeSecrets::new(client.clone(), &config.namespace);
-    let authority = Arc::new(authority(config, &client, &secrets).await?);
-    metrics.ca_expires(authority.expires().as_second());
+    let authority = Arc::new(CurrentAuthority::new(authority(config, &client, &secrets).await?));
     if let Some(first) = config.advertise.first() {
         let address = first.with_port(config.port);
         let record = || pki::record_address(&secrets, &address);
@@ -145,7 +144,7 @@ async fn start(
     }
     let certificate = ServerCertificate::issue(Arc::clone(&authority), &config.advertise, clock::wall())?;
     let certificate = Arc::new(certificate);
-    let tls = front::tls(&authority, Arc::clone(&certificate))?;
+    let tls = front::tls(Arc::clone(&authority), Arc::clone(&certificate))?;
     let endpoint = front::quic::endpoint(datagrams, &tls)?;
 
     let options =
@@ -153,7 +152,8 @@ async fn start(
     let backend = backend_k8s::connect(client, options, &mut registry).await?;
     let secrets = Arc::new(secrets);
     let tokens = JoinTokens::new(Arc::clone(&secrets));
-    let front = Arc::new(Front::new(backend, authority, tokens, metrics, stop.clone()));
+    let front = Arc::new(Front::new(backend, Arc::clone(&authority), tokens, metrics.clone(), stop.clone()));
+    let care = Care { authority, certificate, secrets, data_dir: config.data_dir.clone(), metrics };
 
     let asked = Arc::clone(&front);
     status.running(registry, move || asked.backend().ready());
@@ -167,7 +167,7 @@ async fn start(
         spawn("port", Arc::clone(&front).serve(listener, tls, DRAIN)),
         spawn("quic", Arc::clone(&front).serve_quic(endpoint, DRAIN)),
         spawn("deletions", front.watch_deletions()),
-        spawn("rounds", rounds(certificate, JoinTokens::new(secrets), stop)),
+        spawn("rounds", care.rounds(stop)),
     ])
 }
 
@@ -216,22 +216,42 @@ fn raise_file_limit() {
     }
 }
 
-/// Renews the server certificate ahead of its end and removes join tokens that expired.
-async fn rounds(certificate: Arc<ServerCertificate>, tokens: JoinTokens<KubeSecrets>, stop: CancellationToken) {
-    loop {
-        match certificate.renew_if_due(clock::wall()) {
-            Ok(true) => info!("the server certificate was renewed"),
-            Ok(false) => {}
-            Err(error) => warn!("cannot renew the server certificate: {}", chain(&error)),
-        }
-        match tokens.sweep(clock::wall()).await {
-            Ok(0) => {}
-            Ok(removed) => info!(removed, "expired join tokens were removed"),
-            Err(error) => warn!("cannot remove expired join tokens: {}", chain(&error)),
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(ROUND) => {}
+/// What is looked after from time to time.
+struct Care {
+    authority: Arc<CurrentAuthority>,
+    certificate: Arc<ServerCertificate>,
+    secrets: Arc<KubeSecrets>,
+    data_dir: Option<PathBuf>,
+    metrics: Metrics,
+}
+
+impl Care {
+    /// Lets one CA follow another, renews the server certificate ahead of its end, and removes join tokens that expired.
+    async fn rounds(self, stop: CancellationToken) {
+        let tokens = JoinTokens::new(Arc::clone(&self.secrets));
+        loop {
+            match self.authority.refresh(&*self.secrets, self.data_dir.as_deref(), clock::wall()).await {
+                Ok(Some(Step::Announce)) => info!("a new CA was made; it signs once every node had time to hear of it"),
+                Ok(Some(Step::Switch)) => info!("the new CA signs from now on; the old one is trusted for some time"),
+                Ok(Some(Step::Drop)) => info!("the old CA is not trusted any more"),
+                Ok(None) => {}
+                Err(error) => warn!("cannot look after the CA: {}", chain(&error)),
+            }
+            self.metrics.ca_expires(self.authority.current().expires().as_second());
+            match self.certificate.renew_if_due(clock::wall()) {
+                Ok(true) => info!("the server certificate was renewed"),
+                Ok(false) => {}
+                Err(error) => warn!("cannot renew the server certificate: {}", chain(&error)),
+            }
+            match tokens.sweep(clock::wall()).await {
+                Ok(0) => {}
+                Ok(removed) => info!(removed, "expired join tokens were removed"),
+                Err(error) => warn!("cannot remove expired join tokens: {}", chain(&error)),
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(ROUND) => {}
+            }
         }
     }
 }

@@ -61,7 +61,7 @@ async fn create(store: Arc<impl SecretStore>, options: Create, now: Timestamp) -
         )?,
     };
     let spec = TokenSpec { ttl: options.ttl, uses: options.uses, node: options.node };
-    let (token, info) = JoinTokens::new(store).create(&spec, authority.hash(), now).await?;
+    let (token, info) = JoinTokens::new(store).create(&spec, authority.pin(now), now).await?;
     let name = info.node.as_ref().map(|node| format!(" --node-name {node}")).unwrap_or_default();
     let uses = info.uses.map_or_else(|| "any number of boxes".to_owned(), |uses| format!("{uses} boxes"));
     let note = format!(
@@ -140,7 +140,7 @@ mod tests {
             panic!("{out}")
         };
         let token: JoinToken = token.parse().unwrap();
-        assert_eq!(token.ca_hash, authority.hash());
+        assert_eq!(token.ca_hash, authority.pin(now));
         assert!(note.contains("2027-01-15T09:00:00Z"), "{note}");
 
         let (table, _) = list(Arc::clone(&store), now).await.unwrap();

@@ -26,9 +26,9 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 use tracing::debug;
 
 use super::{AGENT, Front};
-use crate::backend::{Backend, NodeIdentity};
+use crate::backend::Backend;
 use crate::clock;
-use crate::pki::node_of;
+use crate::pki::{NodeCertificate, node_of};
 use crate::secrets::SecretStore;
 
 /// A request must have come whole after this long.
@@ -60,7 +60,7 @@ type Answer = Response<Full<Bytes>>;
 struct Peer {
     address: String,
     certificate: Option<CertificateDer<'static>>,
-    upgrade: Mutex<Option<(OnUpgrade, NodeIdentity)>>,
+    upgrade: Mutex<Option<(OnUpgrade, NodeCertificate)>>,
 }
 
 /// Serves one connection to its end, or until it becomes a session's.
@@ -69,7 +69,7 @@ pub(super) async fn serve<B: Backend, S: SecretStore>(
     tls: TlsStream<TcpStream>,
     certificate: Option<CertificateDer<'static>>,
     address: String,
-) -> Option<(WebSocketStream<Carried>, NodeIdentity)> {
+) -> Option<(WebSocketStream<Carried>, NodeCertificate)> {
     let peer = Arc::new(Peer { address, certificate, upgrade: Mutex::default() });
     let service = service_fn(|request| {
         let (front, peer) = (Arc::clone(&front), Arc::clone(&peer));
@@ -106,7 +106,7 @@ async fn answer<B: Backend, S: SecretStore>(front: &Front<B, S>, peer: &Peer, re
         (&Method::GET, "/") => Ok(text(format!(
             "{AGENT}: edge nodes join and connect here (`edgecore join HOST:PORT --token T`); `cloudcore token create` makes the token\n"
         ))),
-        (&Method::GET, "/v1/ca") => Ok(text(front.authority.pem().to_owned())),
+        (&Method::GET, "/v1/ca") => Ok(text(front.authority.current().pem().to_owned())),
         (&Method::POST, "/v1/join") => join(front, peer, request).await,
         (&Method::POST, "/v1/renew") => renew(front, peer, request).await,
         (&Method::GET, "/v1/session") => session(peer, request),
@@ -186,13 +186,13 @@ fn session(peer: &Peer, mut request: Request<Incoming>) -> Result<Answer, No> {
 }
 
 impl Peer {
-    fn node(&self) -> Result<NodeIdentity, No> {
+    fn node(&self) -> Result<NodeCertificate, No> {
         node(self.certificate.as_ref())
     }
 }
 
-/// Whose certificate it is.
-pub(super) fn node(certificate: Option<&CertificateDer<'_>>) -> Result<NodeIdentity, No> {
+/// Whose certificate it is; it may have expired.
+pub(super) fn node(certificate: Option<&CertificateDer<'_>>) -> Result<NodeCertificate, No> {
     let certificate = certificate.ok_or_else(|| {
         let message = "this needs the node's certificate, and none was shown; `edgecore join` gets one";
         No::new(StatusCode::UNAUTHORIZED, "certificate_required", message)

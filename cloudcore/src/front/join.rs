@@ -14,10 +14,10 @@ use tracing::{info, warn};
 
 use super::http::No;
 use super::{Front, shown};
-use crate::backend::{Backend, BackendError, NodeCheck, NodeIdentity, RegisterError};
+use crate::backend::{Backend, BackendError, NodeCheck, RegisterError};
 use crate::config::is_node_name;
 use crate::nodes::labels;
-use crate::pki::{CsrError, NodeKey};
+use crate::pki::{CsrError, NodeCertificate, NodeKey, Standing};
 use crate::retry::chain;
 use crate::secrets::{SecretError, SecretStore, api_code};
 use crate::token::{Joiner, TokenError};
@@ -64,7 +64,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
 
         let node = self.backend.register(&request.node, &request.machine_id, &request.labels).await;
         let node = node.map_err(|error| register_refused(&error))?;
-        let certificate = self.authority.sign_node(&key, &node, now).map_err(|error| csr_refused(&error))?;
+        let certificate = self.authority.current().sign_node(&key, &node, now).map_err(|error| csr_refused(&error))?;
         self.tokens.consume(&token, joiner, now).await.map_err(|error| token_refused(&error))?;
 
         let off = request.time.saturating_sub(now.as_second());
@@ -75,8 +75,9 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         Ok(self.response(certificate, now))
     }
 
-    /// Signs a new certificate for a node that has one.
-    pub(super) async fn renew(&self, node: &NodeIdentity, csr: &str, now: Timestamp) -> Result<JoinResponse, No> {
+    /// Signs a new certificate for a node that has one, which may have expired, but not too long ago.
+    pub(super) async fn renew(&self, old: &NodeCertificate, csr: &str, now: Timestamp) -> Result<JoinResponse, No> {
+        let node = &old.node;
         let key = NodeKey::from_csr(csr).map_err(|error| csr_refused(&error))?;
         match self.backend.check(node).await {
             Ok(NodeCheck::Live { .. }) => {}
@@ -85,13 +86,17 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             }
             Err(error) => return Err(unavailable(&error)),
         }
-        let certificate = self.authority.sign_node(&key, node, now).map_err(|error| csr_refused(&error))?;
-        info!(node = shown(node), "renewed its certificate");
+        let standing = old.standing(now);
+        if standing == Standing::TooOld {
+            return Err(No::new(StatusCode::FORBIDDEN, "certificate_too_old", too_old_message(old)));
+        }
+        let certificate = self.authority.current().sign_node(&key, node, now).map_err(|error| csr_refused(&error))?;
+        info!(node = shown(node), had_expired = standing == Standing::Expired, "renewed its certificate");
         Ok(self.response(certificate, now))
     }
 
     fn response(&self, certificate: String, now: Timestamp) -> JoinResponse {
-        JoinResponse { certificate, ca: self.authority.pem().to_owned(), time: now.as_second() }
+        JoinResponse { certificate, ca: self.authority.current().pem().to_owned(), time: now.as_second() }
     }
 }
 
@@ -100,6 +105,23 @@ pub(super) fn deleted_message(name: &str) -> String {
     format!(
         "the Node {name} that this box joined as was deleted from the cluster, so its pods are ended; to bring the box back, run \
          `edgecore reset` on it and join again with a new token"
+    )
+}
+
+/// What a node hears whose certificate is good for a new one only.
+pub(super) fn expired_message(certificate: &NodeCertificate) -> String {
+    format!(
+        "the certificate of the node {} expired at {}; edgecore renews it by itself and then connects",
+        certificate.node.name, certificate.not_after
+    )
+}
+
+/// What a node hears whose certificate is good for nothing any more.
+pub(super) fn too_old_message(certificate: &NodeCertificate) -> String {
+    format!(
+        "the certificate of the node {} expired at {}, longer ago than it was good for, and is not renewed any more; run `edgecore reset` \
+         on the box and join again with a new token",
+        certificate.node.name, certificate.not_after
     )
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::server::NoServerSessionStorage;
 use skerry_proto::mux::Class;
 use skerry_proto::streams::{Incoming, Services, Streams};
 use skerry_proto::{mux::Side, transport};
@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use self::places::{Place, Places};
 use crate::backend::{Backend, NodeCheck, NodeIdentity};
 use crate::metrics::Metrics;
-use crate::pki::{CaError, CertificateAuthority, ServerCertificate};
+use crate::pki::{CaError, CurrentAuthority, ServerCertificate};
 use crate::registry::Sessions;
 use crate::retry::{Backoff, chain};
 use crate::secrets::SecretStore;
@@ -62,7 +62,7 @@ type Wire = transport::Wire<http::Carried, Metrics>;
 /// Everything that a connection may need.
 pub struct Front<B, S> {
     backend: B,
-    authority: Arc<CertificateAuthority>,
+    authority: Arc<CurrentAuthority>,
     tokens: JoinTokens<S>,
     sessions: Sessions,
     services: Services<(NodeIdentity, Incoming)>,
@@ -77,7 +77,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     /// Ends its sessions when `stop` is cancelled.
     pub fn new(
         backend: B,
-        authority: Arc<CertificateAuthority>,
+        authority: Arc<CurrentAuthority>,
         tokens: JoinTokens<S>,
         metrics: Metrics,
         stop: CancellationToken,
@@ -206,29 +206,23 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned();
         // The requests' state is gone before the session begins, which lives long.
         let upgraded = Box::pin(http::serve(Arc::clone(&self), tls, certificate, peer)).await;
-        if let Some((websocket, node)) = upgraded {
+        if let Some((websocket, certificate)) = upgraded {
             let wire = Wire::over_websocket(websocket, Side::Cloud, self.metrics.clone());
-            Box::pin(session::run(&self, wire, node, request)).await;
+            Box::pin(session::run(&self, wire, certificate, request)).await;
         }
     }
 }
 
 /// The TLS side of the port: our certificate, and client certificates of our CA for those who have one.
 pub fn tls(
-    authority: &CertificateAuthority,
+    authority: Arc<CurrentAuthority>,
     certificate: Arc<ServerCertificate>,
 ) -> Result<Arc<ServerConfig>, CaError> {
-    let broken = |error: &dyn std::fmt::Display| CaError::Damaged(error.to_string());
-    let roots = authority.roots().map_err(|error| broken(&error))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .allow_unauthenticated()
-        .build()
-        .map_err(|error| broken(&error))?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map_err(|error| broken(&error))?
-        .with_client_cert_verifier(clients)
+        .map_err(|error| CaError::Damaged(error.to_string()))?
+        .with_client_cert_verifier(authority)
         .with_cert_resolver(certificate);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     // Every connection proves its certificate anew, and 10,000 edges leave nothing behind.

@@ -108,8 +108,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             return;
         };
         let chain = connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
-        let node = match http::node(chain.as_ref().and_then(|chain| chain.first())) {
-            Ok(node) => node,
+        let certificate = match http::node(chain.as_ref().and_then(|chain| chain.first())) {
+            Ok(certificate) => certificate,
             Err(no) => {
                 debug!(%peer, reason = no.reason, "refused: {}", no.message);
                 connection.close(REFUSED, no.message.as_bytes());
@@ -117,7 +117,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             }
         };
         match Wire::over_quic(connection, Side::Cloud, self.metrics.clone()).await {
-            Ok(wire) => Box::pin(session::run(&self, wire, node, request)).await,
+            Ok(wire) => Box::pin(session::run(&self, wire, certificate, request)).await,
             Err(end) => debug!(%peer, "no session: {end}"),
         }
     }

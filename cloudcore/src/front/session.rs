@@ -15,10 +15,11 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 use tracing::{debug, info, warn};
 
-use super::join::deleted_message;
+use super::join::{deleted_message, expired_message, too_old_message};
 use super::{AGENT, Front, Wire, shown};
 use crate::backend::{Backend, Feed, FeedEvent, NodeCheck, NodeIdentity};
 use crate::clock;
+use crate::pki::{NodeCertificate, Standing};
 use crate::registry::{BeginError, Eviction, Place};
 use crate::retry::chain;
 use crate::secrets::SecretStore;
@@ -34,13 +35,19 @@ const FULL: usize = 512 << 10;
 type Refused = (&'static str, Option<Goodbye>);
 
 /// Runs a session to its end. `stranger` is held until it has its place among the sessions, whose number is bounded too.
-pub(super) async fn run<B, S>(front: &Front<B, S>, wire: Wire, node: NodeIdentity, stranger: OwnedSemaphorePermit)
-where
+pub(super) async fn run<B, S>(
+    front: &Front<B, S>,
+    wire: Wire,
+    certificate: NodeCertificate,
+    stranger: OwnedSemaphorePermit,
+) where
     B: Backend,
     S: SecretStore,
 {
     let mut wire = wire.full_at(FULL);
-    let (hello, mut place) = match begin(front, &mut wire, &node).await {
+    let begun = begin(front, &mut wire, &certificate).await;
+    let node = certificate.node;
+    let (hello, mut place) = match begun {
         Ok(begun) => begun,
         Err((result, goodbye)) => {
             front.metrics.session_start(result);
@@ -72,11 +79,16 @@ async fn finish(wire: Wire, goodbye: Option<Goodbye>) {
 }
 
 /// Hears the Hello, makes sure that the node is one, and takes its place.
-async fn begin<B, S>(front: &Front<B, S>, wire: &mut Wire, node: &NodeIdentity) -> Result<(Hello, Place), Refused>
+async fn begin<B, S>(
+    front: &Front<B, S>,
+    wire: &mut Wire,
+    certificate: &NodeCertificate,
+) -> Result<(Hello, Place), Refused>
 where
     B: Backend,
     S: SecretStore,
 {
+    let node = &certificate.node;
     let shutdown = || ("shutdown", Some(goodbye(Reason::Shutdown, "cloudcore is going down")));
     let heard = tokio::select! {
         () = front.stop.cancelled() => return Err(shutdown()),
@@ -114,6 +126,17 @@ where
         }
         Err(_) => return Err(later("unavailable", "the apiserver does not answer now")),
     };
+    // A node that was deleted is to hear that, however old its certificate is.
+    match certificate.standing(clock::wall()) {
+        Standing::Valid => {}
+        Standing::Expired => {
+            let said = goodbye(Reason::CertificateExpired, expired_message(certificate));
+            return Err(("certificate_expired", Some(said)));
+        }
+        Standing::TooOld => {
+            return Err(("certificate_too_old", Some(goodbye(Reason::Refused, too_old_message(certificate)))));
+        }
+    }
     let place = match front.sessions.begin(node, hello.last_epoch.max(known), wall_millis()) {
         Ok(place) => place,
         Err(error @ BeginError::Full) => return Err(later("full", &error.to_string())),

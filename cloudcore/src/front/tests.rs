@@ -6,6 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use futures_util::{SinkExt as _, StreamExt as _};
+use jiff::Timestamp;
 use prost::Message as _;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::pem::PemObject as _;
@@ -28,10 +29,11 @@ use tokio_tungstenite::tungstenite::protocol::Message;
 use super::*;
 use crate::backend::{BackendError, Feed, FeedEvent, RegisterError};
 use crate::clock;
-use crate::pki::node_of;
+use crate::pki::{CertificateAuthority, node_of};
 use crate::secrets::fake::MemorySecrets;
 use crate::token::TokenSpec;
 
+mod certificates;
 mod quic_sessions;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -141,6 +143,7 @@ impl Feed for FakeFeed {
 /// A front on a port of this machine.
 struct Cloud {
     front: Arc<Front<FakeBackend, MemorySecrets>>,
+    certificate: Arc<ServerCertificate>,
     secrets: Arc<MemorySecrets>,
     opened: mpsc::Receiver<Opened>,
     /// Streams of class api that edges open.
@@ -170,11 +173,17 @@ impl Identity {
 
 impl Cloud {
     async fn start() -> Self {
+        Self::with_ca_since(clock::wall()).await
+    }
+
+    /// With a CA that was made then.
+    async fn with_ca_since(made: Timestamp) -> Self {
         let secrets = Arc::new(MemorySecrets::default());
-        let authority = CertificateAuthority::load_or_create(&*secrets, None, clock::wall()).await.unwrap();
-        let authority = Arc::new(authority);
+        let authority = CertificateAuthority::load_or_create(&*secrets, None, made).await.unwrap();
+        let authority = Arc::new(CurrentAuthority::new(authority));
         let certificate = ServerCertificate::issue(Arc::clone(&authority), &[], clock::wall()).unwrap();
-        let tls = tls(&authority, Arc::new(certificate)).unwrap();
+        let certificate = Arc::new(certificate);
+        let tls = tls(Arc::clone(&authority), Arc::clone(&certificate)).unwrap();
         let (opened, opened_out) = mpsc::channel(16);
         let script = Script { nodes: BTreeMap::new(), foreign: Vec::new(), away: false, deletes_behind_check: false };
         let backend = FakeBackend { script: Mutex::new(script), deletions: broadcast::channel(8).0, opened };
@@ -195,7 +204,11 @@ impl Cloud {
         let quic = crate::supervise::spawn("quic", Arc::clone(&front).serve_quic(endpoint, Duration::from_secs(5)));
         let serving = crate::supervise::spawn("port", Arc::clone(&front).serve(listener, tls, Duration::from_secs(5)));
         drop(crate::supervise::spawn("deletions", Arc::clone(&front).watch_deletions()));
-        Self { front, secrets, opened: opened_out, incoming, address, quic, stop, serving }
+        Self { front, certificate, secrets, opened: opened_out, incoming, address, quic, stop, serving }
+    }
+
+    fn authority(&self) -> Arc<CertificateAuthority> {
+        self.front.authority.current()
     }
 
     fn script(&self) -> std::sync::MutexGuard<'_, Script> {
@@ -203,7 +216,7 @@ impl Cloud {
     }
 
     async fn token(&self, spec: TokenSpec) -> JoinToken {
-        self.front.tokens.create(&spec, self.front.authority.hash(), clock::wall()).await.unwrap().0
+        self.front.tokens.create(&spec, self.authority().pin(clock::wall()), clock::wall()).await.unwrap().0
     }
 
     async fn any_token(&self) -> JoinToken {
@@ -220,7 +233,7 @@ impl Cloud {
     }
 
     async fn tls(&self, identity: Option<&Identity>) -> TlsStream<TcpStream> {
-        self.try_tls(identity, &self.front.authority).await.unwrap()
+        self.try_tls(identity, &self.authority()).await.unwrap()
     }
 
     async fn try_tls(
@@ -286,7 +299,9 @@ impl Cloud {
 /// TLS as a node, or as nobody.
 fn client(identity: Option<&Identity>, trusted: &CertificateAuthority) -> ClientConfig {
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(trusted.pem().as_bytes()).unwrap()).unwrap();
+    for root in CertificateDer::pem_slice_iter(trusted.pem().as_bytes()) {
+        roots.add(root.unwrap()).unwrap();
+    }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     let config = config.with_root_certificates(roots);
@@ -362,14 +377,14 @@ fn request(name: &str, identity: &Identity) -> JoinRequest {
 async fn a_box_joins_again_and_renews() {
     let cloud = Cloud::start().await;
     let (status, ca) = cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await;
-    assert_eq!((status, ca), (200, cloud.front.authority.pem().as_bytes().to_vec()));
+    assert_eq!((status, ca), (200, cloud.authority().pem().as_bytes().to_vec()));
 
     let token = cloud.token(TokenSpec { ttl: Duration::from_secs(60), uses: Some(1), node: None }).await.to_string();
     let mut identity = Identity::new();
     let first = cloud.join(&token, &request("box-1", &identity)).await.unwrap();
-    let node = |pem: &str| node_of(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
+    let node = |pem: &str| node_of(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap().node;
     assert_eq!(node(&first.certificate), NodeIdentity { name: "box-1".to_owned(), uid: "uid-of-box-1".to_owned() });
-    assert_eq!(first.ca, cloud.front.authority.pem());
+    assert_eq!(first.ca, cloud.authority().pem());
     cloud.join(&token, &request("box-1", &identity)).await.expect("the same box, interrupted, joins again");
 
     identity.certificate = Some(first.certificate.clone());
@@ -535,7 +550,7 @@ async fn a_session_needs_a_nodes_certificate_of_this_ca() {
     let other = Cloud::start().await;
     let foreign = other.node("box-1").await;
     // With TLS 1.3 the client hears of it on its first read.
-    if let Ok(mut stream) = cloud.try_tls(Some(&foreign), &cloud.front.authority).await {
+    if let Ok(mut stream) = cloud.try_tls(Some(&foreign), &cloud.authority()).await {
         let _ = stream.write_all(b"GET /v1/ca HTTP/1.1\r\n\r\n").await;
         let mut answer = Vec::new();
         assert!(
@@ -543,7 +558,7 @@ async fn a_session_needs_a_nodes_certificate_of_this_ca() {
             "a foreign certificate gets nothing"
         );
     }
-    assert!(cloud.try_tls(None, &other.front.authority).await.is_err(), "and a client that pins another CA stays away");
+    assert!(cloud.try_tls(None, &other.authority()).await.is_err(), "and a client that pins another CA stays away");
 }
 
 #[tokio::test]

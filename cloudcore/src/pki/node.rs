@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
+use x509_parser::time::ASN1Time;
 
 use super::{CertificateAuthority, serial, validity};
 use crate::backend::NodeIdentity;
@@ -21,7 +22,8 @@ use crate::config::is_node_name;
 const GROUP: &str = "system:nodes";
 const USER_PREFIX: &str = "system:node:";
 const UID_PREFIX: &str = "urn:skerry:node:";
-const LIFE: Duration = Duration::from_secs(365 * 86_400);
+/// How long a certificate is good for.
+pub(super) const LIFE: Duration = Duration::from_secs(365 * 86_400);
 const CLOCK_LAG: Duration = Duration::from_secs(300);
 
 /// Why a certificate signing request is refused.
@@ -56,6 +58,28 @@ pub enum CertificateError {
     /// Not one URI with a Node's UID.
     #[error("the certificate names no Node UID")]
     Uid,
+}
+
+/// What a node's certificate says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeCertificate {
+    /// Whose it is.
+    pub node: NodeIdentity,
+    /// Beginning of its validity.
+    pub not_before: Timestamp,
+    /// End of its validity.
+    pub not_after: Timestamp,
+}
+
+/// What a node's certificate is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Everything.
+    Valid,
+    /// To be renewed, and nothing else: it expired, no longer ago than it was good for.
+    Expired,
+    /// Nothing any more.
+    TooOld,
 }
 
 /// A verified request for a certificate: a public key whose owner asked for it.
@@ -97,14 +121,29 @@ impl CertificateAuthority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(serial());
-        let left = Duration::try_from(self.expires.duration_since(now)).unwrap_or_default();
+        let left = Duration::try_from(self.expires().duration_since(now)).unwrap_or_default();
         validity(&mut params, now, CLOCK_LAG, LIFE.min(left));
         Ok(params.signed_by(&key.0, &self.issuer).map_err(CsrError::Crypto)?.pem())
     }
 }
 
-/// The node that a certificate was signed for. That the CA signed it has been verified by the handshake.
-pub fn node_of(certificate: &CertificateDer<'_>) -> Result<NodeIdentity, CertificateError> {
+impl NodeCertificate {
+    /// What it is good for at this time.
+    pub fn standing(&self, now: Timestamp) -> Standing {
+        let life = self.not_after.duration_since(self.not_before);
+        if now <= self.not_after {
+            Standing::Valid
+        } else if now.duration_since(self.not_after) <= life {
+            Standing::Expired
+        } else {
+            Standing::TooOld
+        }
+    }
+}
+
+/// The node that a certificate was signed for. That the CA signed it has been verified by the handshake, which lets expired ones
+/// through: see [`NodeCertificate::standing`].
+pub fn node_of(certificate: &CertificateDer<'_>) -> Result<NodeCertificate, CertificateError> {
     let (rest, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(|_| CertificateError::Malformed)?;
     if !rest.is_empty() {
         return Err(CertificateError::Malformed);
@@ -121,7 +160,12 @@ pub fn node_of(certificate: &CertificateDer<'_>) -> Result<NodeIdentity, Certifi
         return Err(CertificateError::Uid);
     };
     let uid = uri.strip_prefix(UID_PREFIX).filter(|uid| is_uid(uid)).ok_or(CertificateError::Uid)?;
-    Ok(NodeIdentity { name: name.to_owned(), uid: uid.to_owned() })
+    let at = |time: ASN1Time| Timestamp::from_second(time.timestamp()).map_err(|_| CertificateError::Malformed);
+    Ok(NodeCertificate {
+        node: NodeIdentity { name: name.to_owned(), uid: uid.to_owned() },
+        not_before: at(parsed.validity().not_before)?,
+        not_after: at(parsed.validity().not_after)?,
+    })
 }
 
 fn is_uid(uid: &str) -> bool {

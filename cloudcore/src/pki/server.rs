@@ -11,7 +11,7 @@ use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::{CLOCK_LAG, CaError, CertificateAuthority, serial, validity};
+use super::{CLOCK_LAG, CaError, CertificateAuthority, CurrentAuthority, serial, validity};
 use crate::config::Advertise;
 
 const LIFE: Duration = Duration::from_secs(90 * 86_400);
@@ -19,7 +19,7 @@ const RENEW_AFTER: Duration = Duration::from_secs(60 * 86_400);
 
 /// The certificate that handshakes get.
 pub struct ServerCertificate {
-    authority: Arc<CertificateAuthority>,
+    authority: Arc<CurrentAuthority>,
     names: Vec<String>,
     current: RwLock<Current>,
 }
@@ -27,29 +27,31 @@ pub struct ServerCertificate {
 struct Current {
     key: Arc<CertifiedKey>,
     renew_at: Timestamp,
+    signer: [u8; 32],
 }
 
 impl ServerCertificate {
     /// Issues the first one, for the advertised hosts and this machine itself.
-    pub fn issue(
-        authority: Arc<CertificateAuthority>,
-        advertise: &[Advertise],
-        now: Timestamp,
-    ) -> Result<Self, CaError> {
+    pub fn issue(authority: Arc<CurrentAuthority>, advertise: &[Advertise], now: Timestamp) -> Result<Self, CaError> {
         let mut names: Vec<String> = advertise.iter().map(|address| address.host.clone()).collect();
         names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
         names.sort();
         names.dedup();
-        let current = RwLock::new(sign(&authority, &names, now)?);
+        let current = RwLock::new(sign(&authority.current(), &names, now)?);
         Ok(Self { authority, names, current })
     }
 
-    /// Replaces the certificate if it is time; says whether it was.
+    /// Replaces the certificate if it is time or the CA is another; says whether it was. Connections that stand go on.
     pub fn renew_if_due(&self, now: Timestamp) -> Result<bool, CaError> {
-        if now < self.current.read().unwrap_or_else(PoisonError::into_inner).renew_at {
-            return Ok(false);
+        let authority = self.authority.current();
+        {
+            let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+            let shown = current.key.cert.get(1);
+            if now < current.renew_at && current.signer == authority.hash && shown == authority.cross.as_ref() {
+                return Ok(false);
+            }
         }
-        let next = sign(&self.authority, &self.names, now)?;
+        let next = sign(&authority, &self.names, now)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
         Ok(true)
     }
@@ -85,6 +87,7 @@ fn sign(authority: &CertificateAuthority, names: &[String], now: Timestamp) -> R
     let certificate = params.signed_by(&key, &authority.issuer)?;
     let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let private = any_ecdsa_type(&private).map_err(|_| rcgen::Error::CouldNotParseKeyPair)?;
-    let key = Arc::new(CertifiedKey::new(vec![certificate.der().clone()], private));
-    Ok(Current { key, renew_at: now.saturating_add(RENEW_AFTER).unwrap_or(now) })
+    let chain = std::iter::once(certificate.der().clone()).chain(authority.cross.clone()).collect();
+    let key = Arc::new(CertifiedKey::new(chain, private));
+    Ok(Current { key, renew_at: now.saturating_add(RENEW_AFTER).unwrap_or(now), signer: authority.hash })
 }

@@ -4,18 +4,18 @@ use skerry_proto::transport::{self, End, Event};
 
 use super::*;
 
-type Wire = transport::Wire<TcpStream, ()>;
+pub(super) type Wire = transport::Wire<TcpStream, ()>;
 
 impl Cloud {
-    async fn connection(&self, identity: Option<&Identity>) -> (quinn::Endpoint, quinn::Connection) {
-        let config = transport::client_config(&client(identity, &self.front.authority)).unwrap();
+    pub(super) async fn connection(&self, identity: Option<&Identity>) -> (quinn::Endpoint, quinn::Connection) {
+        let config = transport::client_config(&client(identity, &self.authority())).unwrap();
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
         let connection = endpoint.connect_with(config, self.address, "localhost").unwrap().await.unwrap();
         (endpoint, connection)
     }
 }
 
-async fn body(wire: &mut Wire) -> Body {
+pub(super) async fn body(wire: &mut Wire) -> Body {
     loop {
         match tokio::time::timeout(PATIENCE, wire.next(true)).await.expect("something comes").unwrap() {
             Event::Frame(frame) => return frame.body.unwrap(),
