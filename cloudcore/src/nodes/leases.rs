@@ -28,7 +28,7 @@ pub(crate) const DURATION_SECONDS: i64 = 40;
 /// How often it is renewed at least and at most: more seldom the more nodes there are, and twice while it is good even if one is lost.
 const RENEW: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(24)];
 /// Renewals a second, of all nodes, that [`RENEW`] is stretched for.
-const RATE: u32 = 400;
+const RATE: u32 = 100;
 /// After a failure, stretched in the same measure.
 const RETRY: Duration = Duration::from_secs(2);
 /// A renewal that is so late has the apiserver to itself: reports wait.
@@ -281,19 +281,19 @@ mod tests {
     #[test]
     fn many_nodes_are_renewed_more_seldom_and_not_together() {
         let mut wheel = Wheel::default();
-        for number in 0..8000 {
+        for number in 0..2000 {
             wheel.begin(&NodeIdentity { name: format!("e-{number}"), uid: "u".into() }, 1, seconds(0));
         }
         assert_eq!(wheel.period(), seconds(20));
         let mut spread = 0.0;
         while let Some(renewal) = wheel.take(seconds(0)) {
             wheel.renewed(&renewal, Renewed::Yes, seconds(0), spread);
-            spread += 1.0 / 8000.0;
+            spread += 1.0 / 2000.0;
         }
         for quarter in [5, 10, 15] {
             let due =
                 wheel.due.iter().filter(|(due, _)| (seconds(quarter)..seconds(quarter + 5)).contains(due)).count();
-            assert!((2600..2700).contains(&due), "{due} from {quarter} s on");
+            assert!((640..690).contains(&due), "{due} from {quarter} s on");
         }
         let renewal = wheel.take(seconds(6)).unwrap();
         wheel.renewed(&renewal, Renewed::Yes, seconds(6), 1.0);

@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend_k8s::Shared;
+use crate::closure::Source;
 use crate::retry::chain;
 
 /// Requests for single objects under way at once.
@@ -28,6 +29,8 @@ type Reference = (Collection, String);
 
 /// Fetches what is needed, for ever.
 pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
+    // Before that, only a part of what is needed is known, and a list for each part would be one too many.
+    shared.until_ready(Source::Pods).await;
     shared.closures().fetches_abandoned();
     let mut under_way = FuturesUnordered::new();
     let mut lists = FuturesUnordered::new();
