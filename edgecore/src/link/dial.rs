@@ -114,7 +114,7 @@ pub enum DialError {
     UnknownCa(Server),
     /// The server refused our certificate.
     #[error(
-        "{0} refused this node's certificate ({1}); if the node was deleted or its certificate has expired, run `edgecore reset` and join again"
+        "{0} refused this node's certificate ({1}); if it expired long ago, or the cluster has another CA by now, run `edgecore reset` and join again"
     )]
     Certificate(Server, String),
     /// Any other failure of TLS.

@@ -110,10 +110,7 @@ async fn an_expired_certificate_needs_its_key_and_our_ca() {
     let fails = async |config: ClientConfig| {
         let stream = TcpStream::connect(cloud.address).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        let mut stream = match TlsConnector::from(Arc::new(config)).connect(name, stream).await {
-            Ok(stream) => stream,
-            Err(_) => return true,
-        };
+        let Ok(mut stream) = TlsConnector::from(Arc::new(config)).connect(name, stream).await else { return true };
         let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.is_err() && answer.is_empty()

@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::*;
-use crate::pki::CurrentAuthority;
+use crate::pki::{COPY, CurrentAuthority};
 use crate::secrets::fake::MemorySecrets;
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -150,6 +150,7 @@ async fn a_ca_that_is_swapped_or_gone_is_not_taken_over() {
 #[tokio::test]
 async fn the_copy_follows_the_ca() {
     let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join(COPY);
     let dir = Some(dir.path());
     let store = MemorySecrets::default();
     let begin = start();
@@ -160,6 +161,6 @@ async fn the_copy_follows_the_ca() {
     assert_eq!(current.refresh(&store, None, later(half, TOLD)).await.unwrap(), Some(Step::Switch));
     // The copy is behind, and still one of the family.
     let loaded = CertificateAuthority::load_or_create(&store, dir, half).await.unwrap();
-    let copy = std::fs::read_to_string(dir.unwrap().join(super::super::COPY)).unwrap();
+    let copy = std::fs::read_to_string(file).unwrap();
     assert_eq!(copy, loaded.pem());
 }
