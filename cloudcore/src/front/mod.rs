@@ -51,7 +51,7 @@ const HANDSHAKE_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else {
 const MAX_REQUESTS: usize = 4096;
 const MAX_JOINS: usize = 64;
 /// Bytes that the system takes of a connection before it has sent them.
-const UNSENT: u32 = 16 << 10;
+const UNSENT: u32 = 4 << 10;
 /// Bytes that TLS takes before the system does.
 const TLS_BUFFER: usize = 16 << 10;
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);

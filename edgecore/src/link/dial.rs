@@ -17,7 +17,7 @@ use tokio_rustls::client::TlsStream;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes that the system takes before it has sent them.
-const UNSENT: u32 = 16 << 10;
+const UNSENT: u32 = 4 << 10;
 /// Bytes that TLS takes before the system does.
 const TLS_BUFFER: usize = 16 << 10;
 

@@ -17,7 +17,7 @@ use skerry_proto::transport::{self, Event, ws_config};
 use skerry_proto::wire::{Frame, Ping, frame::Body};
 use skerry_tests::relay::Relay;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Role;
 
@@ -30,25 +30,28 @@ const BANDWIDTH: u64 = 32_000;
 /// What a modem holds of a TCP connection, in bytes.
 const ROOM: usize = 4 << 10;
 /// Bytes that the product lets the system take before it has sent them.
-const UNSENT: u32 = 16 << 10;
+const UNSENT: u32 = 4 << 10;
 const EVERY: Duration = Duration::from_millis(100);
 const PINGS: usize = 600;
 
 pub(crate) fn run(subject: &'static str) -> Result<()> {
     eprintln!("control frames over {subject} while a line of 256 kbit/s is flooded");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut times = runtime.block_on(async {
-        match subject {
-            "quic" => {
-                let (relay, cloud, edge, _endpoints) = quic().await?;
-                measure(relay, cloud, edge).await
-            }
-            _ => {
-                let (relay, cloud, edge) = websocket().await?;
-                measure(relay, cloud, edge).await
-            }
-        }
-    })?;
+    let mut times = if subject == "quic" {
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let relay = Relay::start(socket.local_addr()?)?;
+        runtime.block_on(async {
+            let (cloud, edge, _endpoints) = quic(socket, &relay).await?;
+            measure(&relay, cloud, edge).await
+        })?
+    } else {
+        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let relay = Relay::start_narrow(listener.local_addr()?, ROOM)?;
+        runtime.block_on(async {
+            let (cloud, edge) = websocket(listener, &relay).await?;
+            measure(&relay, cloud, edge).await
+        })?
+    };
     times.sort();
     let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize].as_secs_f64();
     eprintln!("median {:.3} s, worst {:.3} s of {}", at(0.5), at(1.0), times.len());
@@ -56,7 +59,7 @@ pub(crate) fn run(subject: &'static str) -> Result<()> {
     Ok(())
 }
 
-async fn measure(relay: Relay, mut cloud: Wire, mut edge: Wire) -> Result<Vec<Duration>> {
+async fn measure(relay: &Relay, mut cloud: Wire, mut edge: Wire) -> Result<Vec<Duration>> {
     for streams in [cloud.streams(), edge.streams()] {
         for class in [Class::Ops, Class::Device] {
             for _ in 0..4 {
@@ -112,9 +115,9 @@ async fn drain(mut stream: Stream) {
     while stream.read(&mut buffer).await.is_ok_and(|bytes| bytes > 0) {}
 }
 
-async fn websocket() -> Result<(Relay, Wire, Wire)> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-    let relay = Relay::start_narrow(listener.local_addr()?, ROOM)?;
+async fn websocket(listener: std::net::TcpListener, relay: &Relay) -> Result<(Wire, Wire)> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
     let near = TcpStream::connect(relay.address()).await?;
     let (far, _) = listener.accept().await?;
     for stream in [&near, &far] {
@@ -123,10 +126,10 @@ async fn websocket() -> Result<(Relay, Wire, Wire)> {
     }
     let edge = WebSocketStream::from_raw_socket(near, Role::Client, Some(ws_config())).await;
     let cloud = WebSocketStream::from_raw_socket(far, Role::Server, Some(ws_config())).await;
-    Ok((relay, Wire::over_websocket(cloud, Side::Cloud, ()), Wire::over_websocket(edge, Side::Edge, ())))
+    Ok((Wire::over_websocket(cloud, Side::Cloud, ()), Wire::over_websocket(edge, Side::Edge, ())))
 }
 
-async fn quic() -> Result<(Relay, Wire, Wire, [quinn::Endpoint; 2])> {
+async fn quic(socket: std::net::UdpSocket, relay: &Relay) -> Result<(Wire, Wire, [quinn::Endpoint; 2])> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
     let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
@@ -140,19 +143,17 @@ async fn quic() -> Result<(Relay, Wire, Wire, [quinn::Endpoint; 2])> {
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?.into_std()?;
     let listening = quinn::Endpoint::new(
         quinn::EndpointConfig::default(),
         Some(transport::server_config(&server)?),
         socket,
         Arc::new(quinn::TokioRuntime),
     )?;
-    let relay = Relay::start(listening.local_addr()?)?;
     let dialling = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
     let connecting = dialling.connect_with(transport::client_config(&client)?, relay.address(), "localhost")?;
     let accepting = async { anyhow::Ok(listening.accept().await.context("the endpoint is closed")?.await?) };
     let (edge, cloud) = tokio::join!(connecting, accepting);
     let cloud = Wire::over_quic(cloud?, Side::Cloud, ()).await?;
     let edge = Wire::over_quic(edge?, Side::Edge, ()).await?;
-    Ok((relay, cloud, edge, [listening, dialling]))
+    Ok((cloud, edge, [listening, dialling]))
 }

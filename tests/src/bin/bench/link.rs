@@ -42,6 +42,7 @@ const ROUNDS: usize = 5;
 const DAY: f64 = 86_400.0;
 
 pub(crate) fn run(dir: &Path, idle: Duration) -> Result<()> {
+    SUBJECTS.into_iter().try_for_each(|(subject, _)| control::run(subject))?;
     eprintln!("starting a control plane, cloudcore and an edge node");
     let control = ControlPlane::start(&dir.join("control"))?;
     let runtime = Runtime::start(&dir.join("runtime"), Cni::Ours)?;
@@ -62,7 +63,7 @@ pub(crate) fn run(dir: &Path, idle: Duration) -> Result<()> {
         link.silence()?;
     }
     link.edge.stop();
-    SUBJECTS.into_iter().try_for_each(|(subject, _)| control::run(subject))
+    Ok(())
 }
 
 struct Link {
