@@ -35,6 +35,7 @@ use crate::token::TokenSpec;
 
 mod certificates;
 mod quic_sessions;
+mod reconnects;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
