@@ -53,9 +53,9 @@ pub(crate) fn run(subject: &'static str) -> Result<()> {
         })?
     };
     times.sort();
-    let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize].as_secs_f64();
-    eprintln!("median {:.3} s, worst {:.3} s of {}", at(0.5), at(1.0), times.len());
-    tell("link.control.p99", subject, at(0.99), "s");
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64();
+    eprintln!("median {:.3} s, worst {:.3} s of {}", at(50), at(100), times.len());
+    tell("link.control.p99", subject, at(99), "s");
     Ok(())
 }
 
