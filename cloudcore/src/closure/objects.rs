@@ -72,10 +72,9 @@ impl Closures {
         let Some(slot) = self.slots.get_mut(reference).filter(|slot| slot.resource_version != resource_version) else {
             return;
         };
-        if slot.state == Fetch::UnderWay {
-            slot.state = Fetch::Again(Some(resource_version.to_owned()));
-        } else {
-            self.request(reference);
+        match slot.state {
+            Fetch::UnderWay | Fetch::Again(Some(_)) => slot.state = Fetch::Again(Some(resource_version.to_owned())),
+            Fetch::Idle | Fetch::Queued | Fetch::Again(None) => self.request(reference),
         }
     }
 
@@ -177,8 +176,8 @@ impl Closures {
                 self.fetch.push_back(reference.clone());
                 self.fetch_wake.notify_one();
             }
-            Fetch::UnderWay => slot.state = Fetch::Again(None),
-            Fetch::Queued | Fetch::Again(_) => {}
+            Fetch::UnderWay | Fetch::Again(_) => slot.state = Fetch::Again(None),
+            Fetch::Queued => {}
         }
     }
 

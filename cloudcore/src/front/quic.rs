@@ -116,7 +116,13 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 return;
             }
         };
-        match Wire::over_quic(connection, Side::Cloud, self.metrics.clone()).await {
+        // A client that allows no streams would hold its place for ever.
+        let opening = Wire::over_quic(connection, Side::Cloud, self.metrics.clone());
+        let Ok(opened) = tokio::time::timeout(HANDSHAKE_PATIENCE, opening).await else {
+            debug!(%peer, "no session: the client allows no streams");
+            return;
+        };
+        match opened {
             Ok(wire) => Box::pin(session::run(&self, wire, certificate, request)).await,
             Err(end) => debug!(%peer, "no session: {end}"),
         }
