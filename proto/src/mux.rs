@@ -5,8 +5,9 @@
 //! is reset; no more is on its way than the receiver gave credit for; what waits to be sent is bounded for each stream and each class.
 //! Control frames are not bounded here: who makes them looks at [`Mux::waiting`].
 //!
-//! It does no IO and reads no clock: [`Mux::receive`] takes what came, [`Mux::poll`] says what that means, [`Mux::next_frame`] is //! to send next. A transport with an order for each class takes each from [`Mux::next_frame_of`] instead: what is said of a stream is
-//! in the order of its class.
+//! It does no IO and reads no clock: [`Mux::receive`] takes what came, [`Mux::poll`] says what that means, [`Mux::next_frame`] is what
+//! to send next. A transport with an order for each class takes each from [`Mux::next_frame_of`] instead: what is said of a stream is in
+//! the order of its class.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -112,6 +112,13 @@ impl Cloudcore {
         get(self.admin, path)
     }
 
+    /// The metric of this name, which has no labels.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        let (_, text) = self.admin("/metrics")?;
+        let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(found.with_context(|| format!("cloudcore tells no {name}"))?.parse()?)
+    }
+
     /// Runs `cloudcore token …`.
     pub fn token(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(paths::product("cloudcore")?);

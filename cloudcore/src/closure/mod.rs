@@ -15,7 +15,8 @@ use skerry_proto::sync::{Collection, Object};
 use tokio::sync::Notify;
 
 pub(crate) use self::pod::{PodFacts, PodInput, version_less};
-use self::references::{Reference, References};
+pub(crate) use self::references::Reference;
+use self::references::References;
 pub(crate) use self::session::Session;
 use self::session::Subscribers;
 use crate::backend::NodeIdentity;

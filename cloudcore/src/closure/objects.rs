@@ -1,13 +1,12 @@
 //! What pods refer to: Services and RuntimeClasses held whole, ConfigMaps and Secrets fetched while some node needs them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use serde_json::Value;
 use skerry_proto::sync::{Collection, Object};
 use tracing::warn;
 
-use super::references::Reference;
-use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, sanitise, session, settings};
+use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, Reference, sanitise, session, settings};
 
 impl Closures {
     /// A Service is there.
@@ -105,7 +104,7 @@ impl Closures {
     }
 
     /// What waits to be fetched of one kind in one namespace, where it is so much that a list costs less.
-    pub(crate) fn take_bulk(&mut self, least: usize) -> Option<(Collection, String, Vec<Reference>)> {
+    pub(crate) fn take_bulk(&mut self, least: usize) -> Option<(Collection, String, HashSet<Reference>)> {
         if self.fetch.len() < least {
             return None;
         }
@@ -117,13 +116,13 @@ impl Closures {
         let (collection, name) =
             counts.into_iter().find(|(_, count)| *count >= least).map(|((of, name), _)| (of, name.to_owned()))?;
         let is_part = |(of, key): &Reference| *of == collection && key[..namespace(key)] == name;
-        let (mut taken, rest): (Vec<Reference>, Vec<Reference>) = self.fetch.drain(..).partition(is_part);
-        self.fetch = rest.into();
-        taken.retain(|reference| {
+        let (taken, rest): (VecDeque<Reference>, _) = self.fetch.drain(..).partition(is_part);
+        self.fetch = rest;
+        let begun = |reference: &Reference| {
             let slot = self.slots.get_mut(reference).filter(|slot| slot.state == Fetch::Queued);
             slot.map(|slot| slot.state = Fetch::UnderWay).is_some()
-        });
-        Some((collection, name, taken))
+        };
+        Some((collection, name, taken.into_iter().filter(begun).collect()))
     }
 
     /// Nobody fetches any more: everything is to be fetched anew, for what was in hand or waited for its next try is not known.

@@ -3,14 +3,15 @@
 //! Whoever connects is a stranger until a certificate of our CA says otherwise: handshakes, requests and their sizes are bounded, and
 //! a client that is slow or sends garbage costs one task and a few kilobytes for some seconds.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::server::NoServerSessionStorage;
-use skerry_proto::mux::Class;
+use skerry_proto::mux::{Class, Side};
 use skerry_proto::streams::{Incoming, Services, Streams};
-use skerry_proto::{mux::Side, transport};
+use skerry_proto::transport::{self, TLS_BUFFER, UNSENT};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast::error::RecvError;
@@ -50,10 +51,6 @@ const HANDSHAKE_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else {
 /// Connections past the handshake that are not sessions yet.
 const MAX_REQUESTS: usize = 4096;
 const MAX_JOINS: usize = 64;
-/// Bytes that the system takes of a connection before it has sent them.
-const UNSENT: u32 = 4 << 10;
-/// Bytes that TLS takes before the system does.
-const TLS_BUFFER: usize = 16 << 10;
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A session's connection.
@@ -184,9 +181,8 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
 
     async fn connection(self: Arc<Self>, stream: TcpStream, acceptor: TlsAcceptor, silent: Place) {
         let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
-        // Small frames go at once; a failure only costs time.
+        // Small frames go at once, and urgent ones soon; a failure only costs time.
         let _ = stream.set_nodelay(true);
-        // Without it the system takes megabytes, and what is urgent waits behind them.
         let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
         let tls = match Box::pin(handshake(stream, acceptor, silent, &self.handshakes)).await {
             Ok(mut tls) => {
@@ -243,10 +239,15 @@ async fn handshake(
         () = silent.evicted() => return Err("silent while others came".to_owned()),
         () = tokio::time::sleep(HANDSHAKE_PATIENCE) => return Err("silent".to_owned()),
     }
-    let mut place = handshakes.take();
+    let place = handshakes.take();
     drop(silent);
+    shake(acceptor.accept(stream), place).await
+}
+
+/// Carries out a handshake for as long as it has its place.
+async fn shake<T, E: Display>(handshake: impl Future<Output = Result<T, E>>, mut place: Place) -> Result<T, String> {
     tokio::select! {
-        accepted = acceptor.accept(stream) => accepted.map_err(|error| format!("the handshake failed: {error}")),
+        shaken = handshake => shaken.map_err(|error| format!("the handshake failed: {error}")),
         () = place.evicted() => Err("the handshake took too long while others waited".to_owned()),
         () = tokio::time::sleep(HANDSHAKE_PATIENCE) => Err("the handshake took too long".to_owned()),
     }

@@ -15,7 +15,7 @@ use tracing::{debug, info};
 
 use super::http;
 use super::places::Place;
-use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Wire, session};
+use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Wire, session, shake};
 use crate::backend::Backend;
 use crate::pki::CaError;
 use crate::secrets::SecretStore;
@@ -85,15 +85,10 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
     }
 
-    async fn quic_connection(self: Arc<Self>, incoming: Incoming, mut place: Place) {
+    async fn quic_connection(self: Arc<Self>, incoming: Incoming, place: Place) {
         let peer = incoming.remote_address();
         let handshake = async { incoming.accept()?.await };
-        let shaken = tokio::select! {
-            shaken = handshake => shaken.map_err(|error| format!("the handshake failed: {error}")),
-            () = place.evicted() => Err("the handshake took too long while others waited".to_owned()),
-            () = tokio::time::sleep(HANDSHAKE_PATIENCE) => Err("the handshake took too long".to_owned()),
-        };
-        let connection = match shaken {
+        let connection = match shake(handshake, place).await {
             Ok(connection) => connection,
             Err(what) => {
                 self.metrics.handshake_failed();
@@ -101,7 +96,6 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 return;
             }
         };
-        drop(place);
         let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
             debug!(%peer, "too many requests at once, the connection is closed");
             connection.close(REFUSED, b"too many requests at once");

@@ -9,7 +9,7 @@ use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
-use super::{CaError, CertificateAuthority, Step, write_copy};
+use super::{CaError, CertificateAuthority, Step, clients, write_copy};
 use crate::secrets::SecretStore;
 
 /// The CA, which others may replace by its successor while this process runs.
@@ -65,7 +65,7 @@ impl ClientCertVerifier for CurrentAuthority {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.current().clients.verify_client_cert(end_entity, intermediates, now)
+        clients::verify(&*self.current().clients, end_entity, intermediates, now)
     }
 
     fn verify_tls12_signature(

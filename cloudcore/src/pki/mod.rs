@@ -214,7 +214,7 @@ impl CertificateAuthority {
     pub(crate) fn verifies(&self, pem: &str) -> bool {
         let certificate = certificates_in(pem).and_then(|mut certificates| certificates.pop());
         let now = rustls::pki_types::UnixTime::now();
-        certificate.is_some_and(|certificate| self.clients.verify_client_cert(&certificate, &[], now).is_ok())
+        certificate.is_some_and(|certificate| clients::verify(&*self.clients, &certificate, &[], now).is_ok())
     }
 
     /// Whether one of these is trusted still.
@@ -290,7 +290,7 @@ impl CertificateAuthority {
             hash: facts.hash,
             previous_hash: previous.map(|previous| previous.hash),
             held: Held { expires: facts.expires, next, replaced },
-            clients: clients::verifier(roots).map_err(CaError::Damaged)?,
+            clients: clients::strict(roots).map_err(CaError::Damaged)?,
         })
     }
 }

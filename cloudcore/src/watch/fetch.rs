@@ -1,7 +1,7 @@
 //! Gets the ConfigMaps and Secrets that some node needs, each once however many nodes do: one by one, or by lists in parts where many of a
 //! namespace are needed at once, as when cloudcore starts.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend_k8s::Shared;
-use crate::closure::Source;
+use crate::closure::{Reference, Source};
 use crate::retry::chain;
 
 /// Requests for single objects under way at once.
@@ -24,8 +24,6 @@ const BULK: usize = 100;
 const PART: u32 = 100;
 /// A list of so many times what is needed is given up.
 const WASTE: usize = 8;
-
-type Reference = (Collection, String);
 
 /// Fetches what is needed, for ever.
 pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
@@ -38,10 +36,13 @@ pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
     let mut singly: VecDeque<Reference> = VecDeque::new();
     let mut retries = FuturesUnordered::new();
     let mut failures: HashMap<Reference, u32> = HashMap::new();
+    // Looking for what is better listed takes a look at all that waits: only when there is more of it.
+    let mut more = true;
     loop {
-        while let Some((collection, namespace, wanted)) = shared.closures().take_bulk(BULK) {
+        while more && let Some((collection, namespace, wanted)) = shared.closures().take_bulk(BULK) {
             lists.push(list(&api, &shared, collection, namespace, wanted));
         }
+        more = false;
         while under_way.len() < AT_ONCE {
             let Some(reference) = singly.pop_front().or_else(|| shared.closures().take_fetch()) else { break };
             let api = &api;
@@ -84,7 +85,7 @@ pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
                     failures.remove(&reference);
                 }
             }
-            () = shared.fetch_wake().notified() => {}
+            () = shared.fetch_wake().notified() => more = true,
         }
     }
 }
@@ -96,14 +97,10 @@ async fn list(
     shared: &Shared,
     collection: Collection,
     namespace: String,
-    wanted: Vec<Reference>,
-) -> Vec<Reference> {
+    mut wanted: HashSet<Reference>,
+) -> HashSet<Reference> {
     let kind = kind(collection);
     let most = wanted.len() * WASTE;
-    let mut wanted: HashMap<String, Reference> = wanted
-        .into_iter()
-        .map(|reference| (reference.1.split_once('/').unwrap_or_default().1.to_owned(), reference))
-        .collect();
     let (mut from, mut seen) = (None, 0);
     while !wanted.is_empty() {
         let part = match api.list_part(kind, &namespace, PART, from.as_deref()).await {
@@ -116,7 +113,8 @@ async fn list(
         seen += part.items.len();
         let remaining = part.metadata.remaining_item_count.unwrap_or_default();
         for object in part.items {
-            if let Some(reference) = wanted.remove(&object.name_any()) {
+            let reference = (collection, format!("{namespace}/{}", object.name_any()));
+            if wanted.remove(&reference) {
                 shared.closures().fetched(&reference, Ok(Some(kind.json(&object))));
             }
         }
@@ -125,7 +123,7 @@ async fn list(
             break;
         }
     }
-    wanted.into_values().collect()
+    wanted
 }
 
 fn kind(collection: Collection) -> Kind {

@@ -36,7 +36,7 @@ impl Panics {
         wait
     }
 
-    /// The pod is left alone for now.
+    /// Whether the pod is left alone until its wait is over.
     pub(super) fn rests(&self, uid: &str) -> bool {
         self.0.get(uid).is_some_and(|panicked| panicked.due.is_some())
     }

@@ -17,6 +17,7 @@ use tokio_tungstenite::tungstenite::http::Response;
 use tracing::debug;
 
 use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial, resolve, tls_error};
+use crate::clock;
 
 /// How long QUIC is tried where there is another way.
 const QUIC_PATIENCE: Duration = Duration::from_secs(2);
@@ -114,9 +115,8 @@ pub(super) async fn connect(
     server: &Server,
     tls: Arc<rustls::ClientConfig>,
     choice: &mut Choice,
-    now: impl Fn() -> Duration,
 ) -> Result<Wire, ConnectError> {
-    let (quic, websocket) = choice.plan(now());
+    let (quic, websocket) = choice.plan(clock::monotonic());
     let mut failed = false;
     if quic {
         let patience = if websocket { QUIC_PATIENCE } else { CONNECT_TIMEOUT };
@@ -130,7 +130,7 @@ pub(super) async fn connect(
     }
     let wire = over_websocket(server, tls).await?;
     if failed {
-        choice.avoid_quic(now());
+        choice.avoid_quic(clock::monotonic());
     }
     Ok(wire)
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
+use skerry_proto::transport::{TLS_BUFFER, UNSENT};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -15,11 +16,6 @@ use tokio_rustls::client::TlsStream;
 
 /// For the whole of name resolution, TCP and TLS.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Bytes that the system takes before it has sent them.
-const UNSENT: u32 = 4 << 10;
-/// Bytes that TLS takes before the system does.
-const TLS_BUFFER: usize = 16 << 10;
 
 /// Where cloudcore is: a name or an address, and a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,7 +154,6 @@ async fn dial_patiently(server: &Server, config: Arc<rustls::ClientConfig>) -> R
         });
     };
     stream.set_nodelay(true).map_err(|error| DialError::Network(server.clone(), error))?;
-    // Without it the system takes megabytes, and what is urgent waits behind them.
     SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT).map_err(|error| DialError::Network(server.clone(), error))?;
     let name = ServerName::try_from(server.host.clone())
         .map_err(|_| DialError::Name(server.host.clone(), io::Error::other("not a host name")))?;

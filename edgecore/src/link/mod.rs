@@ -196,7 +196,7 @@ impl Link {
             Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
         };
         let connected = tokio::select! {
-            connected = connect(&self.server, config, choice, clock::monotonic) => connected,
+            connected = connect(&self.server, config, choice) => connected,
             () = self.shutdown.cancelled() => return (Outcome::Shutdown, Some(machine)),
         };
         let wire = match connected {

@@ -263,7 +263,10 @@ impl Edge {
             last_epoch: self.last_epoch,
             digests: digests.map(|(collection, rows)| rows.digest.to_wire(collection)).collect(),
             agent: self.agent.clone(),
-            revisions: revisions::to_wire(&self.revisions),
+            revisions: self
+                .revisions()
+                .map(|(collection, newest)| wire::Revision { collection: collection.into(), newest })
+                .collect(),
         })));
     }
 

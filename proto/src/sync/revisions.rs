@@ -75,9 +75,3 @@ pub(super) fn note(revisions: &mut Revisions, said: &[wire::Revision]) {
         }
     }
 }
-
-/// What there is to say of it.
-pub(super) fn to_wire(revisions: &Revisions) -> Vec<wire::Revision> {
-    let said = COLLECTIONS.into_iter().zip(revisions).filter(|(_, newest)| **newest > 0);
-    said.map(|(collection, newest)| wire::Revision { collection: collection.into(), newest: *newest }).collect()
-}

@@ -9,7 +9,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -20,7 +20,7 @@ use self::quic::Quic;
 pub use self::quic::{ALPN, client_config, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
-use crate::mux::{Side, Violation, Waiting};
+use crate::mux::{Side, Waiting};
 use crate::streams::{Carrier, Incoming, Received, Streams};
 use crate::wire::{Frame, Goodbye, frame::Body};
 
@@ -29,6 +29,11 @@ mod quic;
 mod tests;
 mod ws;
 
+/// Bytes of a TCP connection that the system is to hold before it has sent them: it would take megabytes, and what is urgent waits behind
+/// them (`TCP_NOTSENT_LOWAT`).
+pub const UNSENT: u32 = 4 << 10;
+/// Bytes that TLS is to take before the system does.
+pub const TLS_BUFFER: usize = 16 << 10;
 /// Batches that are sent before what came is looked at.
 const BURST: usize = 16;
 
@@ -91,16 +96,6 @@ pub enum End {
     Garbage(String),
 }
 
-/// How sending went.
-enum Progress {
-    /// Nothing waits.
-    Done,
-    /// The transport takes no more.
-    Blocked,
-    /// There is more.
-    Burst,
-}
-
 impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     /// On a WebSocket made with [`ws_config`].
     pub fn over_websocket(socket: WebSocketStream<T>, side: Side, meter: M) -> Self {
@@ -154,17 +149,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     pub async fn next(&mut self, reading: bool) -> Result<Event, End> {
         let was_full = self.is_full();
         poll_fn(|context| {
-            let progress = self.send_some(context)?;
+            if let Poll::Ready(Err(end)) = self.poll_send(context) {
+                return Poll::Ready(Err(end));
+            }
             if was_full && !self.is_full() {
                 return Poll::Ready(Ok(Event::Drained));
             }
-            if reading && let Poll::Ready(received) = self.poll_receive(context) {
-                return Poll::Ready(received);
-            }
-            if matches!(progress, Progress::Burst) {
-                context.waker().wake_by_ref();
-            }
-            Poll::Pending
+            if reading { self.poll_receive(context) } else { Poll::Pending }
         })
         .await
     }
@@ -176,16 +167,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
         let Some(goodbye) = goodbye else { return self.close(reason) };
         self.carrier.control(Frame { body: Some(Body::Goodbye(goodbye)) });
         let farewell = async {
-            poll_fn(|context| match self.send_some(context) {
-                Ok(Progress::Done) => Poll::Ready(Ok(())),
-                Ok(Progress::Blocked) => Poll::Pending,
-                Ok(Progress::Burst) => {
-                    context.waker().wake_by_ref();
-                    Poll::Pending
-                }
-                Err(end) => Poll::Ready(Err(end)),
-            })
-            .await?;
+            poll_fn(|context| self.poll_send(context)).await?;
             match &mut self.transport {
                 Transport::Ws(ws) => ws.close().await,
                 Transport::Quic(quic) => quic.finish().await,
@@ -202,30 +184,24 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
         }
     }
 
-    fn send_some(&mut self, context: &mut Context<'_>) -> Result<Progress, End> {
+    /// Ready when nothing waits. Not for ever at a time: after a burst it is pending and has woken whoever polls.
+    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<Result<(), End>> {
         match &mut self.transport {
-            Transport::Ws(ws) => ws.send_some(&mut self.carrier, &self.meter, context),
-            Transport::Quic(quic) => quic.send_some(&mut self.carrier, &self.meter, context),
+            Transport::Ws(ws) => ws.poll_send(&mut self.carrier, &self.meter, context),
+            Transport::Quic(quic) => quic.poll_send(&mut self.carrier, &self.meter, context),
         }
     }
 
     fn poll_receive(&mut self, context: &mut Context<'_>) -> Poll<Result<Event, End>> {
-        let received = match &mut self.transport {
+        let frame = ready!(match &mut self.transport {
             Transport::Ws(ws) => ws.poll_receive(&self.meter, context),
             Transport::Quic(quic) => quic.poll_receive(&self.meter, context),
-        };
-        received.map(|frame| {
-            Ok(
-                match self
-                    .carrier
-                    .receive(frame?)
-                    .map_err(|violation: Violation| End::Garbage(violation.to_string()))?
-                {
-                    Received::Control(frame) => Event::Frame(frame),
-                    Received::Opened(incoming) => Event::Opened(incoming),
-                    Received::Other => Event::Heard,
-                },
-            )
+        })?;
+        Poll::Ready(match self.carrier.receive(frame) {
+            Ok(Received::Control(frame)) => Ok(Event::Frame(frame)),
+            Ok(Received::Opened(incoming)) => Ok(Event::Opened(incoming)),
+            Ok(Received::Other) => Ok(Event::Heard),
+            Err(violation) => Err(End::Garbage(violation.to_string())),
         })
     }
 }

@@ -12,7 +12,7 @@ use prost::Message as _;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, VarInt, WriteError, rustls};
 
-use super::{BURST, End, Meter, Progress, malformed};
+use super::{BURST, End, Meter, malformed};
 use crate::frame;
 use crate::mux::{Class, class_of};
 use crate::streams::Carrier;
@@ -110,18 +110,19 @@ impl Quic {
         Ok(Self { connection, outgoing, incoming: Default::default(), accepting: Some(accepting) })
     }
 
-    pub(super) fn send_some(
+    pub(super) fn poll_send(
         &mut self,
         carrier: &mut Carrier,
         meter: &impl Meter,
         context: &mut Context<'_>,
-    ) -> Result<Progress, End> {
+    ) -> Poll<Result<(), End>> {
         let (mut sent, mut blocked) = (0, false);
         for (lane, class) in self.outgoing.iter_mut().zip(LANES) {
             loop {
                 if lane.unsent.is_empty() {
                     if sent == BURST {
-                        return Ok(Progress::Burst);
+                        context.waker().wake_by_ref();
+                        return Poll::Pending;
                     }
                     let Poll::Ready(frame) = carrier.poll_frame_of(class, context) else { break };
                     lane.unsent = frame.encode_length_delimited_to_vec().into();
@@ -130,8 +131,10 @@ impl Quic {
                 }
                 match Pin::new(&mut lane.stream).poll_write(context, &lane.unsent) {
                     Poll::Ready(Ok(taken)) => lane.unsent.advance(taken),
-                    Poll::Ready(Err(WriteError::ConnectionLost(error))) => return Err(lost(error)),
-                    Poll::Ready(Err(_)) => return Err(End::Garbage("a stream of the session was stopped".to_owned())),
+                    Poll::Ready(Err(WriteError::ConnectionLost(error))) => return Poll::Ready(Err(lost(error))),
+                    Poll::Ready(Err(_)) => {
+                        return Poll::Ready(Err(End::Garbage("a stream of the session was stopped".to_owned())));
+                    }
                     Poll::Pending => {
                         blocked = true;
                         break;
@@ -139,7 +142,7 @@ impl Quic {
                 }
             }
         }
-        Ok(if blocked { Progress::Blocked } else { Progress::Done })
+        if blocked { Poll::Pending } else { Poll::Ready(Ok(())) }
     }
 
     pub(super) fn poll_receive(&mut self, meter: &impl Meter, context: &mut Context<'_>) -> Poll<Result<Frame, End>> {

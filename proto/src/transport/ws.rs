@@ -10,7 +10,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, Error, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
-use super::{BURST, End, Meter, Progress, malformed};
+use super::{BURST, End, Meter, malformed};
 use crate::frame;
 use crate::streams::Carrier;
 use crate::sync::MAX_FRAME;
@@ -42,13 +42,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
         Self { socket, unflushed: 0 }
     }
 
-    /// Sends until nothing waits or the system takes no more, but not for ever.
-    pub(super) fn send_some(
+    pub(super) fn poll_send(
         &mut self,
         carrier: &mut Carrier,
         meter: &impl Meter,
         context: &mut Context<'_>,
-    ) -> Result<Progress, End> {
+    ) -> Poll<Result<(), End>> {
         for _ in 0..BURST {
             while self.unflushed < BATCH
                 && let Poll::Ready(frame) = carrier.poll_frame(context)
@@ -59,15 +58,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
                 self.socket.start_send_unpin(Message::Binary(bytes)).map_err(end)?;
             }
             if self.unflushed == 0 {
-                return Ok(Progress::Done);
+                return Poll::Ready(Ok(()));
             }
-            match self.socket.poll_flush_unpin(context) {
-                Poll::Ready(flushed) => flushed.map_err(end)?,
-                Poll::Pending => return Ok(Progress::Blocked),
-            }
+            ready!(self.socket.poll_flush_unpin(context)).map_err(end)?;
             self.unflushed = 0;
         }
-        Ok(Progress::Burst)
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 
     pub(super) fn poll_receive(&mut self, meter: &impl Meter, context: &mut Context<'_>) -> Poll<Result<Frame, End>> {

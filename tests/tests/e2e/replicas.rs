@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use skerry_tests::cloudcore::Cloudcore;
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::wait::until;
@@ -22,7 +22,10 @@ fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result
         for transport in ["quic", "websocket"] {
             world.carry_over(transport)?;
             let (first_session, first) = (world.session()?.1, world.cloud.address());
-            ensure!(sessions(&world.cloud)? == 1 && sessions(&second)? == 0, "the node is not at the first replica");
+            ensure!(
+                sessions(&world.cloud)? == 1.0 && sessions(&second)? == 0.0,
+                "the node is not at the first replica"
+            );
 
             // The first replica hears nothing of the end of its session.
             world.relay.cut();
@@ -31,8 +34,8 @@ fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result
             world.relay.heal();
             world.edge.start()?;
             world.wait_connected()?;
-            until("the first replica to let go", 10, || Ok(sessions(&world.cloud)? == 0))?;
-            ensure!(sessions(&second)? == 1, "the node is not at the second replica");
+            until("the first replica to let go", 10, || Ok(sessions(&world.cloud)? == 0.0))?;
+            ensure!(sessions(&second)? == 1.0, "the node is not at the second replica");
             ensure!(world.session()?.1 > first_session, "the epoch did not rise");
             ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
 
@@ -43,7 +46,7 @@ fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result
             world.kubectl.wait_gone("pod", "three", 60)?;
             std::thread::sleep(Duration::from_secs(12));
             world.wait_node_ready()?;
-            ensure!(sessions(&second)? == 1 && sessions(&world.cloud)? == 0, "the session moved by itself");
+            ensure!(sessions(&second)? == 1.0 && sessions(&world.cloud)? == 0.0, "the session moved by itself");
 
             // And back.
             world.relay.cut();
@@ -52,7 +55,7 @@ fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result
             world.relay.heal();
             world.edge.start()?;
             world.wait_connected()?;
-            until("the second replica to let go", 10, || Ok(sessions(&second)? == 0))?;
+            until("the second replica to let go", 10, || Ok(sessions(&second)? == 0.0))?;
             ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
         }
         Ok(())
@@ -86,14 +89,12 @@ fn sessions_move_between_replicas_while_pods_come_and_go() -> Result<()> {
         world.relay.retarget(both[0]);
         world.relay.reset();
         until("the session to be where it was", 30, || {
-            Ok(sessions(&world.cloud)? == 1 && sessions(&second)? == 0 && world.is_connected()?)
+            Ok(sessions(&world.cloud)? == 1.0 && sessions(&second)? == 0.0 && world.is_connected()?)
         })
     })
 }
 
 /// Sessions that stand at a cloudcore, by its own account.
-fn sessions(cloud: &Cloudcore) -> Result<u64> {
-    let (_, text) = cloud.admin("/metrics")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("skerry_sessions "));
-    line.and_then(|count| count.trim().parse().ok()).with_context(|| format!("no number of sessions in {text}"))
+fn sessions(cloud: &Cloudcore) -> Result<f64> {
+    cloud.metric("skerry_sessions")
 }

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use rustls::pki_types::PrivateKeyDer;
 use skerry_proto::mux::{Class, Side};
 use skerry_proto::streams::{Stream, Streams};
-use skerry_proto::transport::{self, Event, ws_config};
+use skerry_proto::transport::{self, Event, UNSENT, ws_config};
 use skerry_proto::wire::{Frame, Ping, frame::Body};
 use skerry_tests::relay::Relay;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -29,8 +29,6 @@ type Wire = transport::Wire<TcpStream, ()>;
 const BANDWIDTH: u64 = 32_000;
 /// What a modem holds of a TCP connection, in bytes.
 const ROOM: usize = 4 << 10;
-/// Bytes that the product lets the system take before it has sent them.
-const UNSENT: u32 = 4 << 10;
 const EVERY: Duration = Duration::from_millis(100);
 const PINGS: usize = 600;
 

@@ -255,17 +255,11 @@ impl Link {
     }
 
     fn syncs(&self) -> Result<f64> {
-        self.metric("skerry_session_syncs_total")
+        self.cloud.metric("skerry_session_syncs_total")
     }
 
     fn sessions(&self) -> Result<f64> {
-        self.metric("skerry_sessions")
-    }
-
-    fn metric(&self, name: &str) -> Result<f64> {
-        let (_, text) = self.cloud.admin("/metrics")?;
-        let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(found.with_context(|| format!("cloudcore tells no {name}"))?.parse()?)
+        self.cloud.metric("skerry_sessions")
     }
 }
 
