@@ -1,5 +1,6 @@
 //! Wires cloudcore's parts together, and takes them apart in order.
 
+use std::future::Future;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -7,6 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use hyper::Request;
+use hyper::header::DATE;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
 use kube::api::ListParams;
@@ -17,7 +21,7 @@ use skerry_proto::EDGE_LABEL;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::backend::Backend as _;
 use crate::backend_k8s::{self, BackendOptions};
@@ -98,11 +102,15 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
         serving = start(&config, client, &status, stop.clone(), listener, datagrams) => serving?,
         () = stop.cancelled() => return Ok(()),
     };
-    let [mut port, mut quic, mut deletions, mut rounds] = serving;
+    let ([mut port, mut quic, mut deletions, mut rounds], restored) = serving;
 
     // None of them ends by itself; without one of them cloudcore would only seem to work.
     let broken = tokio::select! {
         () = stop.cancelled() => None,
+        () = restored => anyhow::bail!(
+            "the apiserver's revisions went back, as they do when its etcd is restored from a backup: cloudcore ends, for what it knows is \
+             not true any more; start it again, it learns everything anew and no edge node loses anything"
+        ),
         _ = &mut port => Some("port"),
         _ = &mut quic => Some("quic"),
         _ = &mut deletions => Some("deletions"),
@@ -132,7 +140,7 @@ async fn start(
     stop: CancellationToken,
     listener: TcpListener,
     datagrams: UdpSocket,
-) -> anyhow::Result<[tokio::task::JoinHandle<()>; 4]> {
+) -> anyhow::Result<([tokio::task::JoinHandle<()>; 4], impl Future<Output = ()>)> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let secrets = KubeSecrets::new(client.clone(), &config.namespace);
@@ -149,11 +157,13 @@ async fn start(
 
     let options =
         BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };
+    let own_client = client.clone();
     let backend = backend_k8s::connect(client, options, &mut registry).await?;
+    let restored = backend.restored();
     let secrets = Arc::new(secrets);
     let tokens = JoinTokens::new(Arc::clone(&secrets));
     let front = Arc::new(Front::new(backend, Arc::clone(&authority), tokens, metrics.clone(), stop.clone()));
-    let care = Care { authority, certificate, secrets, data_dir: config.data_dir.clone(), metrics };
+    let care = Care { client: own_client, authority, certificate, secrets, data_dir: config.data_dir.clone(), metrics };
 
     let asked = Arc::clone(&front);
     status.running(registry, move || asked.backend().ready());
@@ -163,12 +173,13 @@ async fn start(
             config.advertise.iter().map(|address| address.with_port(config.port)).collect::<Vec<_>>().join(","),
         "serving edge nodes; `cloudcore token create` makes a join command"
     );
-    Ok([
+    let tasks = [
         spawn("port", Arc::clone(&front).serve(listener, tls, DRAIN)),
         spawn("quic", Arc::clone(&front).serve_quic(endpoint, DRAIN)),
         spawn("deletions", front.watch_deletions()),
         spawn("rounds", care.rounds(stop)),
-    ])
+    ];
+    Ok((tasks, restored))
 }
 
 /// Loads the CA or makes it, as long as that takes; makes the namespace too when that is allowed.
@@ -218,6 +229,7 @@ fn raise_file_limit() {
 
 /// What is looked after from time to time.
 struct Care {
+    client: kube::Client,
     authority: Arc<CurrentAuthority>,
     certificate: Arc<ServerCertificate>,
     secrets: Arc<KubeSecrets>,
@@ -230,7 +242,15 @@ impl Care {
     async fn rounds(self, stop: CancellationToken) {
         let tokens = JoinTokens::new(Arc::clone(&self.secrets));
         loop {
-            match self.authority.refresh(&*self.secrets, self.data_dir.as_deref(), clock::wall()).await {
+            // By the apiserver's clock, which all replicas have in common: one that is off by years must not rotate the CA away.
+            let refreshed = match apiserver_clock(&self.client).await {
+                Some(now) => self.authority.refresh(&*self.secrets, self.data_dir.as_deref(), now).await,
+                None => {
+                    debug!("the apiserver does not tell the time: the CA is looked after in the next round");
+                    Ok(None)
+                }
+            };
+            match refreshed {
                 Ok(Some(Step::Announce)) => info!("a new CA was made; it signs once every node had time to hear of it"),
                 Ok(Some(Step::Switch)) => info!("the new CA signs from now on; the old one is trusted for some time"),
                 Ok(Some(Step::Drop)) => info!("the old CA is not trusted any more"),
@@ -254,6 +274,14 @@ impl Care {
             }
         }
     }
+}
+
+/// What time it is for the apiserver, by the Date of an answer (RFC 9110 §6.6.1).
+async fn apiserver_clock(client: &kube::Client) -> Option<Timestamp> {
+    let request = Request::get("/version").body(kube::client::Body::empty()).ok()?;
+    let answer = tokio::time::timeout(Duration::from_secs(10), client.send(request)).await.ok()?.ok()?;
+    let date = answer.headers().get(DATE)?.to_str().ok()?;
+    Some(jiff::fmt::rfc2822::parse(date).ok()?.timestamp())
 }
 
 /// Both families on one socket, or IPv4 where there is no IPv6.

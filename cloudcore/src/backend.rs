@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 
 use skerry_proto::sync::{Collection, Entry, Object, Report, ReportKind};
+use skerry_proto::wire::Revision;
 
 /// Identity of a registered node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +35,10 @@ pub enum NodeCheck {
 /// One thing a session must tell its hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FeedEvent {
+    /// What is said from now on may show changes of this collection up to this revision of the apiserver's.
+    Newest(Collection, u64),
+    /// Every change of this collection up to this revision shows in what was said.
+    Reached(Collection, u64),
     /// The edge should hold this object.
     Desired(Object),
     /// The edge should hold this version, which it said it holds; there is no payload.
@@ -73,9 +78,13 @@ pub trait Backend: Send + Sync + 'static {
     /// Whether this identity still stands.
     fn check(&self, node: &NodeIdentity) -> impl Future<Output = Result<NodeCheck, BackendError>> + Send;
 
+    /// The apiserver's revision, which is asked for only if it is not known to be at least this.
+    fn revision(&self, at_least: u64) -> impl Future<Output = Result<u64, BackendError>> + Send;
+
     /// Begins a session: its lease is renewed until the feed is dropped. `last_epoch` is that of the session the edge had before, here or
-    /// elsewhere, 0 if it remembers none. Called from within a tokio runtime.
-    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> Self::Feed;
+    /// elsewhere, 0 if it remembers none; `seen` is what the edge knows of, so that the feed tells when it has come as far. Called from
+    /// within a tokio runtime.
+    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, seen: &[Revision]) -> Self::Feed;
 
     /// Nodes whose object was deleted.
     fn deletions(&self) -> tokio::sync::broadcast::Receiver<NodeIdentity>;

@@ -11,10 +11,12 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use skerry_proto::sync::{Collection, Entry, Report};
+use skerry_proto::wire::Revision;
 use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::apiserver::{Apiserver, Metrics};
+use crate::apiserver::{Apiserver, Kind, Metrics};
 use crate::backend::{Backend, BackendError, Feed, FeedEvent, NodeCheck, NodeIdentity, RegisterError};
 use crate::closure::{Closures, Session, Source};
 use crate::nodes::autonomy::Autonomy;
@@ -39,6 +41,7 @@ pub struct BackendOptions {
 #[derive(Debug)]
 pub(crate) struct Shared {
     closures: Mutex<Closures>,
+    restored: CancellationToken,
     fetch_wake: Arc<Notify>,
     token_wake: Arc<Notify>,
 }
@@ -46,12 +49,17 @@ pub(crate) struct Shared {
 impl Shared {
     fn new(closures: Closures) -> Arc<Self> {
         let (fetch_wake, token_wake) = (closures.fetch_wake(), closures.token_wake());
-        Arc::new(Self { closures: Mutex::new(closures), fetch_wake, token_wake })
+        Arc::new(Self { closures: Mutex::new(closures), restored: CancellationToken::new(), fetch_wake, token_wake })
     }
 
     /// For as long as one change takes; never across an await.
     pub(crate) fn closures(&self) -> MutexGuard<'_, Closures> {
         self.closures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The apiserver's revisions began anew.
+    pub(crate) fn restored(&self) {
+        self.restored.cancel();
     }
 
     pub(crate) fn fetch_wake(&self) -> &Notify {
@@ -163,6 +171,13 @@ pub async fn connect(
     Ok(K8sBackend { api, shared, upstream, leases, deletions, tasks })
 }
 
+impl K8sBackend {
+    /// Ends when nothing that is known here can be compared with what the apiserver says any more: it was restored from a backup.
+    pub fn restored(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.shared.restored.clone().cancelled_owned()
+    }
+}
+
 impl Drop for K8sBackend {
     fn drop(&mut self) {
         for task in &self.tasks {
@@ -194,8 +209,26 @@ impl Backend for K8sBackend {
         nodes::check(&self.api, node).await
     }
 
-    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> K8sFeed {
-        let session = self.shared.closures().open(node, epoch, last_epoch);
+    async fn revision(&self, at_least: u64) -> Result<u64, BackendError> {
+        let known = self.shared.closures().newest();
+        if known >= at_least {
+            return Ok(known);
+        }
+        let failed = |source| BackendError { action: "ask for the apiserver's revision".to_owned(), source };
+        let one = self.api.list_part(Kind::Node, "", 1, None).await.map_err(failed)?;
+        let revision = one.metadata.resource_version.unwrap_or_default();
+        self.shared.closures().shows(Source::Nodes, &revision);
+        // One that is no number is not to be compared.
+        Ok(revision.parse().unwrap_or(at_least))
+    }
+
+    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, seen: &[Revision]) -> K8sFeed {
+        let session = {
+            let mut closures = self.shared.closures();
+            let mut session = closures.open(node, epoch, last_epoch);
+            closures.expect(&mut session, seen);
+            session
+        };
         self.leases.begin(node, epoch);
         let reports = self.upstream.open(node, epoch, session.claims());
         for (_, _, facts) in self.shared.closures().pods_of(&node.name) {

@@ -14,16 +14,18 @@ use skerry_proto::payload::{Settings, Token};
 use skerry_proto::sync::{Collection, Object};
 use tokio::sync::Notify;
 
+use self::marks::Marks;
 pub(crate) use self::pod::{PodFacts, PodInput, version_less};
 pub(crate) use self::references::Reference;
 use self::references::References;
 pub(crate) use self::session::Session;
 use self::session::Subscribers;
 use crate::backend::NodeIdentity;
-use crate::nodes::EPOCH_ANNOTATION;
+use crate::nodes::{Claim, EPOCH_ANNOTATION};
 use crate::sa_tokens::{TokenRequest, Tokens};
 use crate::upstream::node::NodeShown;
 
+mod marks;
 mod objects;
 mod pod;
 mod pods;
@@ -63,6 +65,8 @@ const SOURCES: usize = 6;
 pub(crate) struct NodeInput {
     /// Who it is.
     pub(crate) identity: NodeIdentity,
+    /// metadata.resourceVersion
+    pub(crate) resource_version: Box<str>,
     /// As the edge gets it.
     pub(crate) object: Object,
     /// Whether its pods stay while it is away.
@@ -84,6 +88,7 @@ impl NodeInput {
                 name: metadata["name"].as_str().unwrap_or_default().to_owned(),
                 uid: metadata["uid"].as_str().unwrap_or_default().to_owned(),
             },
+            resource_version: metadata["resourceVersion"].as_str().unwrap_or_default().into(),
             autonomous: metadata["annotations"][AUTONOMY_ANNOTATION].as_str() != Some("false"),
             capacity: node["status"]["capacity"].clone(),
             shown: NodeShown::of(&node),
@@ -125,6 +130,7 @@ pub(crate) struct Closures {
     ready: BTreeSet<Source>,
     ready_wake: Arc<Notify>,
     subscribers: Subscribers,
+    marks: Marks,
     fetch: VecDeque<Reference>,
     fetch_wake: Arc<Notify>,
     /// A set: however often an edge comes back, each token is here once for each time that it was due at.
@@ -135,13 +141,15 @@ pub(crate) struct Closures {
 #[derive(Debug)]
 struct Node {
     uid: String,
+    /// As the watch last showed it.
+    resource_version: Box<str>,
     object: Object,
     autonomous: bool,
     capacity: Value,
     shown: NodeShown,
     /// The newest session that the Node names, whoever has it.
     claim: u64,
-    /// The newest session here.
+    /// The newest session here that nobody else may have.
     here: u64,
     /// All its pods are known.
     listed: bool,
@@ -208,6 +216,7 @@ impl Closures {
             ready: BTreeSet::new(),
             ready_wake: Arc::default(),
             subscribers: Subscribers::default(),
+            marks: Marks::default(),
             fetch: VecDeque::new(),
             fetch_wake: Arc::default(),
             due: BTreeSet::new(),
@@ -250,12 +259,13 @@ impl Closures {
 
     /// A Node is there.
     pub(crate) fn node_applied(&mut self, input: NodeInput) -> NodeChange {
-        let NodeInput { identity, object, autonomous, capacity, shown, claim } = input;
+        let NodeInput { identity, resource_version, object, autonomous, capacity, shown, claim } = input;
         let mut change = NodeChange::default();
         if let Some(node) = self.nodes.get_mut(identity.name.as_str()) {
             if node.uid == identity.uid {
                 change.now_autonomous = autonomous && !node.autonomous;
                 node.autonomous = autonomous;
+                node.resource_version = resource_version;
                 node.capacity = capacity;
                 node.shown = shown;
                 if claim > node.claim {
@@ -275,6 +285,7 @@ impl Closures {
         let name: Arc<str> = identity.name.as_str().into();
         let node = Node {
             uid: identity.uid,
+            resource_version,
             object,
             autonomous,
             capacity,
@@ -331,12 +342,26 @@ impl Closures {
         self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid && known.claim > epoch)
     }
 
-    /// A session's claim was written.
-    pub(crate) fn claimed(&mut self, name: &str, epoch: u64) {
-        if let Some(node) = self.nodes.get_mut(name).filter(|node| node.claim < epoch) {
-            node.claim = epoch;
-            self.subscribers.wake(name);
+    /// A session has claimed the node, or another one has.
+    pub(crate) fn claimed(&mut self, node: &NodeIdentity, epoch: u64, claim: Claim) {
+        let Some(known) = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid) else { return };
+        match claim {
+            Claim::Ours => {
+                known.here = known.here.max(epoch);
+                known.claim = known.claim.max(epoch);
+            }
+            // Of two that had the same epoch, the one that came too late is over as well.
+            Claim::Theirs(newest) => {
+                known.claim = known.claim.max(newest).max(epoch + 1);
+                self.subscribers.wake(&node.name);
+            }
         }
+    }
+
+    /// The version of a Node as the watch last showed it, and the session that it names.
+    pub(crate) fn node_version(&self, node: &NodeIdentity) -> Option<(String, u64)> {
+        let known = self.nodes.get(node.name.as_str()).filter(|known| known.uid == node.uid)?;
+        Some((known.resource_version.to_string(), known.claim))
     }
 
     /// Whether this is an edge node.

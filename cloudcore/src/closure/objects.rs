@@ -6,7 +6,7 @@ use serde_json::Value;
 use skerry_proto::sync::{Collection, Object};
 use tracing::warn;
 
-use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, Reference, sanitise, session, settings};
+use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, Reference, Source, sanitise, session, settings};
 
 impl Closures {
     /// A Service is there.
@@ -84,7 +84,12 @@ impl Closures {
 
     /// Whether some node still refers to it.
     pub(crate) fn needs(&self, reference: &Reference) -> bool {
-        self.slots.contains_key(reference)
+        self.slots.get(reference).is_some_and(|slot| !slot.nodes.is_empty())
+    }
+
+    /// Whether what is held of it may be older than what the watch told.
+    pub(super) fn is_being_fetched(&self, reference: &Reference) -> bool {
+        self.slots.get(reference).is_some_and(|slot| slot.state != Fetch::Idle)
     }
 
     /// What is held of a collection.
@@ -127,6 +132,7 @@ impl Closures {
 
     /// Nobody fetches any more: everything is to be fetched anew, for what was in hand or waited for its next try is not known.
     pub(crate) fn fetches_abandoned(&mut self) {
+        self.slots.retain(|_, slot| !slot.nodes.is_empty());
         self.fetch = self.slots.keys().cloned().collect();
         for slot in self.slots.values_mut() {
             slot.state = Fetch::Queued;
@@ -135,7 +141,15 @@ impl Closures {
 
     /// What became of a fetch: the object, nothing (404), or no answer; the last is to be asked again by [`Closures::metadata_gone`].
     pub(crate) fn fetched(&mut self, reference: &Reference, answer: Result<Option<Value>, ()>) {
+        if let Ok(Some(value)) = &answer {
+            let source = if reference.0 == Collection::Secrets { Source::Secrets } else { Source::ConfigMaps };
+            self.shows(source, value["metadata"]["resourceVersion"].as_str().unwrap_or_default());
+        }
         let Some(slot) = self.slots.get_mut(reference) else { return };
+        if slot.nodes.is_empty() {
+            self.slots.remove(reference);
+            return;
+        }
         let before = std::mem::take(&mut slot.state);
         match answer {
             Ok(Some(value)) => {

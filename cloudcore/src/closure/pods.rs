@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use skerry_proto::sync::{Collection, Object};
 
 use super::references::References;
-use super::{Closures, Known, Pod, PodFacts, PodInput, objects};
+use super::{Closures, Fetch, Known, Pod, PodFacts, PodInput, objects};
 
 impl Closures {
     /// A pod is there; `seen` counts the watch's lists. Answers whether it was taken: pods of nodes that are not edge nodes are not.
@@ -139,7 +139,8 @@ impl Closures {
             if reference.0 != Collection::RuntimeClasses {
                 let slot = self.slots.entry(reference.clone()).or_default();
                 slot.nodes.insert(name.clone());
-                if matches!(slot.value, Known::Unknown | Known::Failed) {
+                // One that is being fetched is as new as its answer, whoever it was begun for.
+                if matches!(slot.value, Known::Unknown | Known::Failed) && slot.state == Fetch::Idle {
                     fetch.push(reference.clone());
                 }
             }
@@ -165,7 +166,8 @@ impl Closures {
             self.subscribers.mark(name, reference.0, &reference.1);
             if let Some(slot) = self.slots.get_mut(reference) {
                 slot.nodes.remove(name);
-                if slot.nodes.is_empty() {
+                // What is under way for nobody goes when its answer comes: until then it must not be taken for the answer to another question.
+                if slot.nodes.is_empty() && matches!(slot.state, Fetch::Idle | Fetch::Queued) {
                     self.slots.remove(reference);
                 }
             }

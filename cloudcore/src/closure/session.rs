@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use skerry_proto::sync::{COLLECTIONS, Collection, Entry, Object};
 use tokio::sync::Notify;
 
+use super::marks::Said;
 use super::{Closures, KUBERNETES, Known, Node, Pod, Source, services_in};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::sa_tokens::Wanted;
@@ -20,7 +21,7 @@ pub(crate) const SETTINGS: &str = "settings";
 /// A session's memory: what it told its edge.
 #[derive(Debug)]
 pub(crate) struct Session {
-    node: NodeIdentity,
+    pub(super) node: NodeIdentity,
     epoch: u64,
     /// The epoch that the edge had before.
     last_epoch: u64,
@@ -28,10 +29,11 @@ pub(crate) struct Session {
     claims: bool,
     wake: Arc<Notify>,
     told: HashMap<(Collection, String), (String, u64)>,
+    pub(super) said: Said,
     complete: BTreeSet<Collection>,
     /// Pods that wait for something they refer to.
-    held_back: BTreeSet<String>,
-    begun: bool,
+    pub(super) held_back: BTreeSet<String>,
+    pub(super) begun: bool,
     /// Collections whose inventory was asked for, because something of them cannot be fetched.
     asked: BTreeSet<Collection>,
     /// Collections whose inventory came.
@@ -56,6 +58,8 @@ impl Session {
 #[derive(Debug, Default)]
 pub(super) struct Subscribers {
     by_node: HashMap<String, Vec<Subscriber>>,
+    /// How many are behind.
+    behind: usize,
 }
 
 #[derive(Debug)]
@@ -65,6 +69,8 @@ struct Subscriber {
     wake: Arc<Notify>,
     changed: BTreeSet<(Collection, String)>,
     everything: bool,
+    /// It waits for what its edge has seen already.
+    behind: bool,
 }
 
 impl Subscribers {
@@ -110,6 +116,21 @@ impl Subscribers {
         }
     }
 
+    pub(super) fn wake_behind(&self) {
+        if self.behind > 0 {
+            self.by_node.values().flatten().filter(|one| one.behind).for_each(|one| one.wake.notify_one());
+        }
+    }
+
+    pub(super) fn set_behind(&mut self, session: &Session, behind: bool) {
+        let mut all = self.by_node.get_mut(&session.node.name).into_iter().flatten();
+        if let Some(one) = all.find(|one| Arc::ptr_eq(&one.wake, &session.wake))
+            && std::mem::replace(&mut one.behind, behind) != behind
+        {
+            self.behind = if behind { self.behind + 1 } else { self.behind - 1 };
+        }
+    }
+
     fn take(&mut self, node: &str, epoch: u64) -> Option<(BTreeSet<(Collection, String)>, bool)> {
         let subscriber = self.by_node.get_mut(node)?.iter_mut().find(|subscriber| subscriber.epoch == epoch)?;
         Some((std::mem::take(&mut subscriber.changed), std::mem::take(&mut subscriber.everything)))
@@ -130,14 +151,18 @@ impl Closures {
     pub(crate) fn open(&mut self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> Session {
         let wake = Arc::new(Notify::new());
         let uid = node.uid.clone();
-        let subscriber = Subscriber { uid, epoch, wake: wake.clone(), changed: BTreeSet::new(), everything: true };
+        let subscriber =
+            Subscriber { uid, epoch, wake: wake.clone(), changed: BTreeSet::new(), everything: true, behind: false };
         self.subscribers.by_node.entry(node.name.clone()).or_default().push(subscriber);
         let known = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid);
         // One whose last session was here, as the edge and the Node know it, was nobody else's since.
         let claims = known.is_none_or(|known| {
             let last = last_epoch.max(known.claim);
-            let here = std::mem::replace(&mut known.here, epoch);
-            last != 0 && last != here
+            let claims = last != 0 && last != known.here;
+            if !claims {
+                known.here = epoch;
+            }
+            claims
         });
         Session {
             node: node.clone(),
@@ -146,6 +171,7 @@ impl Closures {
             claims,
             wake,
             told: HashMap::new(),
+            said: Said::default(),
             complete: BTreeSet::new(),
             held_back: BTreeSet::new(),
             begun: false,
@@ -157,6 +183,7 @@ impl Closures {
 
     /// Ends one.
     pub(crate) fn close(&mut self, session: &Session) {
+        self.subscribers.set_behind(session, false);
         if let Some(subscribers) = self.subscribers.by_node.get_mut(&session.node.name) {
             subscribers.retain(|subscriber| !Arc::ptr_eq(&subscriber.wake, &session.wake));
             if subscribers.is_empty() {
@@ -285,6 +312,7 @@ impl Closures {
                 events.push(FeedEvent::Complete(collection));
             }
         }
+        self.say(session, &mut events);
         events
     }
 

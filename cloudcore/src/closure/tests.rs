@@ -77,7 +77,10 @@ fn told(events: &[FeedEvent]) -> Vec<String> {
     let name = |collection: &Collection| format!("{collection:?}");
     events
         .iter()
+        .filter(|event| !matches!(event, FeedEvent::Newest(..)))
         .map(|event| match event {
+            FeedEvent::Newest(collection, revision) => format!("newest {} {revision}", name(collection)),
+            FeedEvent::Reached(collection, revision) => format!("reached {} {revision}", name(collection)),
             FeedEvent::Desired(object) => format!("+ {} {}", name(&object.collection), object.entry.key),
             FeedEvent::Keep(collection, entry) => format!("= {} {}", name(collection), entry.key),
             FeedEvent::Gone(collection, uid) => format!("- {} {uid}", name(collection)),
@@ -346,9 +349,89 @@ fn who_comes_from_another_replica_is_claimed_and_ends_the_session_there() {
     let back = closures.open(&identity("e"), 10, 9);
     assert!(back.claims());
     // Its store is new: only the Node remembers.
-    closures.claimed("e", 10);
+    closures.claimed(&identity("e"), 10, Claim::Ours);
     closures.node_applied(claimed(11));
     assert!(closures.open(&identity("e"), 12, 0).claims());
+}
+
+#[test]
+fn a_node_is_ones_own_only_when_the_claim_is_written() {
+    let mut closures = ready();
+    closures.node_applied(claimed(9));
+    assert!(closures.open(&identity("e"), 10, 9).claims());
+    assert!(closures.open(&identity("e"), 11, 10).claims(), "the claim of the session before was never written");
+    closures.claimed(&identity("e"), 11, Claim::Ours);
+    assert!(!closures.open(&identity("e"), 12, 11).claims());
+    // Of two replicas that had the same epoch, the one that came second is told so.
+    let mut late = closures.open(&identity("e"), 13, 12);
+    closures.claimed(&identity("e"), 13, Claim::Theirs(13));
+    assert_eq!(closures.drain(&mut late), [FeedEvent::Superseded]);
+    assert!(closures.open(&identity("e"), 14, 13).claims());
+}
+
+#[test]
+fn a_session_says_how_new_its_objects_are_and_when_it_has_come_as_far_as_its_edge() {
+    use skerry_proto::wire::Revision;
+    let mut closures = ready();
+    let mut session = closures.open(&identity("e"), 1, 0);
+    closures.expect(&mut session, &[Revision { collection: Collection::Pods.into(), newest: 7 }]);
+    let reached = |events: &[FeedEvent]| events.iter().any(|event| matches!(event, FeedEvent::Reached(..)));
+    assert!(closures.reached(Source::Pods, "6"));
+    let first = closures.drain(&mut session);
+    assert_eq!(first[0], FeedEvent::Newest(Collection::Pods, 6));
+    assert!(!reached(&first));
+
+    closures.shows(Source::Pods, "7");
+    apply(&mut closures, pod_json("p", "u", "e", 7, &["c"], false));
+    assert!(closures.reached(Source::Pods, "7"));
+    assert!(!reached(&closures.drain(&mut session)), "what the pod refers to is not known");
+    fetch_all(&mut closures);
+    closures.confirming();
+    let events = closures.drain(&mut session);
+    assert!(!reached(&events), "something may be gone");
+    assert!(events[..2].contains(&FeedEvent::Newest(Collection::Pods, 7)), "before what shows it: {events:?}");
+    closures.confirmed();
+    assert_eq!(closures.drain(&mut session), [FeedEvent::Reached(Collection::Pods, 7)]);
+    assert_eq!(closures.drain(&mut session), []);
+    assert!(!closures.reached(Source::Pods, "3"), "the apiserver was restored");
+}
+
+#[test]
+fn what_changes_while_it_is_fetched_is_fetched_again_unless_the_answer_is_that_new() {
+    let mut closures = ready();
+    apply(&mut closures, pod_json("p", "u", "e", 1, &["c"], false));
+    let reference = closures.take_fetch().unwrap();
+    closures.metadata_seen(&reference, "55");
+    closures.fetched(&reference, Ok(Some(config_map("c", 55))));
+    assert_eq!(closures.take_fetch(), None);
+
+    closures.metadata_seen(&reference, "56");
+    assert_eq!(closures.take_fetch(), Some(reference.clone()));
+    closures.metadata_seen(&reference, "57");
+    closures.metadata_seen(&reference, "60");
+    closures.fetched(&reference, Ok(Some(config_map("c", 57))));
+    assert_eq!(closures.take_fetch(), Some(reference.clone()), "60 is still to come");
+    closures.metadata_gone(&reference);
+    closures.fetched(&reference, Ok(Some(config_map("c", 60))));
+    assert_eq!(closures.take_fetch(), Some(reference.clone()), "it may be gone");
+    closures.fetched(&reference, Ok(None));
+    assert_eq!(closures.take_fetch(), None);
+}
+
+#[test]
+fn an_answer_from_before_a_reference_came_back_is_no_older_than_it() {
+    let mut closures = ready();
+    apply(&mut closures, pod_json("p", "u", "e", 1, &["c"], false));
+    let reference = closures.take_fetch().unwrap();
+    closures.pod_removed("e", "n/p", "u");
+    closures.metadata_seen(&reference, "2");
+    apply(&mut closures, pod_json("q", "v", "e", 1, &["c"], false));
+    assert_eq!(closures.take_fetch(), None, "one is under way");
+    closures.fetched(&reference, Ok(Some(config_map("c", 1))));
+    assert_eq!(closures.take_fetch(), Some(reference.clone()), "the change that came meanwhile");
+    closures.pod_removed("e", "n/q", "v");
+    closures.fetched(&reference, Ok(Some(config_map("c", 2))));
+    assert!(closures.slots.is_empty());
 }
 
 #[derive(Clone, Debug)]
@@ -430,7 +513,7 @@ fn hear(edge: &mut Held, events: Vec<FeedEvent>) {
             FeedEvent::Gone(collection, uid) => {
                 assert!(edge.remove(&(collection, uid)).is_some(), "told that something went that it never heard of");
             }
-            FeedEvent::Complete(_) => {}
+            FeedEvent::Complete(_) | FeedEvent::Newest(..) | FeedEvent::Reached(..) => {}
             FeedEvent::Keep(..)
             | FeedEvent::Ask(_)
             | FeedEvent::ReportWanted(..)
@@ -509,6 +592,7 @@ proptest! {
             let reference_counts: usize = closures.nodes[names[index]].references.len();
             prop_assert_eq!(reference_counts, closures.slots.values().filter(|slot| slot.nodes.contains(names[index])).count());
         }
-        prop_assert!(closures.slots.values().all(|slot| !slot.nodes.is_empty()), "something is held that nobody needs");
+        let in_hand = |slot: &Slot| matches!(slot.state, Fetch::UnderWay | Fetch::Again(_));
+        prop_assert!(closures.slots.values().all(|slot| !slot.nodes.is_empty() || in_hand(slot)), "something is held that nobody needs");
     }
 }

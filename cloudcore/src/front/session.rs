@@ -26,6 +26,8 @@ use crate::secrets::SecretStore;
 
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 const CHECK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a session waits for the watches to come as far as another replica's had; bookmarks come every minute at the latest.
+const CATCH_UP: Duration = Duration::from_secs(75);
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Bytes of control frames that wait, from which on no more is taken from whoever can wait, and the edge is not listened to.
@@ -33,6 +35,14 @@ const FULL: usize = 512 << 10;
 
 /// Why a session does not begin, for the metrics, and what the edge is told.
 type Refused = (&'static str, Option<Goodbye>);
+
+/// A session that may begin.
+struct Begun {
+    hello: Hello,
+    place: Place,
+    /// What the edge knows of the apiserver's revisions means nothing any more.
+    restored: bool,
+}
 
 /// Runs a session to its end. `stranger` is held until it has its place among the sessions, whose number is bounded too.
 pub(super) async fn run<B, S>(
@@ -47,7 +57,7 @@ pub(super) async fn run<B, S>(
     let mut wire = wire.full_at(FULL);
     let begun = begin(front, &mut wire, &certificate).await;
     let node = certificate.node;
-    let (hello, mut place) = match begun {
+    let Begun { hello, mut place, restored } = match begun {
         Ok(begun) => begun,
         Err((result, goodbye)) => {
             front.metrics.session_start(result);
@@ -61,7 +71,7 @@ pub(super) async fn run<B, S>(
     front.metrics.session_start("ok");
     let standing = front.metrics.session();
     info!(node = shown(&node), epoch, agent = hello.agent, "connected");
-    let goodbye = drive(front, &mut wire, &node, &hello, &mut place).await;
+    let goodbye = drive(front, &mut wire, &node, &hello, restored, &mut place).await;
     drop(standing);
     info!(
         node = shown(&node),
@@ -79,11 +89,7 @@ async fn finish(wire: Wire, goodbye: Option<Goodbye>) {
 }
 
 /// Hears the Hello, makes sure that the node is one, and takes its place.
-async fn begin<B, S>(
-    front: &Front<B, S>,
-    wire: &mut Wire,
-    certificate: &NodeCertificate,
-) -> Result<(Hello, Place), Refused>
+async fn begin<B, S>(front: &Front<B, S>, wire: &mut Wire, certificate: &NodeCertificate) -> Result<Begun, Refused>
 where
     B: Backend,
     S: SecretStore,
@@ -126,6 +132,18 @@ where
         }
         Err(_) => return Err(later("unavailable", "the apiserver does not answer now")),
     };
+    let seen = hello.revisions.iter().map(|revision| revision.newest).max().unwrap_or_default();
+    let revision = tokio::time::timeout(CHECK_PATIENCE, front.backend.revision(seen)).await;
+    let Ok(Ok(revision)) = revision else {
+        return Err(later("unavailable", "the apiserver cannot be asked how new its objects are now"));
+    };
+    let restored = revision < seen;
+    if restored {
+        warn!(
+            node = shown(node),
+            revision, seen, "the edge has seen later changes than the apiserver has: it was restored from a backup"
+        );
+    }
     // A node that was deleted is to hear that, however old its certificate is.
     match certificate.standing(clock::wall()) {
         Standing::Valid => {}
@@ -144,7 +162,7 @@ where
     };
     match missed(&mut deletions, node) {
         Some(true) => Err(deleted(node)),
-        Some(false) => Ok((hello, place)),
+        Some(false) => Ok(Begun { hello, place, restored }),
         None => Err(later("unavailable", "too much is going on")),
     }
 }
@@ -155,15 +173,20 @@ async fn drive<B, S>(
     wire: &mut Wire,
     node: &NodeIdentity,
     hello: &Hello,
+    restored: bool,
     place: &mut Place,
 ) -> Option<Goodbye>
 where
     B: Backend,
     S: SecretStore,
 {
-    let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch);
-    let (mut hub, outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), wall_millis(), AGENT);
-    let mut outputs = outputs;
+    let seen = if restored { &[] } else { hello.revisions.as_slice() };
+    let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch, seen);
+    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), wall_millis(), AGENT);
+    if restored {
+        outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
+    }
+    let catch_up = clock::monotonic() + CATCH_UP;
     // Whoever opens a stream on it now is sent behind the Welcome.
     place.offer(wire.streams());
     loop {
@@ -202,6 +225,11 @@ where
                     return None;
                 }
             },
+            () = tokio::time::sleep(catch_up.saturating_sub(clock::monotonic())), if hub.is_behind() => {
+                warn!(node = shown(node), "the edge knows of newer changes than the watches here have come to");
+                let (_, said) = later("behind", "this replica of cloudcore has not seen what the node was told by another one");
+                return said;
+            }
             () = tokio::time::sleep(due) => outputs = hub.step(clock::monotonic(), HubInput::Timeout),
             events = feed.next(), if keeps_up => for event in events {
                 let now = clock::monotonic();
@@ -209,6 +237,8 @@ where
                     FeedEvent::Superseded => {
                         return Some(goodbye(Reason::Superseded, "a newer session of this node took over, at another replica"));
                     }
+                    FeedEvent::Newest(collection, revision) => hub.step(now, HubInput::Newest(collection, revision)),
+                    FeedEvent::Reached(collection, revision) => hub.step(now, HubInput::Reached(collection, revision)),
                     FeedEvent::Desired(object) => hub.step(now, HubInput::Desired(object)),
                     FeedEvent::Keep(collection, entry) => hub.step(now, HubInput::Keep(collection, entry)),
                     FeedEvent::Gone(collection, uid) => hub.step(now, HubInput::Gone(collection, uid)),

@@ -18,7 +18,7 @@ use skerry_proto::streams::{Carrier, Received, Stream};
 use skerry_proto::sync::{Collection, Entry, MAX_FRAME, Object, Reason, Report};
 use skerry_proto::token::JoinToken;
 use skerry_proto::wire::frame::Body;
-use skerry_proto::wire::{Frame, Goodbye, Hello, Inventory, Ping, Welcome};
+use skerry_proto::wire::{Frame, Goodbye, Hello, Inventory, Ping, Revision, Welcome};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{broadcast, mpsc};
 use tokio_rustls::TlsConnector;
@@ -111,7 +111,11 @@ impl Backend for FakeBackend {
         })
     }
 
-    fn open(&self, _: &NodeIdentity, epoch: u64, _: u64) -> FakeFeed {
+    async fn revision(&self, at_least: u64) -> Result<u64, BackendError> {
+        Ok(at_least)
+    }
+
+    fn open(&self, _: &NodeIdentity, epoch: u64, _: u64, _: &[Revision]) -> FakeFeed {
         let (events, events_out) = mpsc::channel(16);
         let (reports, reports_out) = mpsc::channel(64);
         self.opened.try_send(Opened { epoch, events, reports: reports_out }).expect("the test takes feeds");

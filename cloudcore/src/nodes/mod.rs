@@ -66,18 +66,40 @@ pub(crate) async fn check(api: &Apiserver, node: &NodeIdentity) -> Result<NodeCh
     })
 }
 
-/// Says that a session has a Node from now on: whoever has an older one sees it, and ends it. Answers the epoch that has it.
-pub(crate) async fn claim(api: &Apiserver, node: &NodeIdentity, epoch: u64) -> Result<u64, kube::Error> {
-    let before = api.get(Kind::Node, "", &node.name).await?;
-    let held = before.as_ref().filter(|found| found.metadata.uid.as_deref() == Some(node.uid.as_str()));
-    let Some(held) = held else { return Ok(epoch) };
-    if let Some(newer) = epoch_of(held).filter(|newer| *newer >= epoch) {
-        return Ok(newer);
+/// What became of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// The Node names this session.
+    Ours,
+    /// It names another one that is as new or newer: of two that claim with the same epoch, who comes second has lost.
+    Theirs(u64),
+}
+
+/// Says that a session has a Node from now on: whoever has an older one sees it, and ends it. `known` is the Node's version as the watch
+/// shows it and the epoch that it names; without it the Node is asked for.
+pub(crate) async fn claim(
+    api: &Apiserver,
+    node: &NodeIdentity,
+    epoch: u64,
+    known: Option<(String, u64)>,
+) -> Result<Claim, kube::Error> {
+    let (version, named) = match known {
+        Some(known) => known,
+        None => match api.get(Kind::Node, "", &node.name).await? {
+            Some(found) if found.metadata.uid.as_deref() == Some(node.uid.as_str()) => {
+                let named = epoch_of(&found).unwrap_or_default();
+                (found.metadata.resource_version.unwrap_or_default(), named)
+            }
+            // The session hears of that elsewhere.
+            Some(_) | None => return Ok(Claim::Ours),
+        },
+    };
+    if named >= epoch {
+        return Ok(Claim::Theirs(named));
     }
-    // Only on what was looked at: of two that claim at once, the second looks again.
-    let version = held.metadata.resource_version.as_deref();
+    // Only on what was looked at: of two that claim at once, the second is refused, and looks again.
     let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": version, "annotations": {EPOCH_ANNOTATION: epoch.to_string()}}});
-    api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await.map(|_| epoch)
+    api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await.map(|_| Claim::Ours)
 }
 
 /// The epoch that a Node or lease is marked with.

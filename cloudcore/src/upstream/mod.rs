@@ -15,7 +15,7 @@ use skerry_proto::payload::{NodeReport, PodReport};
 use skerry_proto::sync::{Report, ReportKind};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use tracing::{debug, error, warn};
+use tracing::{error, warn};
 
 use self::event::About;
 use self::pod::StatusFacts;
@@ -165,19 +165,31 @@ impl Upstream {
     /// Takes the node over from whatever replica had it, however long that takes.
     async fn claim(&self, queue: &Queue) {
         let mut attempt = 0;
+        let mut known = self.shared.closures().node_version(&queue.node);
         loop {
             let claimed = match self.permits.acquire().await {
-                Ok(_permit) => nodes::claim(&self.api, &queue.node, queue.epoch).await,
+                Ok(_permit) => {
+                    self.leases.on_time().await;
+                    nodes::claim(&self.api, &queue.node, queue.epoch, known.take()).await
+                }
                 Err(_) => return,
             };
             match claimed {
-                Ok(epoch) => return self.shared.closures().claimed(&queue.node.name, epoch),
+                Ok(claim) => return self.shared.closures().claimed(&queue.node, queue.epoch, claim),
+                // What the watch showed was not the newest.
+                Err(error) if attempt == 0 && verdict(&error) == Verdict::Conflict => {}
                 Err(error) => {
-                    debug!(node = queue.node.name, "cannot claim the node yet: {}", chain(&error));
+                    if attempt < 2 {
+                        warn!(
+                            node = queue.node.name,
+                            "cannot take the node over from another replica, nothing is reported for it before that: {}; trying again",
+                            chain(&error)
+                        );
+                    }
                     tokio::time::sleep(backoff(attempt, rand::random())).await;
-                    attempt += 1;
                 }
             }
+            attempt += 1;
         }
     }
 
@@ -374,11 +386,13 @@ impl Upstream {
             Ok(content) => content,
             Err(error) => return Outcome::Refused(format!("not a node report: {error}")),
         };
-        let (capacity, shown) = {
+        let (capacity, shown, version) = {
             let closures = self.shared.closures();
-            (closures.capacity(&node.name).cloned(), closures.node_shown(&node.name))
+            (closures.capacity(&node.name).cloned(), closures.node_shown(&node.name), closures.node_version(node))
         };
-        let patch = match node::patch(node, queue.epoch, &content, capacity.as_ref()) {
+        // The epoch is written once, on the Node as it was seen without it: one that comes late must not undo a newer session's.
+        let unnamed = version.filter(|(_, named)| *named < queue.epoch).map(|(version, _)| (queue.epoch, version));
+        let patch = match node::patch(node, unnamed, &content, capacity.as_ref()) {
             Ok(patch) => patch,
             Err(reason) => return Outcome::Refused(reason),
         };

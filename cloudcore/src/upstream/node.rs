@@ -93,11 +93,11 @@ fn heartbeat(node: &Value) -> i64 {
     time.map(Timestamp::as_second).unwrap_or_default()
 }
 
-/// The strategic merge patch of nodes/status, with the box's addresses and the labels it may set. `capacity` is what the apiserver has: resources that others added to it must also be
-/// allocatable.
+/// The strategic merge patch of nodes/status, with the box's addresses and the labels it may set. `capacity` is what the apiserver has:
+/// resources that others added to it must also be allocatable. `unnamed`: the session's epoch, where the Node of this version does not name it.
 pub(crate) fn patch(
     node: &NodeIdentity,
-    epoch: u64,
+    unnamed: Option<(u64, String)>,
     report: &NodeReport,
     capacity: Option<&Value>,
 ) -> Result<Value, String> {
@@ -128,8 +128,13 @@ pub(crate) fn patch(
     let labels: BTreeMap<&String, &String> =
         report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
     // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
-    let annotations = json!({ADDRESSES_ANNOTATION: report.addresses.join(","), EPOCH_ANNOTATION: epoch.to_string()});
-    Ok(json!({"metadata": {"uid": uid, "annotations": annotations, "labels": labels}, "status": status}))
+    let mut metadata =
+        json!({"uid": uid, "annotations": {ADDRESSES_ANNOTATION: report.addresses.join(",")}, "labels": labels});
+    if let Some((epoch, version)) = unnamed {
+        metadata["annotations"][EPOCH_ANNOTATION] = epoch.to_string().into();
+        metadata["resourceVersion"] = version.into();
+    }
+    Ok(json!({"metadata": metadata, "status": status}))
 }
 
 fn foreign(there: Option<&Value>, reported: Option<&Value>) -> Vec<(String, Value)> {
@@ -162,9 +167,12 @@ mod tests {
         };
         let stored = json!({"cpu": "2", "example.com/dongle": "3"});
         assert_eq!(
-            patch(&e(), 7, &report, Some(&stored)).unwrap(),
+            patch(&e(), Some((7, "3".to_owned())), &report, Some(&stored)).unwrap(),
             json!({
-                "metadata": {"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5,10.9.9.9", EPOCH_ANNOTATION: "7"}, "labels": {}},
+                "metadata": {
+                    "uid": "u", "resourceVersion": "3", "labels": {},
+                    "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5,10.9.9.9", EPOCH_ANNOTATION: "7"},
+                },
                 "status": {
                     "capacity": {"cpu": "2"}, "allocatable": {"cpu": "1900m", "example.com/dongle": "3"}, "nodeInfo": {"kernelVersion": "6"},
                     "conditions": [{"type": "Ready", "status": "True"}],
@@ -207,12 +215,12 @@ mod tests {
             },
         });
         let (shown, capacity) = (NodeShown::of(&node), Some(&node["status"]["capacity"]));
-        let says = |report: &NodeReport| shown.says(&patch(&e(), 7, report, capacity).unwrap(), capacity);
+        let says = |report: &NodeReport| shown.says(&patch(&e(), None, report, capacity).unwrap(), capacity);
         assert!(says(&report("False", 14)));
         assert!(!says(&report("True", 0)), "something changed");
         assert!(!says(&report("False", 15)), "the heartbeat is old");
         assert!(!says(&NodeReport { addresses: vec!["10.0.0.1".into()], ..report("False", 0) }), "the box moved");
-        assert!(!NodeShown::default().says(&patch(&e(), 7, &report("False", 0), None).unwrap(), None));
+        assert!(!NodeShown::default().says(&patch(&e(), None, &report("False", 0), None).unwrap(), None));
     }
 
     #[test]
@@ -229,8 +237,8 @@ mod tests {
             labels: labels.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         };
         assert_eq!(
-            patch(&e(), 7, &report, None).unwrap()["metadata"],
-            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b", EPOCH_ANNOTATION: "7"}, "labels": {"kubernetes.io/arch": "amd64"}})
+            patch(&e(), None, &report, None).unwrap()["metadata"],
+            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b"}, "labels": {"kubernetes.io/arch": "amd64"}})
         );
     }
 }

@@ -20,6 +20,8 @@ use crate::retry::chain;
 const AT_ONCE: usize = 16;
 /// From so many of one namespace on they are listed.
 const BULK: usize = 100;
+/// Lists under way at once: each holds a part in memory.
+const LISTS: usize = 2;
 /// Objects in one part of a list: 100 MB if all are as large as they may be.
 const PART: u32 = 100;
 /// A list of so many times what is needed is given up.
@@ -39,10 +41,13 @@ pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
     // Looking for what is better listed takes a look at all that waits: only when there is more of it.
     let mut more = true;
     loop {
-        while more && let Some((collection, namespace, wanted)) = shared.closures().take_bulk(BULK) {
+        while more
+            && lists.len() < LISTS
+            && let Some((collection, namespace, wanted)) = shared.closures().take_bulk(BULK)
+        {
             lists.push(list(&api, &shared, collection, namespace, wanted));
         }
-        more = false;
+        more &= lists.len() == LISTS;
         while under_way.len() < AT_ONCE {
             let Some(reference) = singly.pop_front().or_else(|| shared.closures().take_fetch()) else { break };
             let api = &api;

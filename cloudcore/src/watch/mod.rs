@@ -1,28 +1,23 @@
-//! Watches: what the apiserver says goes into the closures, from six streams that never end.
+//! Watches: what the apiserver says goes into the closures, from six [`stream`]s that never end.
 //!
 //! Nothing is taken for gone because a list did not show it: a pod or Node that a new list lacks is asked for by name first. ConfigMaps and
 //! Secrets are watched by their metadata only; [`fetch`] gets those that are needed.
 
 use std::collections::HashSet;
-use std::fmt::Debug;
-use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
+use futures_util::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use kube::api::{Api, DynamicObject};
+use kube::ResourceExt;
+use kube::api::{Api, DynamicObject, ListParams};
 use kube::core::PartialObjectMeta;
-use kube::runtime::WatchStreamExt;
-use kube::runtime::utils::Backoff;
-use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Resource, ResourceExt};
 use serde_json::Value;
 use skerry_proto::EDGE_LABEL;
 use skerry_proto::sync::{Collection, decode};
 use tokio::sync::broadcast;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
+use self::stream::follow;
 use crate::apiserver::{Apiserver, Kind, backoff};
 use crate::backend::NodeIdentity;
 use crate::backend_k8s::Shared;
@@ -34,12 +29,8 @@ use crate::upstream::Upstream;
 use crate::{clock, supervise};
 
 pub(crate) mod fetch;
+mod stream;
 
-/// The longest pause of a watch that keeps breaking. There are six of them however many nodes there are, and every edge waits for
-/// them after an outage: they need not be as patient as what nodes cause.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// Seconds a watch lasts before it is renewed; one that is dead is noticed 5 s later.
-const WATCH_SECONDS: u32 = 60;
 /// Requests under way at once to find out whether something is really gone.
 const CONFIRM_AT_ONCE: usize = 8;
 
@@ -66,48 +57,83 @@ trait Sink<K> {
     fn complete(&mut self);
 }
 
+/// How far a watch has come, for whoever compares that with what another replica knows.
+struct Progress {
+    api: Apiserver,
+    shared: Arc<Shared>,
+    source: Source,
+}
+
+impl Progress {
+    fn shows(&self, revision: &str) {
+        self.shared.closures().shows(self.source, revision);
+    }
+
+    fn reached(&self, revision: &str) {
+        if !self.shared.closures().reached(self.source, revision) {
+            error!(source = ?self.source, revision, "the apiserver's revisions went back");
+            self.shared.restored();
+        }
+    }
+}
+
 impl Watches {
+    fn progress(&self, source: Source) -> Progress {
+        Progress { api: self.api.clone(), shared: self.shared.clone(), source }
+    }
+
     /// Edge nodes, for ever.
     pub(crate) async fn nodes(self) {
-        let stream = watcher(self.api.api(Kind::Node, ""), config().labels(EDGE_LABEL));
         let sink = Nodes { watches: self.clone(), seen: HashSet::new() };
-        follow(Kind::Node, &self.api, stream, sink).await;
+        let progress = self.progress(Source::Nodes);
+        follow(Kind::Node, self.api.api(Kind::Node, ""), ListParams::default().labels(EDGE_LABEL), progress, sink)
+            .await;
     }
 
     /// Pods that are bound, for ever. Which of them matter is known once the nodes are.
     pub(crate) async fn pods(self) {
         self.shared.until_ready(Source::Nodes).await;
-        let stream = watcher(self.api.api(Kind::Pod, ""), config().fields("spec.nodeName!="));
         let sink = Pods { watches: self.clone(), list: 0, nodes: Vec::new() };
-        follow(Kind::Pod, &self.api, stream, sink).await;
+        let progress = self.progress(Source::Pods);
+        follow(Kind::Pod, self.api.api(Kind::Pod, ""), ListParams::default().fields("spec.nodeName!="), progress, sink)
+            .await;
     }
 
     /// Services, for ever.
     pub(crate) async fn services(self) {
-        let stream = watcher(self.api.api(Kind::Service, ""), config());
         let sink = Whole { shared: self.shared.clone(), kind: Kind::Service, seen: None };
-        follow(Kind::Service, &self.api, stream, sink).await;
+        let progress = self.progress(Source::Services);
+        follow(Kind::Service, self.api.api(Kind::Service, ""), ListParams::default(), progress, sink).await;
     }
 
     /// RuntimeClasses, for ever.
     pub(crate) async fn runtime_classes(self) {
-        let stream = watcher(self.api.api(Kind::RuntimeClass, ""), config());
         let sink = Whole { shared: self.shared.clone(), kind: Kind::RuntimeClass, seen: None };
-        follow(Kind::RuntimeClass, &self.api, stream, sink).await;
+        let progress = self.progress(Source::RuntimeClasses);
+        follow(Kind::RuntimeClass, self.api.api(Kind::RuntimeClass, ""), ListParams::default(), progress, sink).await;
     }
 
     /// Metadata of ConfigMaps, for ever.
     pub(crate) async fn config_maps(self) {
-        let stream = watcher(Api::<PartialObjectMeta<ConfigMap>>::all(self.client.clone()), config());
+        let api = Api::<PartialObjectMeta<ConfigMap>>::all(self.client.clone());
         let sink = Metadata::new(&self.shared, Collection::ConfigMaps, Source::ConfigMaps);
-        follow(Kind::ConfigMap, &self.api, stream, sink).await;
+        let progress = self.progress(Source::ConfigMaps);
+        follow(Kind::ConfigMap, api, ListParams::default(), progress, sink).await;
     }
 
     /// Metadata of Secrets, for ever.
     pub(crate) async fn secrets(self) {
-        let stream = watcher(Api::<PartialObjectMeta<Secret>>::all(self.client.clone()), config());
+        let api = Api::<PartialObjectMeta<Secret>>::all(self.client.clone());
         let sink = Metadata::new(&self.shared, Collection::Secrets, Source::Secrets);
-        follow(Kind::Secret, &self.api, stream, sink).await;
+        let progress = self.progress(Source::Secrets);
+        follow(Kind::Secret, api, ListParams::default(), progress, sink).await;
+    }
+
+    /// What is asked for by name may be newer than what the watch has shown.
+    fn answered(&self, source: Source, answer: &Result<Option<DynamicObject>, kube::Error>) {
+        if let Ok(Some(found)) = answer {
+            self.shared.closures().shows(source, &found.resource_version().unwrap_or_default());
+        }
     }
 
     fn node_there(&self, node: &DynamicObject, listed_with_pods: bool) {
@@ -138,7 +164,9 @@ impl Watches {
     async fn confirm_node(self, node: NodeIdentity) {
         let mut attempt = 0;
         loop {
-            match self.api.get(Kind::Node, "", &node.name).await {
+            let found = self.api.get(Kind::Node, "", &node.name).await;
+            self.answered(Source::Nodes, &found);
+            match found {
                 Ok(found) if found.as_ref().and_then(ResourceExt::uid).as_deref() != Some(node.uid.as_str()) => {
                     let known = self.shared.closures().node_removed(&node.name, Some(&node.uid)).is_some();
                     // One that came and went between two lists was never known, and has a session all the same.
@@ -175,6 +203,7 @@ impl Watches {
             match self.api.list(Kind::Pod, &format!("spec.nodeName={}", node.name)).await {
                 Ok(pods) => {
                     for pod in pods {
+                        self.shared.closures().shows(Source::Pods, &pod.resource_version().unwrap_or_default());
                         self.pod_there(&pod, 0);
                     }
                     self.shared.closures().node_listed(&node);
@@ -225,7 +254,9 @@ impl Watches {
                 let Some((namespace, name)) = key.split_once('/') else { return };
                 let mut attempt = 0;
                 loop {
-                    match watches.api.get(Kind::Pod, namespace, name).await {
+                    let found = watches.api.get(Kind::Pod, namespace, name).await;
+                    watches.answered(Source::Pods, &found);
+                    match found {
                         Ok(Some(pod)) if pod.uid().as_deref() == Some(uid.as_str()) => {
                             return watches.pod_there(&pod, list);
                         }
@@ -242,6 +273,7 @@ impl Watches {
             }
         };
         futures_util::stream::iter(pods).map(confirm).buffer_unordered(CONFIRM_AT_ONCE).collect::<()>().await;
+        self.shared.closures().confirmed();
     }
 
     /// A node became autonomous: its pods are looked at as they were last seen.
@@ -325,7 +357,11 @@ impl Sink<DynamicObject> for Pods {
                 closures.node_listed(&node);
             }
             closures.source_ready(Source::Pods);
-            closures.pods_unseen(self.list)
+            let unseen = closures.pods_unseen(self.list);
+            if !unseen.is_empty() {
+                closures.confirming();
+            }
+            unseen
         };
         if !unseen.is_empty() {
             supervise::spawn("confirm deletions of pods", self.watches.clone().confirm_pods(unseen, self.list));
@@ -420,76 +456,5 @@ where
             closures.metadata_gone(&(self.collection, key));
         }
         closures.source_ready(self.source);
-    }
-}
-
-/// The most recent state, never an older one from a cache.
-fn config() -> watcher::Config {
-    watcher::Config::default().timeout(WATCH_SECONDS)
-}
-
-async fn follow<K>(
-    kind: Kind,
-    api: &Apiserver,
-    stream: impl Stream<Item = watcher::Result<Event<K>>> + Send,
-    mut sink: impl Sink<K> + Send,
-) where
-    K: Resource + Debug + Clone + Send,
-{
-    let mut stream = pin!(stream.backoff(Pauses::default()));
-    let mut broken = false;
-    while let Some(event) = stream.next().await {
-        if event.is_ok() && std::mem::take(&mut broken) {
-            info!(resource = kind.plural(), "the watch works again");
-        }
-        match event.map(|event| event.modify(|object| object.managed_fields_mut().clear())) {
-            Ok(Event::Init) => {
-                api.metrics().request("watch", kind.plural(), 200);
-                sink.begin();
-            }
-            Ok(Event::InitApply(object) | Event::Apply(object)) => sink.apply(object),
-            Ok(Event::Delete(object)) => sink.delete(object),
-            Ok(Event::InitDone) => sink.complete(),
-            Err(error) => {
-                api.metrics().request("watch", kind.plural(), 0);
-                if !std::mem::replace(&mut broken, true) {
-                    let remedy = if forbidden(&error) { "; apply deploy/rbac.yaml" } else { "" };
-                    warn!(
-                        resource = kind.plural(),
-                        "the watch broke: {}; trying again until it works{remedy}",
-                        chain(&error)
-                    );
-                }
-            }
-        }
-    }
-}
-
-fn forbidden(error: &watcher::Error) -> bool {
-    match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => matches!(status.code, 401 | 403),
-        watcher::Error::WatchError(status) => matches!(status.code, 401 | 403),
-        _ => false,
-    }
-}
-
-/// Pauses between tries of a watch, from a quarter of a second to [`LONGEST_PAUSE`].
-#[derive(Debug, Default)]
-struct Pauses(u32);
-
-impl Iterator for Pauses {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        let pause = backoff(self.0, rand::random()).min(LONGEST_PAUSE);
-        self.0 += 1;
-        Some(pause)
-    }
-}
-
-impl Backoff for Pauses {
-    fn reset(&mut self) {
-        self.0 = 0;
     }
 }

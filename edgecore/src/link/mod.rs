@@ -300,7 +300,8 @@ impl Link {
         let epoch = self.store.epoch().await?;
         let boot = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.unwrap_or_default();
         let agent = concat!("edgecore ", env!("CARGO_PKG_VERSION"));
-        Ok(Edge::new(&self.node, boot.trim(), self.store.store_id(), agent, epoch, rows))
+        let edge = Edge::new(&self.node, boot.trim(), self.store.store_id(), agent, epoch, rows);
+        Ok(edge.with_revisions(self.store.revisions().await?))
     }
 
     /// The Node is gone: records it and drops what it wanted, so that the kubelet ends its pods.

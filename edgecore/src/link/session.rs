@@ -18,7 +18,7 @@ use super::Link;
 use super::backoff::Backoff;
 use super::connect::{Wire, ended};
 use crate::clock;
-use crate::store::{self, Store};
+use crate::store::{self, Revisions, Store};
 
 const MAX_UNCOMMITTED: usize = 2 << 20;
 const MAX_GIVEN: usize = 256 << 10;
@@ -81,6 +81,7 @@ impl Given {
 enum Job {
     Apply {
         ops: Vec<Op>,
+        revisions: Revisions,
         ticket: u64,
     },
     Done {
@@ -242,7 +243,10 @@ impl<'a> Session<'a> {
             match output {
                 EdgeOutput::Send(frame) => self.wire.push(frame),
                 EdgeOutput::Established { epoch, server_time } => self.established = Some((epoch, server_time)),
-                EdgeOutput::Apply { ops, ticket } => self.push(Job::Apply { ops, ticket }),
+                EdgeOutput::Apply { ops, ticket } => {
+                    let revisions = self.edge.revisions().collect();
+                    self.push(Job::Apply { ops, revisions, ticket });
+                }
                 EdgeOutput::Reported { id, refused } => {
                     if !refused.is_empty() {
                         warn!(report = id, %refused, "the cloud refused a report for good");
@@ -367,6 +371,7 @@ impl Job {
 /// Jobs, made ready for the store.
 struct Batch {
     ops: Vec<Op>,
+    revisions: Revisions,
     ticket: Option<u64>,
     done: Vec<(u64, String)>,
     pods_known: Option<u64>,
@@ -374,11 +379,13 @@ struct Batch {
 
 impl Batch {
     fn of(jobs: &[Job]) -> Self {
-        let mut batch = Self { ops: Vec::new(), ticket: None, done: Vec::new(), pods_known: None };
+        let mut batch =
+            Self { ops: Vec::new(), revisions: Revisions::new(), ticket: None, done: Vec::new(), pods_known: None };
         for job in jobs {
             match job {
-                Job::Apply { ops, ticket } => {
+                Job::Apply { ops, revisions, ticket } => {
                     batch.ops.extend(ops.iter().cloned());
+                    batch.revisions.clone_from(revisions);
                     batch.ticket = Some(*ticket);
                 }
                 Job::Done { id, refused } => batch.done.push((*id, refused.clone())),
@@ -389,9 +396,9 @@ impl Batch {
     }
 
     async fn commit(self, store: &Store) -> Result<Option<u64>, store::Error> {
-        let Self { ops, ticket, done, pods_known } = self;
+        let Self { ops, revisions, ticket, done, pods_known } = self;
         let (applied, done) =
-            tokio::join!(async { if ops.is_empty() { Ok(()) } else { store.apply(ops).await } }, async {
+            tokio::join!(async { if ops.is_empty() { Ok(()) } else { store.apply_at(ops, revisions).await } }, async {
                 if done.is_empty() { Ok(()) } else { store.reports_done(done).await }
             },);
         applied?;

@@ -8,6 +8,7 @@ use rusqlite::{Connection, TransactionBehavior, params};
 use skerry_proto::sync::{COLLECTIONS, Collection, Encoding, Entry, Report, ReportKind, decode};
 use tracing::warn;
 
+use super::revisions::{self, Revisions};
 use super::schema::{self, Checksum, meta};
 use super::seal::Sealer;
 use super::{Row, Stats, migrate};
@@ -129,6 +130,10 @@ impl Db {
 
     pub(super) fn store_id(&self) -> rusqlite::Result<String> {
         Ok(migrate::get(&self.connection, meta::STORE_ID)?.unwrap_or_default())
+    }
+
+    pub(super) fn revisions(&self) -> rusqlite::Result<Revisions> {
+        Ok(migrate::get(&self.connection, meta::REVISIONS)?.map(|text| revisions::parse(&text)).unwrap_or_default())
     }
 
     pub(super) fn epoch(&self) -> rusqlite::Result<u64> {

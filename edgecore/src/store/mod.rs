@@ -20,6 +20,7 @@ mod ballast;
 mod db;
 mod migrate;
 mod open;
+mod revisions;
 mod schema;
 mod seal;
 mod snapshot;
@@ -28,6 +29,7 @@ mod tests;
 mod writer;
 
 pub use self::ballast::FILE as BALLAST;
+pub use self::revisions::Revisions;
 pub use self::snapshot::Snapshot;
 
 /// Bytes of commands that may wait for the store thread; a sender waits beyond it.
@@ -260,9 +262,19 @@ impl Store {
         &self.shared.store_id
     }
 
-    /// Commits a batch of the link's; returns when it is durable. Subscribers are told after the commit.
+    /// Commits a batch; returns when it is durable. Subscribers are told after the commit.
     pub async fn apply(&self, ops: Vec<Op>) -> Result<(), Error> {
-        self.write(Write::Apply(ops)).await
+        self.apply_at(ops, Revisions::new()).await
+    }
+
+    /// As [`Store::apply`], with how new the objects may be after it; none: as before.
+    pub async fn apply_at(&self, ops: Vec<Op>, revisions: Revisions) -> Result<(), Error> {
+        self.write(Write::Apply(ops, revisions)).await
+    }
+
+    /// What [`Store::apply_at`] was last told.
+    pub async fn revisions(&self) -> Result<Revisions, Error> {
+        self.read("read how new the objects are", |db| db.revisions()).await
     }
 
     /// All rows of a collection.

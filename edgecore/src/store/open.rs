@@ -209,7 +209,7 @@ pub(super) fn salvage(connection: &Connection) -> Salvage {
             }
         });
     }
-    for key in [meta::EPOCH, meta::REFUSED, meta::LAST_REFUSAL, meta::DAMAGED] {
+    for key in [meta::EPOCH, meta::REVISIONS, meta::REFUSED, meta::LAST_REFUSAL, meta::DAMAGED] {
         if let Ok(Some(value)) = migrate::get(connection, key) {
             found.meta.push((key, value));
         }

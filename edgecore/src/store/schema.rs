@@ -44,6 +44,8 @@ CREATE TABLE meta (
 pub(super) mod meta {
     pub(in crate::store) const STORE_ID: &str = "store_id";
     pub(in crate::store) const EPOCH: &str = "last_epoch";
+    /// How new the objects may be: `COLLECTION:REVISION` with commas between.
+    pub(in crate::store) const REVISIONS: &str = "revisions";
     pub(in crate::store) const SCHEMA: &str = "schema";
     pub(in crate::store) const PODS_KNOWN: &str = "pods_known";
     pub(in crate::store) const DAMAGED: &str = "damaged";

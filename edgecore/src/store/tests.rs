@@ -75,6 +75,18 @@ async fn rows_come_back_by_every_way_and_changes_are_told() {
 }
 
 #[tokio::test]
+async fn how_new_the_objects_are_is_written_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path());
+    assert_eq!(store.revisions().await.unwrap(), []);
+    let revisions = vec![(Collection::Pods, 7), (Collection::ConfigMaps, u64::MAX)];
+    store.apply_at(vec![upsert(Collection::Pods, "a", "1")], revisions.clone()).await.unwrap();
+    store.apply(vec![upsert(Collection::Pods, "b", "1")]).await.unwrap();
+    store.close().await;
+    assert_eq!(reopen(dir.path()).revisions().await.unwrap(), revisions);
+}
+
+#[tokio::test]
 async fn nothing_is_written_when_nothing_changes() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path());

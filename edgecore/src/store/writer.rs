@@ -10,6 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tracing::{error, warn};
 
 use super::db::{COLUMNS, Db, Lost, Opened, StoredObject, StoredReport, note_sum, seal_name};
+use super::revisions::{self, Revisions};
 use super::schema::{self, meta};
 use super::seal::Sealer;
 use super::{Change, Error, MAX_EVENTS, Row, Signals, migrate, open};
@@ -33,7 +34,8 @@ pub(super) enum Command {
 
 /// A change of the store; done twice it does the same.
 pub(super) enum Write {
-    Apply(Vec<Op>),
+    /// The link's, with how new the objects may be after it.
+    Apply(Vec<Op>, Revisions),
     Report(Report),
     Done(Vec<(u64, String)>),
     Remember(&'static str, String, Bytes),
@@ -47,7 +49,7 @@ impl Write {
     /// About how much memory it holds while it waits.
     pub(super) fn bytes(&self) -> usize {
         128 + match self {
-            Self::Apply(ops) => ops
+            Self::Apply(ops, _) => ops
                 .iter()
                 .map(|op| match op {
                     Op::Upsert(object) => 128 + object.entry.key.len() + object.entry.uid.len() + object.payload.len(),
@@ -285,7 +287,10 @@ fn perform(
     effects: &mut Effects,
 ) -> rusqlite::Result<()> {
     match write {
-        Write::Apply(ops) => {
+        Write::Apply(ops, revisions) => {
+            if !revisions.is_empty() {
+                effects.wrote |= migrate::set(connection, meta::REVISIONS, &revisions::text(revisions))?;
+            }
             for op in ops {
                 let change = match op {
                     Op::Upsert(object) => upsert(connection, sealer, object)?,

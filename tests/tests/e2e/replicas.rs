@@ -1,10 +1,12 @@
 //! Several cloudcores behind one address.
 
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use skerry_tests::cloudcore::Cloudcore;
 use skerry_tests::manifests::{list, sleeper};
+use skerry_tests::relay::Relay;
 use skerry_tests::wait::until;
 
 use crate::world::{control, story};
@@ -91,6 +93,46 @@ fn sessions_move_between_replicas_while_pods_come_and_go() -> Result<()> {
         until("the session to be where it was", 30, || {
             Ok(sessions(&world.cloud)? == 1.0 && sessions(&second)? == 0.0 && world.is_connected()?)
         })
+    })
+}
+
+#[test]
+fn a_replica_that_lags_takes_nothing_back() -> Result<()> {
+    story("replicas-lagging", |world| {
+        let node = world.edge.name().to_owned();
+        // The second hears of everything four seconds late.
+        let (lag, second) = {
+            let control = control()?;
+            let server = control.server()?;
+            let address: SocketAddr = server.trim_start_matches("https://").parse()?;
+            let lag = Relay::start(address)?;
+            let front = format!("https://{}", lag.address());
+            let second = Cloudcore::start(&control, &world.dir().join("lagging"), Some((&front, &control.ca_pem()?)))?;
+            (lag, second)
+        };
+        world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
+        world.carry_over("websocket")?;
+        lag.set(|line| line.latency = Duration::from_secs(4));
+        // One is made and one is ended that the second will not have heard of.
+        world.kubectl.apply(&sleeper("three", &node, false).to_string())?;
+        world.wait_ready("app=sleeper", 3)?;
+        world.kubectl.delete("pod", "two")?;
+        world.kubectl.wait_gone("pod", "two", 60)?;
+        std::thread::sleep(Duration::from_millis(300));
+        let before = world.running()?;
+        world.relay.retarget(second.address());
+        world.relay.reset();
+        let end = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < end {
+            let now = world.running()?;
+            ensure!(now == before, "the second took something back: {before:?} {now:?}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        ensure!(sessions(&second)? == 1.0, "the node is not at the second replica");
+        // It goes on from there.
+        lag.set(|line| line.latency = Duration::ZERO);
+        world.kubectl.delete("pod", "three")?;
+        world.kubectl.wait_gone("pod", "three", 60)
     })
 }
 

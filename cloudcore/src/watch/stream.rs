@@ -1,0 +1,175 @@
+//! A list and the changes behind it, for ever.
+//!
+//! Unlike a stream of events alone, it tells how far it has come: the revision of a list at its end, of each change and of the apiserver's
+//! bookmarks. Whoever compares what two replicas know needs that.
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use kube::api::{Api, ListParams, WatchEvent, WatchParams};
+use kube::{Resource, ResourceExt as _};
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::{debug, info, warn};
+
+use super::{Progress, Sink};
+use crate::apiserver::{Kind, backoff};
+use crate::retry::chain;
+
+/// The longest pause of a watch that keeps breaking. There are six of them however many nodes there are, and every edge waits for
+/// them after an outage: they need not be as patient as what nodes cause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Seconds a watch lasts before it is renewed.
+const WATCH_SECONDS: u32 = 60;
+/// A watch that has not ended so long after its time is dead, and so is a list or the beginning of a watch that takes as long.
+const GRACE: Duration = Duration::from_secs(5);
+const LIST_PATIENCE: Duration = Duration::from_secs(60);
+/// Objects in one part of a list.
+const PART: u32 = 500;
+
+/// Why a list or watch has to be begun anew.
+enum Broken {
+    /// The changes from where it stood are not to be had any more: a list has to come before them.
+    Expired,
+    /// Something else; it goes on from where it stood.
+    Failed(String, bool),
+}
+
+/// Follows what `api` shows of `selected`.
+pub(super) async fn follow<K>(
+    kind: Kind,
+    api: Api<K>,
+    selected: ListParams,
+    progress: Progress,
+    mut sink: impl Sink<K> + Send,
+) where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let mut from = None;
+    let mut failures = 0;
+    loop {
+        let ended = match &mut from {
+            None => list(&api, &selected, &progress, &mut sink).await.map(|revision| from = Some(revision)),
+            Some(from) => watch(&api, &selected, &progress, &mut sink, from).await,
+        };
+        let code = if ended.is_ok() { 200 } else { 0 };
+        progress.api.metrics().request("watch", kind.plural(), code);
+        match ended {
+            Ok(()) => {
+                if std::mem::take(&mut failures) > 0 {
+                    info!(resource = kind.plural(), "the watch works again");
+                }
+                continue;
+            }
+            Err(Broken::Expired) => {
+                debug!(resource = kind.plural(), "the watch fell too far behind: listing anew");
+                from = None;
+            }
+            Err(Broken::Failed(cause, forbidden)) => {
+                if failures == 0 {
+                    let remedy = if forbidden { "; apply deploy/rbac.yaml" } else { "" };
+                    warn!(resource = kind.plural(), "the watch broke: {cause}; trying again until it works{remedy}");
+                }
+                failures += 1;
+            }
+        }
+        tokio::time::sleep(backoff(failures, rand::random()).min(LONGEST_PAUSE)).await;
+    }
+}
+
+/// The most recent state, never an older one from a cache; answers its revision.
+async fn list<K>(
+    api: &Api<K>,
+    selected: &ListParams,
+    progress: &Progress,
+    sink: &mut impl Sink<K>,
+) -> Result<String, Broken>
+where
+    K: Resource + Clone + Debug + DeserializeOwned,
+{
+    let mut params = selected.clone().limit(PART);
+    let mut begun = false;
+    loop {
+        let part = timeout(LIST_PATIENCE, api.list(&params)).await.map_err(|_| silent())?.map_err(broken)?;
+        if !std::mem::replace(&mut begun, true) {
+            sink.begin();
+        }
+        let revision = part.metadata.resource_version.unwrap_or_default();
+        progress.shows(&revision);
+        for mut object in part.items {
+            object.managed_fields_mut().clear();
+            sink.apply(object);
+        }
+        params.continue_token = part.metadata.continue_.filter(|token| !token.is_empty());
+        if params.continue_token.is_none() {
+            sink.complete();
+            progress.reached(&revision);
+            return Ok(revision);
+        }
+    }
+}
+
+/// The changes from a revision on, which is moved on with them.
+async fn watch<K>(
+    api: &Api<K>,
+    selected: &ListParams,
+    progress: &Progress,
+    sink: &mut impl Sink<K>,
+    from: &mut String,
+) -> Result<(), Broken>
+where
+    K: Resource + Clone + Debug + DeserializeOwned + 'static,
+{
+    let params = WatchParams {
+        label_selector: selected.label_selector.clone(),
+        field_selector: selected.field_selector.clone(),
+        ..WatchParams::default()
+    };
+    let params = params.timeout(WATCH_SECONDS);
+    let dead = Instant::now() + Duration::from_secs(WATCH_SECONDS.into()) + GRACE;
+    let events = timeout(GRACE, api.watch(&params, from)).await.map_err(|_| silent())?.map_err(broken)?;
+    let mut events = std::pin::pin!(events);
+    loop {
+        let event = match timeout_at(dead, events.next()).await {
+            Err(_) => return Err(silent()),
+            Ok(None) => return Ok(()),
+            Ok(Some(event)) => event.map_err(broken)?,
+        };
+        let (mut object, is_gone) = match event {
+            WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, false),
+            WatchEvent::Deleted(object) => (object, true),
+            WatchEvent::Bookmark(mark) => {
+                from.clone_from(&mark.metadata.resource_version);
+                progress.reached(from);
+                continue;
+            }
+            WatchEvent::Error(status) if status.code == 410 => return Err(Broken::Expired),
+            WatchEvent::Error(status) => return Err(broken(kube::Error::Api(status))),
+        };
+        let revision = object.resource_version().unwrap_or_default();
+        progress.shows(&revision);
+        object.managed_fields_mut().clear();
+        if is_gone {
+            sink.delete(object)
+        } else {
+            sink.apply(object)
+        }
+        progress.reached(&revision);
+        if !revision.is_empty() {
+            *from = revision;
+        }
+    }
+}
+
+fn broken(error: kube::Error) -> Broken {
+    match &error {
+        kube::Error::Api(status) if status.code == 410 => Broken::Expired,
+        kube::Error::Api(status) => Broken::Failed(chain(&error), matches!(status.code, 401 | 403)),
+        _ => Broken::Failed(chain(&error), false),
+    }
+}
+
+fn silent() -> Broken {
+    Broken::Failed("the apiserver does not answer".to_owned(), false)
+}
