@@ -210,16 +210,16 @@ impl Backend for K8sBackend {
     }
 
     async fn revision(&self, at_least: u64) -> Result<u64, BackendError> {
-        let known = self.shared.closures().newest();
+        let known = self.shared.closures().revision();
         if known >= at_least {
             return Ok(known);
         }
         let failed = |source| BackendError { action: "ask for the apiserver's revision".to_owned(), source };
         let one = self.api.list_part(Kind::Node, "", 1, None).await.map_err(failed)?;
-        let revision = one.metadata.resource_version.unwrap_or_default();
-        self.shared.closures().shows(Source::Nodes, &revision);
         // One that is no number is not to be compared.
-        Ok(revision.parse().unwrap_or(at_least))
+        let revision = one.metadata.resource_version.and_then(|revision| revision.parse().ok()).unwrap_or(at_least);
+        self.shared.closures().now_at(revision);
+        Ok(revision)
     }
 
     fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, seen: &[Revision]) -> K8sFeed {

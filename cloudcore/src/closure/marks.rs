@@ -1,8 +1,11 @@
 //! How far each watch has come, by the apiserver's revisions: what a session says of them to its hub, see
 //! [`HubInput::Newest`](skerry_proto::sync::HubInput::Newest) and [`HubInput::Reached`](skerry_proto::sync::HubInput::Reached).
 
+use std::sync::Arc;
+
 use skerry_proto::sync::Collection;
 use skerry_proto::wire::Revision;
+use tokio::sync::Notify;
 
 use super::{Closures, SOURCES, Session, Source};
 use crate::backend::FeedEvent;
@@ -21,6 +24,11 @@ pub(super) struct Marks {
     newest: Revisions,
     /// Every change up to here has been taken in.
     reached: Revisions,
+    /// What edges have seen beyond that.
+    wanted: Revisions,
+    hurry: [Arc<Notify>; SOURCES],
+    /// The apiserver had come to here, whatever it was that changed.
+    revision: u64,
     /// Questions under way whether something that a list did not show is really gone.
     confirming: usize,
 }
@@ -37,6 +45,11 @@ impl Marks {
     fn shows(&mut self, source: Source, revision: u64) {
         let newest = &mut self.newest[source as usize];
         *newest = revision.max(*newest);
+        self.now_at(revision);
+    }
+
+    fn now_at(&mut self, revision: u64) {
+        self.revision = self.revision.max(revision);
     }
 }
 
@@ -87,8 +100,23 @@ impl Closures {
     }
 
     /// The newest revision that is known of.
-    pub(crate) fn newest(&self) -> u64 {
-        self.marks.newest.into_iter().max().unwrap_or_default()
+    pub(crate) fn revision(&self) -> u64 {
+        self.marks.revision
+    }
+
+    /// The apiserver has come to this revision.
+    pub(crate) fn now_at(&mut self, revision: u64) {
+        self.marks.now_at(revision);
+    }
+
+    /// Notified when some edge has seen more of a source than its watch has come to.
+    pub(crate) fn hurry(&self, source: Source) -> Arc<Notify> {
+        self.marks.hurry[source as usize].clone()
+    }
+
+    /// Whether that is so still.
+    pub(crate) fn lacks(&self, source: Source) -> bool {
+        self.marks.wanted[source as usize] > self.marks.reached[source as usize]
     }
 
     /// A session's edge has seen this already, at whatever replica.
@@ -97,6 +125,12 @@ impl Closures {
         for (source, least) in ALL.into_iter().zip(&mut least) {
             let of = |revision: &&Revision| revision.collection() == source.collection();
             *least = seen.iter().find(of).map_or(0, |revision| revision.newest);
+        }
+        for (number, least) in least.iter().enumerate() {
+            if *least > self.marks.reached[number] {
+                self.marks.wanted[number] = self.marks.wanted[number].max(*least);
+                self.marks.hurry[number].notify_one();
+            }
         }
         let is_behind = least != Revisions::default();
         session.said.least = is_behind.then_some(least);

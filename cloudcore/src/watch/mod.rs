@@ -14,7 +14,7 @@ use kube::core::PartialObjectMeta;
 use serde_json::Value;
 use skerry_proto::EDGE_LABEL;
 use skerry_proto::sync::{Collection, decode};
-use tokio::sync::broadcast;
+use tokio::sync::{Notify, broadcast};
 use tracing::{debug, error, info, warn};
 
 use self::stream::follow;
@@ -62,9 +62,16 @@ struct Progress {
     api: Apiserver,
     shared: Arc<Shared>,
     source: Source,
+    /// Some edge has seen more than this watch has come to.
+    hurry: Arc<Notify>,
 }
 
 impl Progress {
+    /// Whether that is so still.
+    fn lacks(&self) -> bool {
+        self.shared.closures().lacks(self.source)
+    }
+
     fn shows(&self, revision: &str) {
         self.shared.closures().shows(self.source, revision);
     }
@@ -79,7 +86,8 @@ impl Progress {
 
 impl Watches {
     fn progress(&self, source: Source) -> Progress {
-        Progress { api: self.api.clone(), shared: self.shared.clone(), source }
+        let hurry = self.shared.closures().hurry(source);
+        Progress { api: self.api.clone(), shared: self.shared.clone(), source, hurry }
     }
 
     /// Edge nodes, for ever.

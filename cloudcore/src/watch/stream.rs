@@ -25,6 +25,10 @@ const WATCH_SECONDS: u32 = 60;
 /// A watch that has not ended so long after its time is dead, and so is a list or the beginning of a watch that takes as long.
 const GRACE: Duration = Duration::from_secs(5);
 const LIST_PATIENCE: Duration = Duration::from_secs(60);
+/// How much a watch may lag before it is looked whether it does.
+const LAG: Duration = Duration::from_secs(1);
+/// However many edges come from replicas that know more.
+const LISTS_APART: Duration = Duration::from_secs(45);
 /// Objects in one part of a list.
 const PART: u32 = 500;
 
@@ -48,11 +52,23 @@ pub(super) async fn follow<K>(
 {
     let mut from = None;
     let mut failures = 0;
+    let mut listed = Instant::now();
     loop {
         let ended = match &mut from {
-            None => list(&api, &selected, &progress, &mut sink).await.map(|revision| from = Some(revision)),
-            Some(from) => watch(&api, &selected, &progress, &mut sink, from).await,
+            None => {
+                listed = Instant::now();
+                list(&api, &selected, &progress, &mut sink).await.map(|revision| from = Some(revision))
+            }
+            Some(from) => tokio::select! {
+                ended = watch(&api, &selected, &progress, &mut sink, from) => ended,
+                () = overtaken(&progress, listed + LISTS_APART) => {
+                    debug!(resource = kind.plural(), "an edge has seen more than the watch tells: listing anew");
+                    from.clear();
+                    Ok(())
+                }
+            },
         };
+        from = from.filter(|from| !from.is_empty());
         let code = if ended.is_ok() { 200 } else { 0 };
         progress.api.metrics().request("watch", kind.plural(), code);
         match ended {
@@ -128,7 +144,7 @@ where
     };
     let params = params.timeout(WATCH_SECONDS);
     let dead = Instant::now() + Duration::from_secs(WATCH_SECONDS.into()) + GRACE;
-    let events = timeout(GRACE, api.watch(&params, from)).await.map_err(|_| silent())?.map_err(broken)?;
+    let events = timeout(LIST_PATIENCE, api.watch(&params, from)).await.map_err(|_| silent())?.map_err(broken)?;
     let mut events = std::pin::pin!(events);
     loop {
         let event = match timeout_at(dead, events.next()).await {
@@ -158,6 +174,18 @@ where
         progress.reached(&revision);
         if !revision.is_empty() {
             *from = revision;
+        }
+    }
+}
+
+/// Waits until an edge has seen more than the watch tells even when it was given some time. Nothing changed since, then, or the watch
+/// hangs: a watch of what does not change tells no revision, a list does.
+async fn overtaken(progress: &Progress, not_before: Instant) {
+    loop {
+        progress.hurry.notified().await;
+        tokio::time::sleep_until(not_before.max(Instant::now() + LAG)).await;
+        if progress.lacks() {
+            return;
         }
     }
 }
