@@ -57,6 +57,8 @@ pub struct Wire<T, M> {
     transport: Transport<T>,
     meter: M,
     full: usize,
+    /// Nothing can be sent any more; what came before is still read.
+    broken: Option<End>,
 }
 
 #[derive(Debug)]
@@ -108,7 +110,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     }
 
     fn new(transport: Transport<T>, side: Side, meter: M) -> Self {
-        Self { carrier: Carrier::new(side), transport, meter, full: 1 }
+        Self { carrier: Carrier::new(side), transport, meter, full: 1, broken: None }
     }
 
     /// Whether it is QUIC.
@@ -145,17 +147,24 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
         self.carrier.streams()
     }
 
-    /// Sends what waits; waits for a frame, if `reading`, or for [`Event::Drained`]. Cancel safe.
+    /// Sends what waits; waits for a frame, if `reading`, or for [`Event::Drained`]. What the peer said before the connection broke comes
+    /// before the error. Cancel safe.
     pub async fn next(&mut self, reading: bool) -> Result<Event, End> {
         let was_full = self.is_full();
         poll_fn(|context| {
-            if let Poll::Ready(Err(end)) = self.poll_send(context) {
-                return Poll::Ready(Err(end));
+            if self.broken.is_none()
+                && let Poll::Ready(Err(end)) = self.poll_send(context)
+            {
+                self.broken = Some(end);
             }
             if was_full && !self.is_full() {
                 return Poll::Ready(Ok(Event::Drained));
             }
-            if reading { self.poll_receive(context) } else { Poll::Pending }
+            // The reader's error says more: that it is closed, and why, where the writer only knows that the pipe is.
+            if reading && let Poll::Ready(received) = self.poll_receive(context) {
+                return Poll::Ready(received);
+            }
+            self.broken.take().map_or(Poll::Pending, |end| Poll::Ready(Err(end)))
         })
         .await
     }

@@ -78,6 +78,8 @@ pub(super) struct Quic {
     incoming: [Option<Incoming>; LANE_COUNT],
     /// Until the peer has opened all.
     accepting: Option<Accepting>,
+    /// The connection is gone; what came before is still read.
+    gone: Option<ConnectionError>,
 }
 
 struct Outgoing {
@@ -107,7 +109,7 @@ impl Quic {
             Ok(Outgoing { stream, unsent: Bytes::new() })
         };
         let outgoing = [open(0).await?, open(1).await?, open(2).await?, open(3).await?];
-        Ok(Self { connection, outgoing, incoming: Default::default(), accepting: Some(accepting) })
+        Ok(Self { connection, outgoing, incoming: Default::default(), accepting: Some(accepting), gone: None })
     }
 
     pub(super) fn poll_send(
@@ -148,7 +150,13 @@ impl Quic {
     pub(super) fn poll_receive(&mut self, meter: &impl Meter, context: &mut Context<'_>) -> Poll<Result<Frame, End>> {
         while let Some(accepting) = &mut self.accepting {
             let Poll::Ready(accepted) = accepting.as_mut().poll(context) else { break };
-            let stream = accepted.map_err(lost)?;
+            let stream = match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    (self.accepting, self.gone) = (None, Some(error));
+                    break;
+                }
+            };
             let place = usize::try_from(stream.id().index()).unwrap_or(usize::MAX);
             let Some(lane) = self.incoming.get_mut(place) else {
                 return Poll::Ready(Err(End::Garbage(format!("a stream number {place} that no class has"))));
@@ -157,18 +165,29 @@ impl Quic {
             let complete = self.incoming.iter().all(Option::is_some);
             self.accepting = (!complete).then(|| accept(&self.connection));
         }
+        // The last words may have come together with the end: it counts when nothing more can be read.
+        let mut end = None;
         for (lane, class) in self.incoming.iter_mut().zip(LANES) {
             let Some(lane) = lane else { continue };
-            if let Poll::Ready(frame) = lane.poll_frame(context) {
-                let (frame, bytes) = frame?;
-                meter.received(bytes);
-                if class_of(&frame) != Some(class) {
-                    return Poll::Ready(Err(End::Garbage("a frame came on the stream of another class".to_owned())));
+            let Poll::Ready(frame) = lane.poll_frame(context) else { continue };
+            let (frame, bytes) = match frame {
+                Ok(frame) => frame,
+                Err(garbage @ End::Garbage(_)) => return Poll::Ready(Err(garbage)),
+                Err(other) => {
+                    end.get_or_insert(other);
+                    continue;
                 }
-                return Poll::Ready(Ok(frame));
+            };
+            meter.received(bytes);
+            if class_of(&frame) != Some(class) {
+                return Poll::Ready(Err(End::Garbage("a frame came on the stream of another class".to_owned())));
             }
+            return Poll::Ready(Ok(frame));
         }
-        Poll::Pending
+        match self.gone.clone().map(lost).or(end) {
+            Some(end) => Poll::Ready(Err(end)),
+            None => Poll::Pending,
+        }
     }
 
     /// Says that control has sent all, and waits until the peer has it.

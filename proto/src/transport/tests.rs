@@ -147,6 +147,26 @@ async fn frames_and_streams_over_quic() {
     talk(pair).await;
 }
 
+#[tokio::test]
+async fn last_words_that_came_with_the_end_are_heard() {
+    let (cloud, edge, _endpoints) = connections().await;
+    let closed = edge.clone();
+    let cloud = Wire::<DuplexStream, ()>::over_quic(cloud, Side::Cloud, ()).await.unwrap();
+    let mut edge = Wire::<DuplexStream, ()>::over_quic(edge, Side::Edge, ()).await.unwrap();
+    cloud.finish("over", Some(goodbye(7)), Duration::from_secs(10)).await;
+    closed.closed().await;
+    // It has something to say, too, which it finds that it cannot.
+    edge.push(ping(1));
+    loop {
+        match edge.next(true).await {
+            Ok(Event::Frame(Frame { body: Some(Body::Goodbye(said)) })) => break assert_eq!(said, goodbye(7)),
+            Ok(Event::Drained) => {}
+            other => panic!("no last words: {other:?}"),
+        }
+    }
+    assert!(matches!(edge.next(true).await, Err(End::Closed)));
+}
+
 /// Nobody reads the device class; what is urgent still goes, and nothing is lost.
 async fn flood((mut cloud, mut edge): Pair) {
     let streams = cloud.streams();
