@@ -14,7 +14,7 @@ use quinn::{Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, Sen
 
 use super::{BURST, End, Meter, malformed};
 use crate::frame;
-use crate::mux::{Class, class_of};
+use crate::mux::{CUT, Class, class_of};
 use crate::streams::Carrier;
 use crate::sync::MAX_FRAME;
 use crate::wire::Frame;
@@ -28,6 +28,8 @@ const CLASS_WINDOW: u32 = 256 << 10;
 const IDLE: Duration = Duration::from_secs(60);
 /// Bytes that are read at once.
 const CHUNK: usize = 4 << 10;
+/// The longest frame of a lane that carries streams: those are cut, and what has come of one is held until it is whole.
+const MAX_CUT_FRAME: usize = 2 * CUT;
 /// The most that the length of a frame takes.
 const MAX_VARINT: usize = 10;
 
@@ -169,7 +171,7 @@ impl Quic {
         let mut end = None;
         for (lane, class) in self.incoming.iter_mut().zip(LANES) {
             let Some(lane) = lane else { continue };
-            let Poll::Ready(frame) = lane.poll_frame(context) else { continue };
+            let Poll::Ready(frame) = lane.poll_frame(longest(class), context) else { continue };
             let (frame, bytes) = match frame {
                 Ok(frame) => frame,
                 Err(garbage @ End::Garbage(_)) => return Poll::Ready(Err(garbage)),
@@ -205,9 +207,9 @@ impl Quic {
 }
 
 impl Incoming {
-    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Result<(Frame, usize), End>> {
+    fn poll_frame(&mut self, longest: usize, context: &mut Context<'_>) -> Poll<Result<(Frame, usize), End>> {
         loop {
-            if let Some(frame) = self.frame()? {
+            if let Some(frame) = self.frame(longest)? {
                 return Poll::Ready(Ok(frame));
             }
             let mut chunk = [0; CHUNK];
@@ -229,15 +231,15 @@ impl Incoming {
     }
 
     /// The frame that is complete, and its length.
-    fn frame(&mut self) -> Result<Option<(Frame, usize)>, End> {
+    fn frame(&mut self, longest: usize) -> Result<Option<(Frame, usize)>, End> {
         let mut rest = &self.unread[..];
         let length = match prost::decode_length_delimiter(&mut rest) {
             Ok(length) => length,
             Err(_) if self.unread.len() < MAX_VARINT => return Ok(None),
             Err(error) => return Err(malformed(&error)),
         };
-        if length > MAX_FRAME {
-            return Err(End::Garbage(format!("a frame of {length} bytes is larger than {MAX_FRAME}")));
+        if length > longest {
+            return Err(End::Garbage(format!("a frame of {length} bytes is larger than {longest}")));
         }
         if rest.len() < length {
             return Ok(None);
@@ -247,6 +249,11 @@ impl Incoming {
         let bytes = self.unread.split_to(length).freeze();
         frame::decode(bytes).map(|frame| Some((frame, head + length))).map_err(|error| malformed(&error))
     }
+}
+
+/// The longest frame of a lane, in bytes.
+fn longest(class: Option<Class>) -> usize {
+    if class.is_some() { MAX_CUT_FRAME } else { MAX_FRAME }
 }
 
 fn accept(connection: &Connection) -> Accepting {

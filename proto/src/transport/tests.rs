@@ -250,9 +250,11 @@ async fn garbage_on_quic_is_told() {
     use prost::Message as _;
     let control = ping(1).encode_length_delimited_to_vec();
     let data = Frame { body: Some(Body::StreamData(crate::wire::StreamData { id: 3, ..Default::default() })) };
-    let cases: [(usize, Vec<u8>, &str); 4] = [
+    let cases: [(usize, Vec<u8>, &str); 5] = [
         (0, vec![0xff; 10], "cannot be decoded"),
         (0, vec![0x80, 0x80, 0x80, 0x40], "is larger than"),
+        // The length alone, of 8193 bytes: what follows is not waited for.
+        (2, vec![0x81, 0x40], "is larger than 8192"),
         (3, control, "another class"),
         (1, data.encode_length_delimited_to_vec(), "never opened"),
     ];
