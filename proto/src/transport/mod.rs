@@ -175,11 +175,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
         self.carrier.end(reason);
         let Some(goodbye) = goodbye else { return self.close(reason) };
         self.carrier.control(Frame { body: Some(Body::Goodbye(goodbye)) });
+        let (carrier, meter) = (&mut self.carrier, &self.meter);
         let farewell = async {
-            poll_fn(|context| self.poll_send(context)).await?;
             match &mut self.transport {
-                Transport::Ws(ws) => ws.close().await,
-                Transport::Quic(quic) => quic.finish().await,
+                Transport::Ws(ws) => ws.finish(carrier, meter).await,
+                Transport::Quic(quic) => quic.finish(carrier, meter).await,
             }
         };
         // Whether the last words were heard changes nothing here.

@@ -1,7 +1,8 @@
 //! Frames on QUIC: one unidirectional stream for each class and side, strictly prioritised (RFC 9000).
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -120,15 +121,25 @@ impl Quic {
         meter: &impl Meter,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), End>> {
+        self.poll_lanes(0..LANE_COUNT, carrier, meter, context)
+    }
+
+    fn poll_lanes(
+        &mut self,
+        places: Range<usize>,
+        carrier: &mut Carrier,
+        meter: &impl Meter,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), End>> {
         let (mut sent, mut blocked) = (0, false);
-        for (lane, class) in self.outgoing.iter_mut().zip(LANES) {
+        for (lane, class) in self.outgoing[places.clone()].iter_mut().zip(&LANES[places]) {
             loop {
                 if lane.unsent.is_empty() {
                     if sent == BURST {
                         context.waker().wake_by_ref();
                         return Poll::Pending;
                     }
-                    let Poll::Ready(frame) = carrier.poll_frame_of(class, context) else { break };
+                    let Poll::Ready(frame) = carrier.poll_frame_of(*class, context) else { break };
                     lane.unsent = frame.encode_length_delimited_to_vec().into();
                     meter.sent(lane.unsent.len());
                     sent += 1;
@@ -192,8 +203,10 @@ impl Quic {
         }
     }
 
-    /// Says that control has sent all, and waits until the peer has it.
-    pub(super) async fn finish(&mut self) -> Result<(), End> {
+    /// Sends what control has, says that this is all, and waits until the peer has it. What the other lanes have is for nobody any more, and
+    /// a peer that does not read it is not waited for.
+    pub(super) async fn finish(&mut self, carrier: &mut Carrier, meter: &impl Meter) -> Result<(), End> {
+        poll_fn(|context| self.poll_lanes(0..1, carrier, meter, context)).await?;
         let control = &mut self.outgoing[0].stream;
         // It was not closed before, or the connection is gone.
         let _ = control.finish();

@@ -167,6 +167,34 @@ async fn last_words_that_came_with_the_end_are_heard() {
     assert!(matches!(edge.next(true).await, Err(End::Closed)));
 }
 
+#[tokio::test]
+async fn last_words_do_not_wait_for_streams_that_nobody_reads() {
+    let (cloud, edge, _endpoints) = connections().await;
+    let mut cloud = Wire::<DuplexStream, ()>::over_quic(cloud, Side::Cloud, ()).await.unwrap();
+    // More than a lane takes that nobody reads: what is left of a frame waits for room on it.
+    let mut opened: Vec<_> = (0..10).map(|_| cloud.streams().open(Class::Device, Bytes::new()).unwrap()).collect();
+    for stream in &mut opened {
+        let mut written = 0;
+        while written < 64 << 10 {
+            tokio::select! {
+                wrote = stream.write(&[0; 4096]) => written += wrote.unwrap(),
+                event = cloud.next(true) => panic!("{event:?}"),
+            }
+        }
+    }
+    let patience = Duration::from_secs(3600);
+    let finished = tokio::time::timeout(Duration::from_secs(20), cloud.finish("over", Some(goodbye(7)), patience));
+    let heard = async {
+        let mut edge = Wire::<DuplexStream, ()>::over_quic(edge.clone(), Side::Edge, ()).await.unwrap();
+        let heard = edge.next(true).await.unwrap();
+        // It is kept: a lane that was let go would tell the cloud so.
+        (heard, edge)
+    };
+    let (finished, (heard, _edge)) = tokio::join!(finished, heard);
+    finished.expect("only control is waited for");
+    assert!(matches!(heard, Event::Frame(_) | Event::Opened(_)), "{heard:?}");
+}
+
 /// Nobody reads the device class; what is urgent still goes, and nothing is lost.
 async fn flood((mut cloud, mut edge): Pair) {
     let streams = cloud.streams();

@@ -1,5 +1,6 @@
 //! Frames as the binary messages of a WebSocket.
 
+use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -87,8 +88,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
         }
     }
 
-    /// Closes, and reads what comes until the peer closes too: closing on unread bytes resets the connection, and the last words with it.
-    pub(super) async fn close(&mut self) -> Result<(), End> {
+    /// Sends what waits, closes, and reads what comes until the peer closes too: closing on unread bytes resets the connection, and the last
+    /// words with it.
+    pub(super) async fn finish(&mut self, carrier: &mut Carrier, meter: &impl Meter) -> Result<(), End> {
+        poll_fn(|context| self.poll_send(carrier, meter, context)).await?;
         self.socket.close(None).await.map_err(end)?;
         while let Some(Ok(_)) = self.socket.next().await {}
         Ok(())
