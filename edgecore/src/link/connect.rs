@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use quinn::ConnectionError;
 use serde::{Deserialize, Serialize};
 use skerry_proto::mux::Side;
 use skerry_proto::payload::Refusal;
@@ -79,6 +80,9 @@ pub(super) enum ConnectError {
         /// HTTP status.
         status: u16,
     },
+    /// The server closed the connection and said why.
+    #[error("the cloud closed the connection: {0}")]
+    Closed(String),
     /// It broke before there was a session.
     #[error("{0}")]
     Ended(String),
@@ -180,23 +184,35 @@ async fn over_websocket(server: &Server, tls: Arc<rustls::ClientConfig>) -> Resu
 pub(super) fn ended(server: &Server, end: End) -> ConnectError {
     match end {
         // In TLS 1.3 a client learns only with its first read that its certificate was refused.
-        End::WebSocket(WsError::Io(error)) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
+        End::WebSocket(WsError::Io(error)) | End::Quic(error)
+            if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) =>
+        {
             tls_error(server, error).into()
         }
         End::WebSocket(WsError::Io(error)) | End::Quic(error) => DialError::Network(server.clone(), error).into(),
         End::WebSocket(error) => ConnectError::Ended(format!("the connection broke: {error}")),
         End::Closed => ConnectError::Ended("the cloud closed the connection".to_owned()),
+        End::Told(reason) => ConnectError::Closed(reason),
         End::Garbage(cause) => ConnectError::Ended(format!("the cloud broke the protocol: {cause}")),
     }
 }
 
-fn quic_error(server: &Server, error: quinn::ConnectionError) -> ConnectError {
+fn quic_error(server: &Server, error: ConnectionError) -> ConnectError {
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     match error {
-        quinn::ConnectionError::TimedOut => DialError::Timeout(server.clone()).into(),
-        quinn::ConnectionError::ApplicationClosed(closed) => {
-            ConnectError::Ended(format!("the cloud refuses this node: {}", String::from_utf8_lossy(&closed.reason)))
+        ConnectionError::TimedOut => DialError::Timeout(server.clone()).into(),
+        // Our own TLS says no. QUIC keeps of that only what the peer is told.
+        ConnectionError::TransportError(error) => {
+            let refused = match transport::alert(error.code) {
+                Some(Alert::CertificateExpired) => Tls::InvalidCertificate(Bad::Expired),
+                Some(Alert::BadCertificate) => Tls::InvalidCertificate(Bad::NotValidForName),
+                Some(Alert::UnknownCA | Alert::DecryptError) => Tls::InvalidCertificate(Bad::UnknownIssuer),
+                Some(_) => Tls::General(error.to_string()),
+                None => return DialError::Network(server.clone(), io::Error::other(error)).into(),
+            };
+            tls_error(server, io::Error::new(io::ErrorKind::InvalidData, refused)).into()
         }
-        error => DialError::Network(server.clone(), error.into()).into(),
+        error => ended(server, transport::lost(error)),
     }
 }
 
@@ -212,6 +228,30 @@ fn refusal(server: &Server, response: Response<Option<Vec<u8>>>) -> ConnectError
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn why_there_is_no_quic_is_said_in_words_that_help() {
+        use quinn::{ConnectionClose, TransportErrorCode};
+        let server = Server { host: "cloud".to_owned(), port: 1 };
+        let told = |error| quic_error(&server, error).to_string();
+        let peer = |error_code| {
+            let reason = bytes::Bytes::new();
+            told(ConnectionError::ConnectionClosed(ConnectionClose { error_code, frame_type: None, reason }))
+        };
+        let own = |alert| told(ConnectionError::TransportError(TransportErrorCode::crypto(alert).into()));
+        let cases = [
+            (peer(TransportErrorCode::crypto(45)), "refused this node's certificate (CertificateExpired)"),
+            (peer(TransportErrorCode::crypto(48)), "refused this node's certificate (UnknownCA)"),
+            (peer(TransportErrorCode::CONNECTION_REFUSED), "closed the connection: the server refused"),
+            (own(45), "set the clock"),
+            (own(42), "not for the name \"cloud\""),
+            (own(48), "not signed by this cluster's CA"),
+            (told(ConnectionError::TimedOut), "did not answer"),
+        ];
+        for (told, expected) in cases {
+            assert!(told.contains(expected), "{told:?} does not say {expected:?}");
+        }
+    }
 
     #[test]
     fn quic_is_left_alone_for_longer_and_longer_and_tried_again() {

@@ -17,7 +17,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite;
 
 use self::quic::Quic;
-pub use self::quic::{ALPN, client_config, server_config};
+pub use self::quic::{ALPN, alert, client_config, lost, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
 use crate::mux::{Side, Waiting};
@@ -87,10 +87,13 @@ pub enum End {
     /// The peer closed the connection.
     #[error("the other side closed the connection")]
     Closed,
+    /// The peer closed the connection, and said why.
+    #[error("the other side closed the connection: {0}")]
+    Told(String),
     /// The WebSocket broke.
     #[error("the connection broke")]
     WebSocket(#[source] tungstenite::Error),
-    /// QUIC broke.
+    /// QUIC broke. Where the peer's TLS said so, the source is a [`rustls::Error`](quinn::rustls::Error).
     #[error("the connection broke")]
     Quic(#[source] io::Error),
     /// The peer sent what is no frame, or one that may not be.

@@ -11,7 +11,10 @@ use std::time::Duration;
 use bytes::{Buf as _, Bytes, BytesMut};
 use prost::Message as _;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
-use quinn::{Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, VarInt, WriteError, rustls};
+use quinn::{
+    Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, TransportErrorCode, VarInt,
+    WriteError, rustls,
+};
 
 use super::{BURST, End, Meter, malformed};
 use crate::frame;
@@ -186,8 +189,9 @@ impl Quic {
             let (frame, bytes) = match frame {
                 Ok(frame) => frame,
                 Err(garbage @ End::Garbage(_)) => return Poll::Ready(Err(garbage)),
+                // The last one: that the connection is gone, and why, says more than that control has sent all.
                 Err(other) => {
-                    end.get_or_insert(other);
+                    end = Some(other);
                     continue;
                 }
             };
@@ -274,11 +278,25 @@ fn accept(connection: &Connection) -> Accepting {
     Box::pin(async move { connection.accept_uni().await })
 }
 
-fn lost(error: ConnectionError) -> End {
+/// Why a connection is gone.
+pub fn lost(error: ConnectionError) -> End {
     match error {
-        ConnectionError::ApplicationClosed(_) | ConnectionError::ConnectionClosed(_) | ConnectionError::Reset => {
-            End::Closed
+        ConnectionError::ApplicationClosed(closed) if !closed.reason.is_empty() => {
+            End::Told(String::from_utf8_lossy(&closed.reason).into_owned())
         }
+        ConnectionError::ApplicationClosed(_) | ConnectionError::Reset => End::Closed,
+        ConnectionError::ConnectionClosed(closed) => match alert(closed.error_code) {
+            // As the TLS of a WebSocket says it.
+            Some(alert) => End::Quic(io::Error::new(io::ErrorKind::InvalidData, rustls::Error::AlertReceived(alert))),
+            None if closed.error_code == TransportErrorCode::NO_ERROR => End::Closed,
+            None => End::Told(closed.to_string()),
+        },
         error => End::Quic(io::Error::from(error)),
     }
+}
+
+/// The alert of TLS that an error of QUIC stands for (RFC 9001, 4.8).
+pub fn alert(code: TransportErrorCode) -> Option<rustls::AlertDescription> {
+    let code = u64::from(code).checked_sub(0x100)?;
+    u8::try_from(code).ok().map(rustls::AlertDescription::from)
 }

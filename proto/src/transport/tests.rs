@@ -164,7 +164,7 @@ async fn last_words_that_came_with_the_end_are_heard() {
             other => panic!("no last words: {other:?}"),
         }
     }
-    assert!(matches!(edge.next(true).await, Err(End::Closed)));
+    assert!(matches!(edge.next(true).await, Err(End::Told(said)) if said == "over"));
 }
 
 #[tokio::test]
@@ -271,6 +271,26 @@ async fn garbage(lane: usize, bytes: &[u8]) -> End {
     }
     streams[lane].write_all(bytes).await.unwrap();
     cloud.next(true).await.unwrap_err()
+}
+
+#[test]
+fn why_a_connection_is_gone_is_told() {
+    use quinn::{ApplicationClose, ConnectionClose, ConnectionError, TransportErrorCode};
+    let said = |reason: &'static str| {
+        let reason = Bytes::from_static(reason.as_bytes());
+        lost(ConnectionError::ApplicationClosed(ApplicationClose { error_code: 1_u32.into(), reason }))
+    };
+    assert!(matches!(said("no certificate"), End::Told(said) if said == "no certificate"));
+    assert!(matches!(said(""), End::Closed));
+    let closed = |error_code| {
+        let reason = Bytes::from_static(b"for a reason");
+        lost(ConnectionError::ConnectionClosed(ConnectionClose { error_code, frame_type: None, reason }))
+    };
+    assert!(matches!(closed(TransportErrorCode::NO_ERROR), End::Closed));
+    assert!(matches!(closed(TransportErrorCode::CONNECTION_REFUSED), End::Told(said) if said.contains("for a reason")));
+    let End::Quic(error) = closed(TransportErrorCode::crypto(45)) else { panic!("an alert is TLS's") };
+    let expired = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
+    assert_eq!(error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()), Some(&expired));
 }
 
 #[tokio::test]
