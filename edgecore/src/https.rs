@@ -74,7 +74,7 @@ pub async fn ask(server: &Server, config: Arc<rustls::ClientConfig>, ask: Ask<'_
     let stream = dial(server, config).await?;
     match tokio::time::timeout(CONNECT_TIMEOUT, exchange(server, stream, ask)).await {
         Ok(result) => result,
-        Err(_) => Err(DialError::Timeout(server.clone()).into()),
+        Err(_) => Err(DialError::Timeout(server.clone(), CONNECT_TIMEOUT).into()),
     }
 }
 

@@ -17,10 +17,10 @@ use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::http::Response;
 use tracing::debug;
 
-use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial, resolve, tls_error};
+use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial_any, each, resolve, tls_error};
 use crate::clock;
 
-/// How long QUIC is tried where there is another way.
+/// How long QUIC is tried where there is another way; twice that where the name has several addresses.
 const QUIC_PATIENCE: Duration = Duration::from_secs(2);
 /// How long QUIC is left alone after the first time that only a WebSocket came through; twice as long each time after that.
 const FIRST_AVOIDANCE: Duration = Duration::from_secs(600);
@@ -88,6 +88,17 @@ pub(super) enum ConnectError {
     Ended(String),
 }
 
+impl ConnectError {
+    /// Whether the server answered, and what it said is the trouble.
+    fn is_answer(&self) -> bool {
+        match self {
+            Self::Dial(error) => error.is_answer(),
+            Self::Refused(_) | Self::Status { .. } | Self::Closed(_) => true,
+            Self::Ended(_) => false,
+        }
+    }
+}
+
 impl Choice {
     pub(super) fn new(wanted: Transport) -> Self {
         Self { wanted, avoid_until: Duration::ZERO, avoidance: FIRST_AVOIDANCE }
@@ -121,62 +132,68 @@ pub(super) async fn connect(
     choice: &mut Choice,
 ) -> Result<Wire, ConnectError> {
     let (quic, websocket) = choice.plan(clock::monotonic());
+    // The name's time is not QUIC's: servers of names that are slow say nothing about UDP.
+    let addresses = resolve(server).await?;
     let mut failed = false;
     if quic {
-        let patience = if websocket { QUIC_PATIENCE } else { CONNECT_TIMEOUT };
-        let tried = tokio::time::timeout(patience, over_quic(server, &tls)).await;
-        match tried.unwrap_or_else(|_| Err(DialError::Timeout(server.clone()).into())) {
+        let patience = match addresses.len() {
+            _ if !websocket => CONNECT_TIMEOUT,
+            0 | 1 => QUIC_PATIENCE,
+            _ => 2 * QUIC_PATIENCE,
+        };
+        match over_quic(server, &addresses, &tls, patience).await {
             Ok(wire) => return Ok(wire),
             Err(error) if !websocket => return Err(error),
             Err(error) => debug!(%error, "no QUIC, a WebSocket is tried"),
         }
         failed = true;
     }
-    let wire = over_websocket(server, tls).await?;
+    let wire = over_websocket(server, &addresses, tls).await?;
     if failed {
         choice.avoid_quic(clock::monotonic());
     }
     Ok(wire)
 }
 
-async fn over_quic(server: &Server, tls: &rustls::ClientConfig) -> Result<Wire, ConnectError> {
+async fn over_quic(
+    server: &Server,
+    addresses: &[SocketAddr],
+    tls: &rustls::ClientConfig,
+    patience: Duration,
+) -> Result<Wire, ConnectError> {
     let failed = |error: io::Error| ConnectError::Dial(DialError::Network(server.clone(), error));
     let config = transport::client_config(tls).map_err(|error| failed(io::Error::other(error)))?;
-    let mut last =
-        ConnectError::Dial(DialError::Name(server.host.clone(), io::Error::other("the name has no address")));
-    for address in resolve(server).await? {
-        // An address of its own for each: the system chooses by the route, and again when the route changes.
-        let local = match address {
-            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-        };
-        let endpoint = quinn::Endpoint::client(local).map_err(failed)?;
-        let connecting = match endpoint.connect_with(config.clone(), address, &server.host) {
-            Ok(connecting) => connecting,
-            Err(error) => {
-                last = failed(io::Error::other(error));
-                continue;
-            }
-        };
-        match connecting.await {
-            Ok(connection) => {
-                return Wire::over_quic(connection, Side::Edge, ()).await.map_err(|end| ended(server, end));
-            }
-            Err(error) => last = quic_error(server, error),
+    let attempt = |address| {
+        let config = config.clone();
+        async move {
+            // An address of its own for each: the system chooses by the route, and again when the route changes.
+            let local = match address {
+                SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+                SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+            };
+            let endpoint = quinn::Endpoint::client(local).map_err(failed)?;
+            let connecting = endpoint.connect_with(config, address, &server.host);
+            let connection = connecting.map_err(|error| failed(io::Error::other(error)))?.await;
+            let connection = connection.map_err(|error| quic_error(server, error))?;
+            Wire::over_quic(connection, Side::Edge, ()).await.map_err(|end| ended(server, end))
         }
-    }
-    Err(last)
+    };
+    each(server, addresses, patience, ConnectError::is_answer, attempt).await
 }
 
-async fn over_websocket(server: &Server, tls: Arc<rustls::ClientConfig>) -> Result<Wire, ConnectError> {
-    let stream = dial(server, tls).await?;
+async fn over_websocket(
+    server: &Server,
+    addresses: &[SocketAddr],
+    tls: Arc<rustls::ClientConfig>,
+) -> Result<Wire, ConnectError> {
+    let stream = dial_any(server, addresses, tls).await?;
     let request = format!("wss://{server}/v1/session");
     let upgrade = tokio_tungstenite::client_async_with_config(request, stream, Some(ws_config()));
     match tokio::time::timeout(CONNECT_TIMEOUT, upgrade).await {
         Ok(Ok((socket, _))) => Ok(Wire::over_websocket(socket, Side::Edge, ())),
         Ok(Err(WsError::Http(response))) => Err(refusal(server, *response)),
         Ok(Err(error)) => Err(ended(server, End::WebSocket(error))),
-        Err(_) => Err(DialError::Timeout(server.clone()).into()),
+        Err(_) => Err(DialError::Timeout(server.clone(), CONNECT_TIMEOUT).into()),
     }
 }
 
@@ -200,7 +217,6 @@ pub(super) fn ended(server: &Server, end: End) -> ConnectError {
 fn quic_error(server: &Server, error: ConnectionError) -> ConnectError {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     match error {
-        ConnectionError::TimedOut => DialError::Timeout(server.clone()).into(),
         // Our own TLS says no. QUIC keeps of that only what the peer is told.
         ConnectionError::TransportError(error) => {
             let refused = match transport::alert(error.code) {
@@ -246,7 +262,7 @@ mod tests {
             (own(45), "set the clock"),
             (own(42), "not for the name \"cloud\""),
             (own(48), "not signed by this cluster's CA"),
-            (told(ConnectionError::TimedOut), "did not answer"),
+            (told(ConnectionError::TimedOut), "cannot be reached: timed out"),
         ];
         for (told, expected) in cases {
             assert!(told.contains(expected), "{told:?} does not say {expected:?}");

@@ -14,7 +14,9 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-/// For the whole of name resolution, TCP and TLS.
+use crate::clock;
+
+/// For name resolution; and then for TCP and TLS, with all addresses of the name.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where cloudcore is: a name or an address, and a port.
@@ -87,8 +89,8 @@ pub enum DialError {
     )]
     Refused(Server),
     /// No answer.
-    #[error("{0} did not answer within {secs} s; check the network, and that no firewall is in between", secs = CONNECT_TIMEOUT.as_secs())]
-    Timeout(Server),
+    #[error("{0} did not answer within {secs:.0} s; check the network, and that no firewall is in between", secs = .1.as_secs_f64())]
+    Timeout(Server, Duration),
     /// Any other failure below TLS.
     #[error("{0} cannot be reached: {1}")]
     Network(Server, #[source] io::Error),
@@ -118,41 +120,83 @@ pub enum DialError {
     Tls(Server, #[source] io::Error),
 }
 
-/// Connects, within [`CONNECT_TIMEOUT`].
-pub async fn dial(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
-    match tokio::time::timeout(CONNECT_TIMEOUT, dial_patiently(server, config)).await {
-        Ok(result) => result,
-        Err(_) => Err(DialError::Timeout(server.clone())),
+impl DialError {
+    /// Whether somebody answered, and what they said is the trouble.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Self::Name(..) | Self::Refused(_) | Self::Timeout(..) | Self::Network(..) => false,
+            Self::Clock { .. } | Self::OtherName(_) | Self::UnknownCa(_) | Self::Certificate(..) | Self::Tls(..) => {
+                true
+            }
+        }
     }
+}
+
+/// Resolves the name and connects, within [`CONNECT_TIMEOUT`] each.
+pub async fn dial(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
+    let addresses = resolve(server).await?;
+    dial_any(server, &addresses, config).await
 }
 
 /// The addresses behind a server's name.
-pub(super) async fn resolve(server: &Server) -> Result<impl Iterator<Item = SocketAddr>, DialError> {
-    tokio::net::lookup_host((server.host.as_str(), server.port))
-        .await
-        .map_err(|error| DialError::Name(server.host.clone(), error))
+pub(super) async fn resolve(server: &Server) -> Result<Vec<SocketAddr>, DialError> {
+    let lookup = tokio::net::lookup_host((server.host.as_str(), server.port));
+    match tokio::time::timeout(CONNECT_TIMEOUT, lookup).await {
+        Ok(Ok(addresses)) => Ok(addresses.collect()),
+        Ok(Err(error)) => Err(DialError::Name(server.host.clone(), error)),
+        Err(_) => Err(DialError::Name(server.host.clone(), io::ErrorKind::TimedOut.into())),
+    }
 }
 
-async fn dial_patiently(server: &Server, config: Arc<rustls::ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
-    let addresses = resolve(server).await?;
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    let mut connected = None;
+/// Connects to the first of the addresses that answers, within [`CONNECT_TIMEOUT`].
+pub(super) async fn dial_any(
+    server: &Server,
+    addresses: &[SocketAddr],
+    config: Arc<rustls::ClientConfig>,
+) -> Result<TlsStream<TcpStream>, DialError> {
+    let attempt = |address| dial_one(server, address, Arc::clone(&config));
+    each(server, addresses, CONNECT_TIMEOUT, DialError::is_answer, attempt).await
+}
+
+/// Tries one address after the other until one works, or an error is an answer. None takes more than an even share of the time that is
+/// left, so that a dead one leaves time for the next.
+pub(super) async fn each<T, E, F>(
+    server: &Server,
+    addresses: &[SocketAddr],
+    whole: Duration,
+    is_answer: impl Fn(&E) -> bool,
+    attempt: impl Fn(SocketAddr) -> F,
+) -> Result<T, E>
+where
+    E: From<DialError>,
+    F: Future<Output = Result<T, E>>,
+{
+    let until = clock::monotonic() + whole;
+    let none = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut last = DialError::Name(server.host.clone(), none).into();
+    let mut left = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
     for address in addresses {
-        match TcpStream::connect(address).await {
-            Ok(stream) => {
-                connected = Some(stream);
-                break;
-            }
-            Err(error) => last = error,
+        let share = until.saturating_sub(clock::monotonic()) / left.max(1);
+        left -= 1;
+        match tokio::time::timeout(share, attempt(*address)).await {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) if is_answer(&error) => return Err(error),
+            Ok(Err(error)) => last = error,
+            Err(_) => last = DialError::Timeout(server.clone(), share).into(),
         }
     }
-    let Some(stream) = connected else {
-        return Err(match last.kind() {
-            io::ErrorKind::ConnectionRefused => DialError::Refused(server.clone()),
-            io::ErrorKind::TimedOut => DialError::Timeout(server.clone()),
-            _ => DialError::Network(server.clone(), last),
-        });
-    };
+    Err(last)
+}
+
+async fn dial_one(
+    server: &Server,
+    address: SocketAddr,
+    config: Arc<rustls::ClientConfig>,
+) -> Result<TlsStream<TcpStream>, DialError> {
+    let stream = TcpStream::connect(address).await.map_err(|error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => DialError::Refused(server.clone()),
+        _ => DialError::Network(server.clone(), error),
+    })?;
     stream.set_nodelay(true).map_err(|error| DialError::Network(server.clone(), error))?;
     SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT).map_err(|error| DialError::Network(server.clone(), error))?;
     let name = ServerName::try_from(server.host.clone())
@@ -177,7 +221,7 @@ pub fn tls_error(server: &Server, error: io::Error) -> DialError {
     match tls {
         Tls::InvalidCertificate(
             Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
-        ) => DialError::Clock { server, now: crate::clock::wall() },
+        ) => DialError::Clock { server, now: clock::wall() },
         Tls::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
             DialError::OtherName(server)
         }
@@ -217,5 +261,24 @@ mod tests {
         for text in ["", ":1", "host:", "host:0", "host:99999", "https://host:1", "a b:1", "[::1", "[::1]x", "host/x"] {
             assert!(text.parse::<Server>().is_err(), "{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_leaves_time_for_the_next() {
+        let server = Server { host: "cloud".to_owned(), port: 1 };
+        let addresses: Vec<SocketAddr> = (1..=3).map(|last| SocketAddr::from(([192, 0, 2, last], 1))).collect();
+        let whole = Duration::from_millis(300);
+        let third = async |address: SocketAddr| {
+            if address == addresses[2] { Ok(address) } else { std::future::pending().await }
+        };
+        assert_eq!(each(&server, &addresses, whole, DialError::is_answer, third).await.unwrap(), addresses[2]);
+        // The last one has all that is left; what is said is what it had.
+        let none = async |_| std::future::pending::<Result<(), DialError>>().await;
+        let error = each(&server, &addresses, Duration::from_secs(2), DialError::is_answer, none).await.unwrap_err();
+        assert!(error.to_string().contains("did not answer within 1 s"), "{error}");
+        let refused = async |_| Err::<(), _>(DialError::UnknownCa(server.clone()));
+        let error = each(&server, &addresses, whole, DialError::is_answer, refused).await.unwrap_err();
+        assert!(matches!(error, DialError::UnknownCa(_)), "an answer is one");
+        assert!(matches!(each(&server, &[], whole, DialError::is_answer, none).await, Err(DialError::Name(..))));
     }
 }
