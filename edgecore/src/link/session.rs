@@ -138,6 +138,9 @@ impl<'a> Session<'a> {
     pub(super) async fn run(mut self) -> (Ended, Option<Edge>) {
         let outbox = self.link.store.outbox();
         let (mut damaged, known) = (self.link.store.damaged(), self.damaged);
+        let mut network = self.link.network.clone();
+        // The connection was made just now.
+        network.mark_unchanged();
         let mut look = true;
         self.step(EdgeInput::Connected);
         let ended = loop {
@@ -172,6 +175,8 @@ impl<'a> Session<'a> {
                 result = self.wire.next(reading) => Event::Wire(result),
                 () = outbox.notified() => Event::Outbox,
                 Ok(_) = damaged.wait_for(|damaged| *damaged != known) => Event::Damaged,
+                // What does not read hears no answer: it asks when it reads again.
+                Ok(()) = network.changed(), if reading => Event::Network,
                 () = tokio::time::sleep(due.unwrap_or(Duration::from_secs(3600))), if due.is_some() => Event::Timeout,
             };
             match wants {
@@ -213,6 +218,7 @@ impl<'a> Session<'a> {
                 Event::Damaged => {
                     break self.broken("the store lost rows to damage, a new session fetches them".to_owned());
                 }
+                Event::Network => self.step(EdgeInput::Doubt),
                 Event::Timeout => self.step(EdgeInput::Timeout),
             }
         };
@@ -341,6 +347,7 @@ enum Event {
     Wire(Result<transport::Event, End>),
     Outbox,
     Damaged,
+    Network,
     Timeout,
 }
 

@@ -519,6 +519,32 @@ async fn news_of_the_network_end_the_wait_and_start_the_back_off_over() {
 }
 
 #[tokio::test]
+async fn news_of_the_network_have_a_standing_session_asked_whether_it_lives() {
+    let mut bed = Bed::new().await;
+    let mut peer = bed.accept().await;
+    serve(&mut peer, &[], 0).await;
+    bed.state(|state| matches!(state, LinkState::Online { .. })).await;
+    bed.network.send_modify(|count| *count += 1);
+    let asked = async {
+        loop {
+            if let Some(Body::Ping(ping)) = receive(&mut peer).await.expect("the session stands").body {
+                break ping;
+            }
+        }
+    };
+    // Of its own accord it would ask much later.
+    tokio::time::timeout(skerry_proto::sync::PING_AFTER / 2, asked).await.expect("it asks at once");
+    // Nobody answers.
+    let state = tokio::time::timeout(
+        skerry_proto::sync::PING_AFTER,
+        bed.state(|state| matches!(state, LinkState::Offline { .. })),
+    );
+    let state = state.await.expect("it does not wait as long as it would without news");
+    assert!(format!("{state:?}").contains("nothing was heard"), "{state:?}");
+    bed.end().await;
+}
+
+#[tokio::test]
 async fn an_identity_that_expired_is_renewed_and_used_at_once() {
     let mut bed = Bed::new().await;
     let old = Arc::clone(&bed.identity.borrow());

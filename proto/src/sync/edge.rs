@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::revisions::{self, Revisions};
 use super::{
-    COLLECTIONS, DEAD_AFTER, Delta, Digest, Encoding, Entry, INVENTORY_PART, MAX_NAME, Object, PING_AFTER, PROTOCOL,
-    REPORT_WINDOW, Report, decode, encode, rank,
+    ANSWER_DUE, COLLECTIONS, DEAD_AFTER, DOUBT_PACE, Delta, Digest, Encoding, Entry, INVENTORY_PART, MAX_NAME, Object,
+    PING_AFTER, PROTOCOL, REPORT_WINDOW, Report, decode, encode, rank,
 };
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
@@ -64,6 +64,8 @@ pub enum EdgeInput {
     },
     /// The outbox holds this report, new or left from before a restart; in order of id, each once.
     Report(Report),
+    /// The way to the cloud may be another one by now: a ping goes at once, and the session ends if nothing is heard soon.
+    Doubt,
     /// The connection is gone.
     Disconnected,
     /// The time of [`Edge::next_timeout`] has come.
@@ -130,6 +132,9 @@ struct Session {
     last_sent: Duration,
     last_ping: Duration,
     pings: u64,
+    last_doubt: Option<Duration>,
+    /// When something must have been heard since the last doubt; `None` when it was.
+    answer_due: Option<Duration>,
 }
 
 impl Edge {
@@ -193,7 +198,7 @@ impl Edge {
             EdgeInput::Connected => self.connected(now, &mut out),
             EdgeInput::Frame(frame) => {
                 let Some(session) = &mut self.session else { return out };
-                session.last_heard = now;
+                session.heard(now);
                 if let Err(violation) = self.frame(frame, &mut out) {
                     self.session = None;
                     let reason = Reason::Protocol.into();
@@ -202,7 +207,7 @@ impl Edge {
             }
             EdgeInput::Heard => {
                 if let Some(session) = &mut self.session {
-                    session.last_heard = now;
+                    session.heard(now);
                 }
             }
             EdgeInput::Committed { ticket } => self.committed(ticket, &mut out),
@@ -212,6 +217,11 @@ impl Edge {
                     self.queued.retain(|old| old.kind != report.kind || old.uid != report.uid);
                 }
                 self.queued.push_back(report);
+            }
+            EdgeInput::Doubt => {
+                if let Some(session) = &mut self.session {
+                    session.doubt(now, &mut out);
+                }
             }
             EdgeInput::Disconnected => self.session = None,
             EdgeInput::Timeout => self.timeout(now, &mut out),
@@ -228,7 +238,7 @@ impl Edge {
     /// When [`EdgeInput::Timeout`] is due; `None` without a connection.
     pub fn next_timeout(&self) -> Option<Duration> {
         self.session.as_ref().map(|session| {
-            let dead = session.last_heard + DEAD_AFTER;
+            let dead = session.dead();
             if session.established { session.ping_due().min(dead) } else { dead }
         })
     }
@@ -252,6 +262,8 @@ impl Edge {
             last_sent: now,
             last_ping: now,
             pings: 0,
+            last_doubt: None,
+            answer_due: None,
         });
         let digests = COLLECTIONS.into_iter().zip(&self.collections);
         out.push(send(Body::Hello(wire::Hello {
@@ -272,13 +284,11 @@ impl Edge {
 
     fn timeout(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
         let Some(session) = &mut self.session else { return };
-        if now >= session.last_heard + DEAD_AFTER {
+        if now >= session.dead() {
             self.session = None;
             out.push(EdgeOutput::Close(None));
         } else if session.established && now >= session.ping_due() {
-            session.last_ping = now;
-            session.pings += 1;
-            out.push(send(Body::Ping(wire::Ping { token: session.pings })));
+            session.ping(now, out);
         }
     }
 
@@ -509,6 +519,33 @@ impl Session {
     fn acknowledge(&mut self, seq: u64, out: &mut Vec<EdgeOutput>) {
         self.acked = seq;
         out.push(send(Body::Ack(wire::Ack { seq })));
+    }
+
+    fn heard(&mut self, now: Duration) {
+        self.last_heard = now;
+        self.answer_due = None;
+    }
+
+    fn doubt(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
+        // A machine whose network never rests shall not talk all the time.
+        if !self.established || self.last_doubt.is_some_and(|last| now < last + DOUBT_PACE) {
+            return;
+        }
+        self.last_doubt = Some(now);
+        self.answer_due = Some(now + ANSWER_DUE);
+        self.ping(now, out);
+    }
+
+    fn ping(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
+        self.last_ping = now;
+        self.pings += 1;
+        out.push(send(Body::Ping(wire::Ping { token: self.pings })));
+    }
+
+    /// When it is over if nothing is heard.
+    fn dead(&self) -> Duration {
+        let dead = self.last_heard + DEAD_AFTER;
+        self.answer_due.map_or(dead, |due| due.min(dead))
     }
 
     fn ping_due(&self) -> Duration {

@@ -41,6 +41,10 @@ pub const COLLECTIONS: [Collection; 8] = [
 pub const PING_AFTER: Duration = Duration::from_secs(18);
 /// A side that heard nothing for this long takes the session for dead.
 pub const DEAD_AFTER: Duration = Duration::from_secs(28);
+/// How long the answer to a ping may take that was sent because the way may be another one by now.
+pub const ANSWER_DUE: Duration = Duration::from_secs(5);
+/// Not asked so more often than this.
+pub const DOUBT_PACE: Duration = Duration::from_secs(20);
 /// The largest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 4 << 20;
 /// The largest object after decompression, in bytes. etcd takes 1.5 MiB of protobuf, of which JSON makes six times as much when it is all

@@ -203,6 +203,27 @@ fn parts_of_a_large_frame_are_signs_of_life() {
 }
 
 #[test]
+fn a_doubt_is_settled_soon() {
+    let seconds = Duration::from_secs;
+    let is_ping =
+        |out: &[EdgeOutput]| matches!(out, [EdgeOutput::Send(Frame { body: Some(Body::Ping(wire::Ping { .. })) })]);
+    let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+    assert!(edge.step(seconds(0), EdgeInput::Doubt).is_empty(), "there is nothing to doubt");
+    edge.step(seconds(0), EdgeInput::Connected);
+    assert!(edge.step(seconds(0), EdgeInput::Doubt).is_empty(), "before the Welcome the cloud takes no ping");
+    let welcome = wire::Welcome { protocol: 1, epoch: 1, server_time: 0, agent: String::new() };
+    edge.step(seconds(1), EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) }));
+    assert!(is_ping(&edge.step(seconds(10), EdgeInput::Doubt)));
+    assert_eq!(edge.next_timeout(), Some(seconds(10) + ANSWER_DUE));
+    assert!(edge.step(seconds(12), EdgeInput::Heard).is_empty());
+    assert!(edge.step(seconds(16), EdgeInput::Timeout).is_empty(), "something was heard");
+    assert!(edge.step(seconds(20), EdgeInput::Doubt).is_empty(), "the last one was just now");
+    assert!(is_ping(&edge.step(seconds(10) + DOUBT_PACE, EdgeInput::Doubt)));
+    let out = edge.step(seconds(10) + DOUBT_PACE + ANSWER_DUE, EdgeInput::Timeout);
+    assert!(matches!(out.as_slice(), [EdgeOutput::Close(None)]), "{out:?}");
+}
+
+#[test]
 fn an_idle_link_is_kept_alive() {
     let mut world = in_sync();
     for _ in 0..600 {
