@@ -27,6 +27,11 @@ const FIRST_AVOIDANCE: Duration = Duration::from_secs(600);
 /// The longest that QUIC is left alone.
 const LAST_AVOIDANCE: Duration = Duration::from_secs(6 * 3600);
 
+/// A session on QUIC that stood so long was a good one, even if it fell silent then.
+const GOOD: Duration = Duration::from_secs(300);
+/// So many sessions on QUIC that fall silent before, without a good one between them, say that UDP does not stay open here.
+const SILENCES: u32 = 3;
+
 /// A session's connection.
 pub(super) type Wire = transport::Wire<TlsStream<TcpStream>, ()>;
 
@@ -54,13 +59,16 @@ impl fmt::Display for Transport {
     }
 }
 
-/// Which transport is next. A WebSocket that works where QUIC did not says that UDP is blocked here; the next attempts do without QUIC
-/// for a while. What does not work either way says nothing.
+/// Which transport is next. A WebSocket that works where nothing came of QUIC says that UDP is blocked here, and so do sessions on QUIC
+/// that fall silent again and again; the next attempts do without QUIC for a while, until the network changes. What does not work either
+/// way says nothing, and a cloud that says no over QUIC says that UDP comes through.
 #[derive(Debug)]
 pub(super) struct Choice {
     wanted: Transport,
     avoid_until: Duration,
     avoidance: Duration,
+    /// Sessions on QUIC that fell silent since the last good one.
+    silences: u32,
 }
 
 /// Why there is no session.
@@ -101,7 +109,7 @@ impl ConnectError {
 
 impl Choice {
     pub(super) fn new(wanted: Transport) -> Self {
-        Self { wanted, avoid_until: Duration::ZERO, avoidance: FIRST_AVOIDANCE }
+        Self { wanted, avoid_until: Duration::ZERO, avoidance: FIRST_AVOIDANCE, silences: 0 }
     }
 
     /// Whether QUIC is tried, and whether a WebSocket is if that fails.
@@ -113,15 +121,28 @@ impl Choice {
         }
     }
 
-    /// QUIC did not come through, or carried nothing.
-    pub(super) fn avoid_quic(&mut self, now: Duration) {
+    /// QUIC did not come through, or does not stay open.
+    fn avoid_quic(&mut self, now: Duration) {
         self.avoid_until = now + self.avoidance;
         self.avoidance = LAST_AVOIDANCE.min(2 * self.avoidance);
     }
 
-    /// A session stood on QUIC.
-    pub(super) fn quic_works(&mut self) {
-        self.avoidance = FIRST_AVOIDANCE;
+    /// A session on QUIC stood so long, zero if it did not begin, and ended: because nothing was heard any more, or in another way.
+    pub(super) fn quic_ended(&mut self, stood: Duration, silent: bool, now: Duration) {
+        if !silent || stood >= GOOD {
+            (self.avoidance, self.silences) = (FIRST_AVOIDANCE, 0);
+            return;
+        }
+        self.silences = self.silences.saturating_add(1);
+        // What connects and then carries nothing is no way.
+        if stood.is_zero() || self.silences >= SILENCES {
+            self.avoid_quic(now);
+        }
+    }
+
+    /// What was found out was about another network.
+    pub(super) fn network_changed(&mut self) {
+        *self = Self::new(self.wanted);
     }
 }
 
@@ -143,6 +164,8 @@ pub(super) async fn connect(
         };
         match over_quic(server, &addresses, &tls, patience).await {
             Ok(wire) => return Ok(wire),
+            // A cloud that is busy, or does not want this node, is so on both ways.
+            Err(error @ ConnectError::Closed(_)) => return Err(error),
             Err(error) if !websocket => return Err(error),
             Err(error) => debug!(%error, "no QUIC, a WebSocket is tried"),
         }
@@ -246,6 +269,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn quic_that_falls_silent_again_and_again_is_left_alone_until_the_network_changes() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let (with, without) = ((true, true), (false, true));
+        let mut choice = Choice::new(Transport::Auto);
+        for minute in 0..2 {
+            choice.quic_ended(minutes(1), true, minutes(minute));
+        }
+        // One that stood long, or that the cloud ended, starts the count over.
+        choice.quic_ended(minutes(5), true, minutes(2));
+        for minute in 3..5 {
+            choice.quic_ended(minutes(1), true, minutes(minute));
+        }
+        choice.quic_ended(minutes(1), false, minutes(5));
+        for minute in 6..8 {
+            choice.quic_ended(minutes(1), true, minutes(minute));
+        }
+        assert_eq!(choice.plan(minutes(8)), with);
+        choice.quic_ended(minutes(1), true, minutes(8));
+        assert_eq!((choice.plan(minutes(17)), choice.plan(minutes(18))), (without, with));
+        // It was tried again, and once more was enough.
+        choice.quic_ended(minutes(1), true, minutes(19));
+        assert_eq!((choice.plan(minutes(38)), choice.plan(minutes(39))), (without, with));
+        choice.quic_ended(Duration::ZERO, true, minutes(40));
+        assert_eq!(choice.plan(minutes(41)), without);
+        choice.network_changed();
+        assert_eq!(choice.plan(minutes(41)), with);
+        // A session that never began and of which nothing was heard is enough, too; one that was refused is none.
+        choice.quic_ended(Duration::ZERO, false, minutes(42));
+        assert_eq!(choice.plan(minutes(42)), with);
+        choice.quic_ended(Duration::ZERO, true, minutes(43));
+        assert_eq!((choice.plan(minutes(52)), choice.plan(minutes(53))), (without, with));
+    }
+
+    #[test]
     fn why_there_is_no_quic_is_said_in_words_that_help() {
         use quinn::{ConnectionClose, TransportErrorCode};
         let server = Server { host: "cloud".to_owned(), port: 1 };
@@ -282,7 +339,7 @@ mod tests {
             choice.avoid_quic(minutes(30));
         }
         assert_eq!(choice.plan(minutes(30 + 360)), (true, true));
-        choice.quic_works();
+        choice.quic_ended(Duration::ZERO, false, minutes(399));
         choice.avoid_quic(minutes(400));
         assert_eq!(choice.plan(minutes(410)), (true, true));
         assert_eq!(Choice::new(Transport::Quic).plan(minutes(0)), (true, false));

@@ -129,6 +129,7 @@ impl Link {
         let mut given = session::Given::default();
         let mut choice = Choice::new(self.transport);
         let mut network = self.network.clone();
+        let mut known = *network.borrow();
         if let Some(deleted) = self.deleted().await {
             // The end may have come between the note and what follows from it.
             if let Err(failed) = self.wind_down(&deleted.message).await {
@@ -160,7 +161,10 @@ impl Link {
                 },
             };
             // What happens from here on is news.
-            network.mark_unchanged();
+            let heard = *network.borrow_and_update();
+            if std::mem::replace(&mut known, heard) != heard {
+                choice.network_changed();
+            }
             let identity = Arc::clone(&self.identity.borrow());
             let (outcome, machine) = Box::pin(self.attempt(&identity, machine, damaged, &mut given, &mut choice)).await;
             edge = machine.map(|machine| (machine, damaged));
@@ -211,15 +215,20 @@ impl Link {
         let (ended, machine) = Session::new(self, machine, damaged, wire, given).run().await;
         let lasted = clock::monotonic().saturating_sub(begun);
         let stood = |established: bool| if established { lasted } else { Duration::ZERO };
+        if is_quic {
+            match ended {
+                Ended::Broken { established, silent, .. } => {
+                    choice.quic_ended(stood(established), silent, clock::monotonic());
+                }
+                Ended::Dismissed { established, .. } => {
+                    choice.quic_ended(stood(established), false, clock::monotonic());
+                }
+                Ended::Shutdown => {}
+            }
+        }
         let outcome = match ended {
             Ended::Shutdown => Outcome::Shutdown,
-            Ended::Broken { established, cause } => {
-                // What connects and then carries nothing is no way.
-                if is_quic && !established {
-                    choice.avoid_quic(clock::monotonic());
-                } else if is_quic {
-                    choice.quic_works();
-                }
+            Ended::Broken { established, cause, .. } => {
                 Outcome::Ended { stood: stood(established), cause, retry_after: None }
             }
             Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {

@@ -33,8 +33,16 @@ const LAST_COMMIT: Duration = Duration::from_secs(5);
 /// Why a session ended.
 pub(super) enum Ended {
     Shutdown,
-    Broken { established: bool, cause: String },
-    Dismissed { established: bool, goodbye: Goodbye },
+    Broken {
+        established: bool,
+        /// Nothing was heard any more.
+        silent: bool,
+        cause: String,
+    },
+    Dismissed {
+        established: bool,
+        goodbye: Goodbye,
+    },
 }
 
 impl fmt::Display for Ended {
@@ -272,9 +280,10 @@ impl<'a> Session<'a> {
                         Some(goodbye) => format!("the cloud broke the protocol: {}", goodbye.message),
                         None => "nothing was heard of the cloud for too long".to_owned(),
                     };
+                    let silent = goodbye.is_none();
                     self.goodbye = goodbye;
                     if self.ending.is_none() {
-                        self.ending = Some(self.broken(cause));
+                        self.ending = Some(Ended::Broken { established: self.was_established, silent, cause });
                     }
                 }
             }
@@ -337,7 +346,7 @@ impl<'a> Session<'a> {
     }
 
     fn broken(&self, cause: String) -> Ended {
-        Ended::Broken { established: self.was_established, cause }
+        Ended::Broken { established: self.was_established, silent: false, cause }
     }
 }
 

@@ -77,6 +77,31 @@ async fn where_udp_comes_through_the_link_is_quic() {
 }
 
 #[tokio::test]
+async fn a_cloud_that_says_no_over_quic_is_heard_and_quic_stays() {
+    let (mut bed, udp) = Bed::with_udp(Transport::Auto).await;
+    let endpoint = endpoint(udp, &bed.tls);
+    let refusing = async {
+        for _ in 0..3 {
+            let connection = endpoint.accept().await.unwrap().await.unwrap();
+            connection.close(1_u32.into(), b"too many requests at once");
+        }
+        // Once more, and it may.
+        serve_quic(endpoint.accept().await.unwrap().await.unwrap()).await
+    };
+    let story = async {
+        let told =
+            |state: &LinkState| format!("{state:?}").contains("closed the connection: too many requests at once");
+        bed.state(told).await;
+        let state = bed.state(|state| matches!(state, LinkState::Online { .. })).await;
+        assert!(matches!(state, LinkState::Online { transport: Transport::Quic, .. }), "{state:?}");
+        let unasked = tokio::time::timeout(Duration::from_millis(1), bed.listener.accept()).await;
+        assert!(unasked.is_err(), "no WebSocket is tried");
+        bed.end().await;
+    };
+    tokio::join!(refusing, story);
+}
+
+#[tokio::test]
 async fn where_udp_is_swallowed_a_websocket_carries_the_link_and_quic_is_left_alone() {
     let (mut bed, udp) = Bed::with_udp(Transport::Auto).await;
     udp.set_nonblocking(true).unwrap();
