@@ -130,6 +130,7 @@ impl Link {
         let mut choice = Choice::new(self.transport);
         let mut network = self.network.clone();
         let mut known = *network.borrow();
+        let mut restarted = false;
         if let Some(deleted) = self.deleted().await {
             // The end may have come between the note and what follows from it.
             if let Err(failed) = self.wind_down(&deleted.message).await {
@@ -166,7 +167,11 @@ impl Link {
                 choice.network_changed();
             }
             let identity = Arc::clone(&self.identity.borrow());
-            let (outcome, machine) = Box::pin(self.attempt(&identity, machine, damaged, &mut given, &mut choice)).await;
+            // What was restarted is not restarted again, or news that do not end would let no attempt come to its end.
+            let news = (!restarted).then(|| network.clone());
+            let attempt = self.attempt(&identity, machine, damaged, &mut given, &mut choice, news);
+            let (outcome, machine) = Box::pin(attempt).await;
+            restarted = matches!(outcome, Outcome::Restart);
             edge = machine.map(|machine| (machine, damaged));
             if matches!(outcome, Outcome::Ended { .. }) {
                 // Old news, for which the session stood.
@@ -186,7 +191,7 @@ impl Link {
     }
 
     /// One session, from dialling to its end. The machine comes back unless it is ahead of the store.
-    /// `damaged` is the store's damage that the machine knows of.
+    /// `damaged` is the store's damage that the machine knows of; dialling is given up for `news`.
     async fn attempt(
         &self,
         identity: &Identity,
@@ -194,6 +199,7 @@ impl Link {
         damaged: u64,
         given: &mut session::Given,
         choice: &mut Choice,
+        news: Option<watch::Receiver<u64>>,
     ) -> (Outcome, Option<Edge>) {
         let config = match identity.client_config() {
             Ok(config) => config,
@@ -201,6 +207,10 @@ impl Link {
         };
         let connected = tokio::select! {
             connected = connect(&self.server, config, choice) => connected,
+            () = changed(news) => {
+                debug!("the network may be another one, dialling starts over");
+                return (Outcome::Restart, Some(machine));
+            }
             () = self.shutdown.cancelled() => return (Outcome::Shutdown, Some(machine)),
         };
         let wire = match connected {
@@ -251,6 +261,10 @@ impl Link {
         match outcome {
             Outcome::Shutdown => {
                 self.lost("edgecore ends");
+                Wait::Told(Duration::ZERO)
+            }
+            Outcome::Restart => {
+                backoff.reset();
                 Wait::Told(Duration::ZERO)
             }
             Outcome::Deleted(message) => {
@@ -387,6 +401,16 @@ impl Link {
     }
 }
 
+/// Waits for the next news, if any come.
+async fn changed(news: Option<watch::Receiver<u64>>) {
+    if let Some(mut news) = news
+        && news.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
 /// How long to wait after a session that stood so long.
 fn after_session(backoff: &mut Backoff, stood: Duration, retry_after: Option<Duration>) -> Wait {
     if stood >= STEADY {
@@ -407,6 +431,8 @@ enum Wait {
 
 enum Outcome {
     Shutdown,
+    /// The network changed while it was dialled.
+    Restart,
     /// There was no session.
     Failed(String),
     /// There was none, and there will be none with this certificate.

@@ -1,4 +1,5 @@
-//! Notices that the network may be back: a default route, an address or a carrier appeared. Who waits to try again need not wait longer.
+//! Notices that the network may be back, or be another one: a default route, an address or a carrier appeared. Who waits to try again need
+//! not wait longer, who dials starts over, and who has a session asks whether it still lives.
 //!
 //! The kernel tells it by rtnetlink. Pods that come and go change links, addresses and routes too, on veths and bridges; those say
 //! nothing about the way to the cloud and do not count. Where the kernel cannot be listened to, waits last as long as they last.

@@ -519,6 +519,21 @@ async fn news_of_the_network_end_the_wait_and_start_the_back_off_over() {
 }
 
 #[tokio::test]
+async fn news_of_the_network_start_dialling_over() {
+    let bed = Bed::new().await;
+    // TCP stands, TLS does not come: as on a path that broke meanwhile.
+    let _stuck = bed.listener.accept().await.unwrap();
+    bed.network.send_modify(|count| *count += 1);
+    let soon = dial::CONNECT_TIMEOUT / 2;
+    let _again = tokio::time::timeout(soon, bed.listener.accept()).await.expect("it dials anew").unwrap();
+    // Once is enough: news that do not end must not keep it from ever connecting.
+    bed.network.send_modify(|count| *count += 1);
+    let quiet = tokio::time::timeout(Duration::from_secs(1), bed.listener.accept()).await;
+    assert!(quiet.is_err(), "{quiet:?}");
+    bed.end().await;
+}
+
+#[tokio::test]
 async fn news_of_the_network_have_a_standing_session_asked_whether_it_lives() {
     let mut bed = Bed::new().await;
     let mut peer = bed.accept().await;
