@@ -101,7 +101,8 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if self.inner.lock().by_age.remove(&self.number).is_some() {
-            self.inner.freed.notify_one();
+            // Everybody who waits looks: who was told alone might take nothing for a long time, for want of a client.
+            self.inner.freed.notify_waiters();
         }
     }
 }
@@ -148,5 +149,17 @@ mod tests {
         assert!(room.as_mut().now_or_never().is_none());
         drop(place);
         tokio::time::timeout(seconds(10), room).await.expect("there is room");
+    }
+
+    #[tokio::test]
+    async fn everybody_who_waits_hears_of_a_free_place() {
+        let places = Places::new(1, seconds(3600));
+        let place = places.take();
+        let (mut one, mut other) = (std::pin::pin!(places.room()), std::pin::pin!(places.room()));
+        assert!(one.as_mut().now_or_never().is_none() && other.as_mut().now_or_never().is_none());
+        drop(place);
+        // The first finds room, and nobody comes whom it could give the place.
+        tokio::time::timeout(seconds(10), one).await.expect("there is room");
+        tokio::time::timeout(seconds(10), other).await.expect("there is room still");
     }
 }
