@@ -1,5 +1,6 @@
 //! QUIC on the port's number: the handshake, and the session of who proves to be a node.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -23,6 +24,9 @@ use crate::supervise::Tasks;
 
 /// What a client that cannot be served is closed with; the reason says why.
 const REFUSED: VarInt = VarInt::from_u32(1);
+/// Clients that wait for a place; half of those that QUIC holds, so that there is always one more to be told that he has to prove his
+/// address.
+const MAX_WAITERS: usize = MAX_HANDSHAKES / 2;
 /// Bytes that came for handshakes that wait to begin.
 const MAX_WAITING: u64 = 4 << 20;
 /// What the system is asked to hold of what came and what goes, in bytes: thousands of edges share one socket.
@@ -59,23 +63,35 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     /// Serves QUIC until told to stop, then lets every session say goodbye, but for no longer than `drain`.
     pub async fn serve_quic(self: Arc<Self>, endpoint: Endpoint, drain: Duration) {
         let mut connections = Tasks::new("quic connection");
+        // Whose place is not free yet.
+        let mut waiting = VecDeque::new();
         loop {
             let incoming = tokio::select! {
                 () = self.stop.cancelled() => break,
                 () = connections.reap() => continue,
-                incoming = async { self.handshakes.room().await; endpoint.accept().await } => incoming,
+                () = self.handshakes.room(), if !waiting.is_empty() => {
+                    if let Some(incoming) = waiting.pop_front() {
+                        let (front, place) = (Arc::clone(&self), self.handshakes.take());
+                        connections.spawn(async move { front.quic_connection(incoming, place).await });
+                    }
+                    continue;
+                }
+                incoming = endpoint.accept() => incoming,
             };
             // It ends when it is closed, which only happens below.
             let Some(incoming) = incoming else { break };
-            // Whoever sends from an address that is not his own gets no place while places are short.
-            if self.handshakes.taken() > MAX_HANDSHAKES / 2 && !incoming.remote_address_validated() {
+            // Whoever sends from an address that is not his own gets no place while places are short, and keeps nobody from hearing so.
+            if self.handshakes.taken() + waiting.len() > MAX_HANDSHAKES / 2 && !incoming.remote_address_validated() {
                 // The client comes again with a token; one that cannot be told so comes again by itself.
                 let _ = incoming.retry();
-                continue;
+            } else if waiting.len() < MAX_WAITERS {
+                waiting.push_back(incoming);
+            } else {
+                // The client takes it for an answer and comes again later.
+                incoming.refuse();
             }
-            let (front, place) = (Arc::clone(&self), self.handshakes.take());
-            connections.spawn(async move { front.quic_connection(incoming, place).await });
         }
+        drop(waiting);
         endpoint.set_server_config(None);
         let cut = connections.drain(drain).await;
         if cut > 0 {
