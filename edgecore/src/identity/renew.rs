@@ -23,6 +23,9 @@ use crate::link::dial::Server;
 
 /// Clocks may jump: the time is looked at this often.
 const LOOK: Duration = Duration::from_secs(3600);
+/// Between two renewals at least, whatever the certificates and the clocks say: one of no life, or one that the cloud takes for expired as
+/// soon as it has signed it, must not be renewed without end.
+const FLOOR: Duration = Duration::from_secs(60);
 
 /// When a certificate is due: between 54 % and 66 % of its life, so that boxes that joined together do not renew together.
 /// `jitter` is from 0 to 1.
@@ -47,22 +50,26 @@ pub async fn run(
     // The cloud's time, and this machine's at that moment.
     let mut told: Option<(i64, Duration)> = None;
     let mut complaint = String::new();
+    // When the last renewal was, by this machine's uptime.
+    let mut renewed: Option<Duration> = None;
     loop {
         let current = Arc::clone(&identity.borrow());
         let now = cloud_time(told, clock::monotonic()).unwrap_or_else(|| clock::wall().as_second());
         let left = due(&current, jitter).as_second() - now;
         let refused = expired.borrow_and_update().as_ref().is_some_and(|expired| Arc::ptr_eq(expired, &current));
-        let wait = if left > 0 && !refused {
-            Duration::from_secs(left.unsigned_abs()).min(LOOK)
+        let wait = wait(left, refused, renewed.map(|at| clock::monotonic().saturating_sub(at)));
+        let wait = if wait > Duration::ZERO {
+            wait
         } else {
             match renew(&data_dir, &server, &current).await {
-                Ok((renewed, time)) => {
-                    info!(until = %renewed.not_after, "the node's certificate was renewed");
+                Ok((fresh, time)) => {
+                    info!(until = %fresh.not_after, "the node's certificate was renewed");
                     backoff.reset();
                     jitter = rand::random();
                     complaint.clear();
                     told = Some((time, clock::monotonic()));
-                    identity.send_replace(Arc::new(renewed));
+                    renewed = Some(clock::monotonic());
+                    identity.send_replace(Arc::new(fresh));
                     Duration::ZERO
                 }
                 Err(failed) => {
@@ -83,6 +90,14 @@ pub async fn run(
             () = shutdown.cancelled() => return,
         }
     }
+}
+
+/// How long to wait before it is renewed, or looked at again: it is due in so many seconds, or the cloud refused it, and the last renewal
+/// was so long ago.
+fn wait(left: i64, refused: bool, ago: Option<Duration>) -> Duration {
+    let floor = ago.map_or(Duration::ZERO, |ago| FLOOR.saturating_sub(ago));
+    let due = if left > 0 && !refused { Duration::from_secs(left.unsigned_abs()).min(LOOK) } else { Duration::ZERO };
+    due.max(floor)
 }
 
 /// What time it is in the cloud, seconds since the Unix epoch, if it ever told.
@@ -140,6 +155,20 @@ mod tests {
         assert_eq!(cloud_time(Some((1_000_000, seconds(100))), seconds(100)), Some(1_000_000));
         assert_eq!(cloud_time(Some((1_000_000, seconds(100))), seconds(3700)), Some(1_003_600));
         assert_eq!(cloud_time(Some((i64::MAX, seconds(0))), seconds(1)), Some(i64::MAX));
+    }
+
+    #[test]
+    fn a_certificate_of_no_life_is_not_renewed_without_end() {
+        let seconds = Duration::from_secs;
+        assert_eq!(wait(10, false, None), seconds(10));
+        assert_eq!(wait(i64::MAX, false, None), LOOK);
+        assert_eq!(wait(1, false, Some(seconds(1))), seconds(59), "of a life of seconds");
+        for (left, refused) in [(0, false), (-5, false), (i64::MIN, false), (10, true), (i64::MAX, true)] {
+            assert_eq!(wait(left, refused, None), Duration::ZERO, "at once after a start");
+            assert_eq!(wait(left, refused, Some(seconds(0))), FLOOR);
+            assert_eq!(wait(left, refused, Some(seconds(59))), seconds(1));
+            assert_eq!(wait(left, refused, Some(seconds(3600))), Duration::ZERO);
+        }
     }
 
     #[tokio::test]
