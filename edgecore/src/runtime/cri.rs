@@ -4,6 +4,7 @@
 //! of a ready sandbox. So looking at a node where nothing happens is two calls, whatever the number of pods. The cache is bounded
 //! by what the last look at everything saw; losing it costs calls, never truth.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -364,6 +365,15 @@ impl Cri {
     pub async fn list_containers(&self) -> Result<Vec<cri::Container>, Error> {
         let request = cri::ListContainersRequest { filter: None };
         Ok(call("ListContainers", DEADLINE, self.runtime.clone().list_containers(request)).await?.containers)
+    }
+
+    /// What each container's writable layer takes, by container id: the one thing that cgroups do not tell. `within` bounds it, for it
+    /// makes the runtime look at every container.
+    pub async fn writable_layers(&self, within: Duration) -> Result<HashMap<String, cri::FilesystemUsage>, Error> {
+        let mut client = self.runtime.clone();
+        let answer = client.list_container_stats(cri::ListContainerStatsRequest {});
+        let stats = call("ListContainerStats", within, answer).await?.stats;
+        Ok(stats.into_iter().filter_map(|one| Some((one.attributes?.id, one.writable_layer?))).collect())
     }
 
     /// The runtime's own event stream (CRI `GetContainerEvents`).
