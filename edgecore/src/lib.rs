@@ -15,5 +15,6 @@ pub mod kubelet;
 pub mod link;
 pub mod preflight;
 pub mod runtime;
+pub mod stats;
 pub mod store;
 pub mod supervise;

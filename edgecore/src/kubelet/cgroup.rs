@@ -80,6 +80,21 @@ impl Cgroups {
         Ok(Self { hierarchies, base: "kubepods".to_owned(), systemd })
     }
 
+    /// Directories that stand for hierarchies: `root` is the one of v2; those of v1 are below it by their controllers' names.
+    #[cfg(test)]
+    pub(crate) fn standing_at(root: &Path, version: u8) -> Self {
+        let v1 = ["cpu", "cpuacct", "memory", "pids", "blkio"].map(|name| (name.to_owned(), root.join(name)));
+        let hierarchies =
+            if version == 2 { Hierarchies::V2(root.to_owned()) } else { Hierarchies::V1(v1.into_iter().collect()) };
+        Self { hierarchies, base: "kubepods".to_owned(), systemd: false }
+    }
+
+    /// The same hierarchies, with another top cgroup.
+    #[cfg(test)]
+    pub(crate) fn with_base(self, base: String) -> Self {
+        Self { base, ..self }
+    }
+
     /// 1 or 2.
     pub fn version(&self) -> u8 {
         match self.hierarchies {
@@ -172,6 +187,21 @@ impl Cgroups {
             }
         }
         pods
+    }
+
+    /// Where the files of a v1 controller are for a cgroup (a path below a hierarchy's root, as [`Self::pods`] has them; `/` is the root).
+    /// With v2 all are in one place.
+    pub fn place(&self, controller: &str, path: &str) -> Option<PathBuf> {
+        let root = match &self.hierarchies {
+            Hierarchies::V1(mounts) => mounts.get(controller)?,
+            Hierarchies::V2(root) => root,
+        };
+        Some(root.join(path.trim_start_matches('/')))
+    }
+
+    /// The cgroup that all pods are in.
+    pub fn top(&self) -> String {
+        if self.systemd { format!("/{}.slice", self.base) } else { format!("/{}", self.base) }
     }
 
     fn apply_shares(&self, path: &str, shares: u64) -> Vec<Warning> {

@@ -23,7 +23,7 @@ use crate::runtime::cri::{CgroupDriver, Error, Health, Setup};
 
 mod machine;
 
-pub use machine::{Disk, Load, Machine, addresses};
+pub use machine::{Disk, Load, Machine, addresses, default_link};
 
 /// How often the status is computed.
 pub const EVERY: Duration = Duration::from_secs(10);

@@ -136,9 +136,7 @@ impl Load {
 /// The box's own addresses, primary first: those of the interface with the default route, else of any that is up, else loopback, so
 /// that pods on the host network have one on a box without any link.
 pub fn addresses() -> Vec<IpAddr> {
-    let route = fs::read_to_string("/proc/net/route").unwrap_or_default();
-    let route6 = fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default();
-    let default = default_interface(&route).or_else(|| default_interface6(&route6));
+    let default = default_link();
     let mut found: Vec<(u8, bool, IpAddr)> = Vec::new();
     for interface in nix::ifaddrs::getifaddrs().into_iter().flatten() {
         if !interface.flags.contains(InterfaceFlags::IFF_UP) || interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
@@ -172,6 +170,13 @@ pub fn addresses() -> Vec<IpAddr> {
         addresses.push(IpAddr::V4(Ipv4Addr::LOCALHOST));
     }
     addresses
+}
+
+/// The interface with the default route.
+pub fn default_link() -> Option<String> {
+    let route = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let route6 = fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default();
+    default_interface(&route).or_else(|| default_interface6(&route6))
 }
 
 fn is_usable(ip: &IpAddr) -> bool {

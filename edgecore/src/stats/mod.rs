@@ -1,0 +1,282 @@
+//! What a kubelet answers about use: `/stats/summary` and the pages of metrics.
+//!
+//! Nothing is measured while nobody asks. A request makes one pass over the cgroups, one request at a time, and what cannot be read loses
+//! its own value only: a page is always a page, and says by `resource_scrape_error` or `container_scrape_error` that something was
+//! missing. Kept between requests are the last samples of CPU time, for rates, and what volumes on the disk took; five minutes after the
+//! last request they are dropped.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
+use skerry_proto::cri;
+use tokio::sync::{OnceCell, Semaphore};
+use tracing::debug;
+
+use self::cadvisor::Around;
+use self::cgroup::Depth;
+use self::disk::{Findings, Used};
+use self::samples::Samples;
+use self::snapshot::{Listed, Snapshot, Wanted};
+use self::summary::NodeParts;
+use crate::kubelet::context::{Context, blocking};
+use crate::kubelet::node::{Disk, Load, Machine, default_link};
+use crate::kubelet::observed::Observed;
+use crate::{clock, supervise};
+
+mod cadvisor;
+mod cgroup;
+mod disk;
+mod own;
+mod page;
+mod proc;
+mod resource;
+mod samples;
+mod snapshot;
+mod summary;
+
+/// The content type of the pages of metrics.
+pub const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// The content type of the summary.
+pub const SUMMARY_TYPE: &str = "application/json";
+
+/// How long the runtime may take to answer; who asks waits for ten seconds mostly.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// Between the two samples of a request that no other came before.
+const BETWEEN: Duration = Duration::from_millis(100);
+/// How long after the last request anything is kept.
+const KEPT_FOR: Duration = Duration::from_secs(300);
+
+/// Answers what is asked of the kubelet's use of the box. A clone shares what is kept.
+#[derive(Clone, Debug)]
+pub struct Stats(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    context: Arc<Context>,
+    /// One pass at a time; others wait for their turn, as long as whoever asked does.
+    turn: Semaphore,
+    sandbox_image: OnceCell<String>,
+    kept: Mutex<Kept>,
+    findings: Findings,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    samples: Samples,
+    /// Of the last request, monotonic.
+    asked: Duration,
+    /// A task is there that will drop it.
+    expires: bool,
+}
+
+impl Kept {
+    /// Drops everything if nobody asked for long enough; else says how long that still is.
+    fn expire(&mut self, now: Duration) -> Option<Duration> {
+        let left = KEPT_FOR.checked_sub(now.saturating_sub(self.asked)).filter(|left| !left.is_zero());
+        if left.is_none() {
+            *self = Self::default();
+        }
+        left
+    }
+}
+
+impl Stats {
+    /// Measures nothing before it is asked.
+    pub fn new(context: Arc<Context>) -> Self {
+        Self(Arc::new(Inner {
+            context,
+            turn: Semaphore::new(1),
+            sandbox_image: OnceCell::new(),
+            kept: Mutex::default(),
+            findings: Findings::default(),
+        }))
+    }
+
+    /// The body of `/stats/summary`, JSON ([`SUMMARY_TYPE`]). The first in a while takes a tenth of a second more, for rates.
+    pub async fn summary(&self, only_cpu_and_memory: bool) -> Bytes {
+        let _turn = self.0.turn.acquire().await;
+        let (listed, is_whole) = self.listed().await;
+        self.remember();
+        if self.0.kept().samples.is_empty() {
+            let first = self.take(listed.clone(), Wanted::cgroups(Depth::Cpu)).await;
+            self.0.rate(first);
+            tokio::time::sleep(BETWEEN).await;
+        }
+        let mut parts = None;
+        let mut wanted = Wanted::cgroups(Depth::Core);
+        if !only_cpu_and_memory {
+            let (layers, image_fs) = self.stored().await;
+            parts = Some(self.node_parts(&layers, image_fs.as_ref()).await);
+            wanted = Wanted { depth: Depth::Full, network: true, disk: true, layers };
+        }
+        let mut snapshot = self.0.rate(self.take(listed, wanted).await);
+        snapshot.is_lacking |= !is_whole;
+        if snapshot.is_lacking {
+            debug!("the summary lacks something");
+        }
+        let own = blocking(proc::own).await;
+        let node = self.0.context.node();
+        let summary = summary::summary(&node.name, &snapshot, own.as_ref(), parts.as_ref());
+        serde_json::to_vec(&summary).unwrap_or_default().into()
+    }
+
+    /// The page `/metrics/resource`.
+    pub async fn resource(&self) -> Bytes {
+        let _turn = self.0.turn.acquire().await;
+        let (listed, is_whole) = self.listed().await;
+        let mut snapshot = self.take(listed, Wanted::cgroups(Depth::Core)).await;
+        snapshot.is_lacking |= !is_whole;
+        resource::page(&snapshot)
+    }
+
+    /// The page `/metrics/cadvisor`.
+    pub async fn cadvisor(&self) -> Bytes {
+        let _turn = self.0.turn.acquire().await;
+        let ((listed, is_whole), (layers, image_fs), sandbox_image) =
+            tokio::join!(self.listed(), self.stored(), self.sandbox_image());
+        let wanted = Wanted { depth: Depth::All, network: true, disk: false, layers };
+        let mut snapshot = self.take(listed, wanted).await;
+        snapshot.is_lacking |= !is_whole;
+        let around = blocking(move || Around {
+            machine: Machine::read(),
+            sandbox_image,
+            disk: image_fs.and_then(|(place, _)| Disk::read(place.as_ref())),
+        });
+        cadvisor::page(&snapshot, &around.await)
+    }
+
+    /// The page `/metrics`.
+    pub async fn metrics(&self) -> Bytes {
+        let observed = self.observed().await;
+        let (own, (_, booted)) = blocking(|| (proc::own(), proc::node_stat())).await;
+        let booted = booted.and_then(|at| Timestamp::from_second(at).ok());
+        own::page(&self.0.context.node().name, observed.as_ref(), own.as_ref(), booted)
+    }
+
+    /// The pods to look at, and whether both the store and the runtime could be asked.
+    async fn listed(&self) -> (Vec<Listed>, bool) {
+        let (index, observed) = tokio::join!(self.0.context.store.index(), self.observed());
+        let is_whole = index.is_ok() && observed.is_some();
+        (snapshot::list(index.unwrap_or_default(), observed), is_whole)
+    }
+
+    async fn observed(&self) -> Option<BTreeMap<String, Observed>> {
+        let observed = tokio::time::timeout(PATIENCE, self.0.context.cri.observe(None)).await;
+        observed.ok()?.inspect_err(|error| debug!(%error, "no statistics of containers")).ok()
+    }
+
+    /// What writable layers take, by container; where images are, and what they take.
+    async fn stored(&self) -> (HashMap<String, cri::FilesystemUsage>, Option<(String, Used)>) {
+        let cri = &self.0.context.cri;
+        let images = tokio::time::timeout(PATIENCE, cri.image_fs_info());
+        let (layers, images) = tokio::join!(cri.writable_layers(PATIENCE), images);
+        let layers = layers.inspect_err(|error| debug!(%error, "no statistics of writable layers")).unwrap_or_default();
+        let first = images.ok().and_then(Result::ok).and_then(|info| info.image_filesystems.into_iter().next());
+        let images = first.and_then(|usage| {
+            let used = disk::told(&usage);
+            Some((usage.fs_id?.mountpoint, used))
+        });
+        (layers, images)
+    }
+
+    async fn node_parts(
+        &self,
+        layers: &HashMap<String, cri::FilesystemUsage>,
+        image_fs: Option<&(String, Used)>,
+    ) -> NodeParts {
+        let layers = layers.values().map(disk::told).fold(Used::default(), |sum, one| Used {
+            bytes: sum.bytes.saturating_add(one.bytes),
+            inodes: sum.inodes.saturating_add(one.inodes),
+        });
+        let place = image_fs.map(|(place, _)| place.clone());
+        let images = image_fs.map(|(_, used)| *used);
+        let pods_root = self.0.context.node().pods_root.clone();
+        blocking(move || NodeParts {
+            load: Load::read(&pods_root, place.as_ref().map(AsRef::as_ref)),
+            interfaces: proc::interfaces("self").unwrap_or_default(),
+            default_link: default_link(),
+            layers: images.map(|_| layers),
+            images,
+        })
+        .await
+    }
+
+    /// Empty while the runtime does not tell.
+    async fn sandbox_image(&self) -> String {
+        let told = self.0.sandbox_image.get_or_try_init(|| async {
+            let setup = tokio::time::timeout(PATIENCE, self.0.context.cri.setup()).await;
+            setup.ok().and_then(Result::ok).map(|setup| setup.sandbox_image.unwrap_or_default()).ok_or(())
+        });
+        told.await.cloned().unwrap_or_default()
+    }
+
+    async fn take(&self, listed: Vec<Listed>, wanted: Wanted) -> Snapshot {
+        let (inner, root) = (self.0.clone(), self.0.context.node().pods_root.clone());
+        blocking(move || {
+            let now = clock::monotonic();
+            let volumes = |uid: &str, budget: &mut usize| disk::volumes(&root, uid, budget, now, &inner.findings);
+            snapshot::take(&inner.context.cgroups, listed, &wanted, &volumes)
+        })
+        .await
+    }
+
+    /// From now on something is kept, which a task drops when nobody asks any more.
+    fn remember(&self) {
+        let mut kept = self.0.kept();
+        kept.asked = clock::monotonic();
+        if !std::mem::replace(&mut kept.expires, true) {
+            let _detached = supervise::spawn("stats-memory", forget(Arc::downgrade(&self.0)));
+        }
+    }
+}
+
+impl Inner {
+    /// Fills in the rates.
+    fn rate(&self, mut snapshot: Snapshot) -> Snapshot {
+        let mut kept = self.kept();
+        let mut seen = HashSet::new();
+        let mut rate = |path: &str, usage: &mut cgroup::Usage| {
+            if let Some(cpu) = usage.cpu.as_mut().filter(|_| !path.is_empty()) {
+                cpu.rate = kept.samples.observe(path, usage.since, cpu.usage);
+                seen.insert(path.to_owned());
+            }
+        };
+        rate("/", &mut snapshot.node);
+        rate(&snapshot.top, &mut snapshot.all_pods);
+        for pod in &mut snapshot.pods {
+            rate(&pod.path, &mut pod.usage);
+            for container in &mut pod.containers {
+                rate(&container.path, &mut container.usage);
+            }
+        }
+        kept.samples.keep(|path| seen.contains(path));
+        drop(kept);
+        snapshot
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        // Losing any of it costs a rate.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn forget(inner: Weak<Inner>) {
+    loop {
+        let Some(inner) = inner.upgrade() else { return };
+        let Some(left) = inner.kept().expire(clock::monotonic()) else { return inner.findings.clear() };
+        drop(inner);
+        tokio::time::sleep(left).await;
+    }
+}
+
+/// So many nanoseconds later.
+fn after(at: Timestamp, nanoseconds: u64) -> Timestamp {
+    let later = SignedDuration::from_nanos(i64::try_from(nanoseconds).unwrap_or_default());
+    at.checked_add(later).unwrap_or(at)
+}
+
+#[cfg(test)]
+mod tests;
