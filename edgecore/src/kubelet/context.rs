@@ -18,6 +18,7 @@ use super::resources::Machine;
 use super::volumes::Volumes;
 use crate::clock;
 use crate::runtime::Cri;
+use crate::stats::Counts;
 use crate::store::{self, Store};
 
 /// Kind of the store's notes that hold the last status of each pod, by UID.
@@ -55,6 +56,7 @@ pub struct Context {
     parts: Parts,
     recorder: Mutex<Recorder>,
     events: mpsc::Sender<Report>,
+    probe_counts: Counts,
 }
 
 impl std::ops::Deref for Context {
@@ -69,12 +71,18 @@ impl Context {
     /// Puts the parts together. Events come out of the receiver, for [`keep_events`].
     pub fn new(parts: Parts, node: &str) -> (Self, mpsc::Receiver<Report>) {
         let (events, receiver) = mpsc::channel(EVENTS);
-        (Self { parts, recorder: Mutex::new(Recorder::new(node)), events }, receiver)
+        let recorder = Mutex::new(Recorder::new(node));
+        (Self { parts, recorder, events, probe_counts: Counts::default() }, receiver)
     }
 
     /// The node's facts of this moment.
     pub fn node(&self) -> Arc<NodeFacts> {
         self.facts.borrow().clone()
+    }
+
+    /// How the probes of pods went.
+    pub fn probe_counts(&self) -> &Counts {
+        &self.probe_counts
     }
 
     /// Records an event about an object. No work waits for it.

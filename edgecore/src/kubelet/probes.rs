@@ -127,6 +127,7 @@ async fn run(
     let mut workers: BTreeMap<Key, Worker> = BTreeMap::new();
     let mut running: JoinSet<(Key, String, Attempt)> = JoinSet::new();
     let mut busy: Vec<Key> = Vec::new();
+    let counts = context.probe_counts().of(&views.borrow().pod);
     loop {
         let view = views.borrow_and_update().clone();
         fill(&mut workers, &view, &adopted, spread);
@@ -175,6 +176,7 @@ async fn run(
             changed = views.changed() => if changed.is_err() { return },
             Some(Ok((key, id, attempt))) = running.join_next(), if !running.is_empty() => {
                 busy.retain(|other| *other != key);
+                counts.add(&key, &attempt);
                 if let Some(worker) = workers.get_mut(&key) {
                     let done = worker.done(clock::monotonic(), &id, &attempt);
                     publish(&results, &workers, &view);

@@ -31,11 +31,14 @@ mod cgroup;
 mod disk;
 mod own;
 mod page;
+mod probes;
 mod proc;
 mod resource;
 mod samples;
 mod snapshot;
 mod summary;
+
+pub use probes::{Counts, PodCounts};
 
 /// The content type of the pages of metrics.
 pub const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -154,6 +157,11 @@ impl Stats {
         let (own, (_, booted)) = blocking(|| (proc::own(), proc::node_stat())).await;
         let booted = booted.and_then(|at| Timestamp::from_second(at).ok());
         own::page(&self.0.context.node().name, observed.as_ref(), own.as_ref(), booted)
+    }
+
+    /// The page `/metrics/probes`.
+    pub async fn probes(&self) -> Bytes {
+        self.0.context.probe_counts().page()
     }
 
     /// The pods to look at, and whether both the store and the runtime could be asked.

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use skerry_proto::sync::{Collection, Object, Op};
 use tokio::sync::watch;
@@ -13,8 +14,10 @@ use super::*;
 use crate::kubelet::cgroup::Cgroups;
 use crate::kubelet::context::Parts;
 use crate::kubelet::images::Images;
+use crate::kubelet::memory::ProbeResult;
 use crate::kubelet::node::{Paths, Resources, facts};
 use crate::kubelet::observed::{Instance, Sandbox, State, label};
+use crate::kubelet::probes::{PodProbes, Results};
 use crate::kubelet::resources;
 use crate::kubelet::volumes::Volumes;
 use crate::kubelet::volumes::tests::is_root;
@@ -35,6 +38,7 @@ struct Bench {
     fake: FakeRuntime,
     store: Store,
     cri: Cri,
+    context: Arc<Context>,
     stats: Stats,
 }
 
@@ -64,7 +68,7 @@ impl Bench {
             sandbox_turns: Semaphore::new(4),
         };
         let context = Arc::new(Context::new(parts, "box").0);
-        let bench = Self { stats: Stats::new(context), dir, version, fake, store, cri };
+        let bench = Self { stats: Stats::new(context.clone()), dir, version, fake, store, cri, context };
         bench.cgroup("", 9_000_000_000, 0);
         bench.cgroup("kubepods", 3_000_000_000, 2000);
         bench
@@ -291,6 +295,28 @@ async fn the_kubelets_own_page_counts_pods_and_containers() {
     for name in ["process_start_time_seconds", "process_cpu_seconds_total", "process_resident_memory_bytes"] {
         assert!(value(&metrics, name, &[]) > Some(0.0), "{name}");
     }
+    assert!(bench.stats.probes().await.is_empty());
+}
+
+#[tokio::test]
+async fn probes_are_counted_as_they_run() {
+    let bench = Bench::new(2);
+    bench.pod("web").await;
+    let pod = serde_json::json!({
+        "metadata": {"name": "web", "namespace": "shop", "uid": "uid-web"},
+        "spec": {"containers": [{"name": "app", "readinessProbe": {"exec": {"command": ["true"]}}}]},
+    });
+    let pod: Arc<Pod> = Arc::new(serde_json::from_value(pod).unwrap());
+    let mut probes = PodProbes::start(bench.context.clone(), &pod, Results::new(), false).unwrap();
+    let observed = bench.cri.observe(Some("uid-web")).await.unwrap().remove("uid-web").unwrap();
+    probes.see(&pod, &observed, false, None);
+    while probes.results().values().all(|known| known.readiness != Some(ProbeResult::Success)) {
+        probes.changed().await;
+    }
+    let samples = strict::parse(&bench.stats.probes().await).unwrap();
+    let labels =
+        [APP[0], APP[1], APP[2], ("pod_uid", "uid-web"), ("probe_type", "Readiness"), ("result", "successful")];
+    assert_eq!(value(&samples, "prober_probe_total", &labels), Some(1.0));
 }
 
 #[tokio::test]
