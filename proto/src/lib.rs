@@ -10,6 +10,7 @@ pub mod frame;
 #[cfg(test)]
 mod fuzz;
 pub mod mux;
+pub mod ops;
 pub mod payload;
 #[cfg(feature = "streams")]
 pub mod streams;
@@ -56,7 +57,7 @@ pub mod health {
 pub const EDGE_LABEL: &str = "node-role.kubernetes.io/edge";
 /// Node annotation: `"false"` switches autonomy off (the default for edge nodes is on).
 pub const AUTONOMY_ANNOTATION: &str = "skerry.dev/autonomy";
-/// Node annotation: the addresses of the box itself, comma separated.
+/// Node annotation: the addresses of the box itself, as a Node's `status.addresses` would list them: JSON, `[{"type": …, "address": …}]`.
 pub const ADDRESSES_ANNOTATION: &str = "skerry.dev/addresses";
 /// The port of cloudcore, TCP and later UDP, unless told otherwise.
 pub const DEFAULT_PORT: u16 = 10000;
