@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use k8s_openapi::api::authentication::v1::TokenReview;
+use k8s_openapi::api::authorization::v1::SubjectAccessReview;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Event, Node, Pod, Secret, Service};
 use k8s_openapi::api::node::v1::RuntimeClass;
@@ -38,6 +40,10 @@ pub(crate) enum Kind {
     RuntimeClass,
     /// coordination.k8s.io/v1 Lease.
     Lease,
+    /// authentication.k8s.io/v1 TokenReview, which is only created.
+    TokenReview,
+    /// authorization.k8s.io/v1 SubjectAccessReview, which is only created.
+    SubjectAccessReview,
 }
 
 impl Kind {
@@ -52,6 +58,8 @@ impl Kind {
             Self::Event => ApiResource::erase::<Event>(&()),
             Self::RuntimeClass => ApiResource::erase::<RuntimeClass>(&()),
             Self::Lease => ApiResource::erase::<Lease>(&()),
+            Self::TokenReview => ApiResource::erase::<TokenReview>(&()),
+            Self::SubjectAccessReview => ApiResource::erase::<SubjectAccessReview>(&()),
         }
     }
 
@@ -66,6 +74,8 @@ impl Kind {
             Self::Event => "events",
             Self::RuntimeClass => "runtimeclasses",
             Self::Lease => "leases",
+            Self::TokenReview => "tokenreviews",
+            Self::SubjectAccessReview => "subjectaccessreviews",
         }
     }
 

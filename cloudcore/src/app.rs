@@ -25,8 +25,9 @@ use tracing::{debug, info, warn};
 
 use crate::backend::Backend as _;
 use crate::backend_k8s::{self, BackendOptions};
-use crate::config::Config;
+use crate::config::{Advertise, Config};
 use crate::front::{self, AGENT, Front};
+use crate::kubelet::Ports;
 use crate::metrics::Metrics;
 use crate::pki::{self, CaError, CertificateAuthority, CurrentAuthority, ServerCertificate, Step};
 use crate::retry::{chain, persist};
@@ -102,7 +103,7 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
         serving = start(&config, client, &status, stop.clone(), listener, datagrams) => serving?,
         () = stop.cancelled() => return Ok(()),
     };
-    let ([mut port, mut quic, mut deletions, mut rounds], restored) = serving;
+    let ([mut port, mut quic, mut kubelets, mut deletions, mut rounds], restored) = serving;
 
     // None of them ends by itself; without one of them cloudcore would only seem to work.
     let broken = tokio::select! {
@@ -113,6 +114,7 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
         ),
         _ = &mut port => Some("port"),
         _ = &mut quic => Some("quic"),
+        _ = &mut kubelets => Some("kubelets"),
         _ = &mut deletions => Some("deletions"),
         _ = &mut rounds => Some("rounds"),
         _ = &mut admin => Some("admin"),
@@ -125,6 +127,7 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     // The order of the end: sessions, with the port; what served them; the outside view last.
     drop(port.await);
     drop(quic.await);
+    drop(kubelets.await);
     drop(deletions.await);
     drop(rounds.await);
     admin_stop.cancel();
@@ -140,7 +143,7 @@ async fn start(
     stop: CancellationToken,
     listener: TcpListener,
     datagrams: UdpSocket,
-) -> anyhow::Result<([tokio::task::JoinHandle<()>; 4], impl Future<Output = ()>)> {
+) -> anyhow::Result<([tokio::task::JoinHandle<()>; 5], impl Future<Output = ()>)> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let secrets = KubeSecrets::new(client.clone(), &config.namespace);
@@ -152,23 +155,34 @@ async fn start(
     }
     let certificate = ServerCertificate::issue(Arc::clone(&authority), &config.advertise, clock::wall())?;
     let certificate = Arc::new(certificate);
+    // What the apiserver sees as the kubelets of nodes is in the cluster, and none of an edge's business.
+    let kubelet = Advertise { host: config.kubelet_address.clone(), port: None };
+    let serving = ServerCertificate::issue(Arc::clone(&authority), &[kubelet], clock::wall())?;
+    let serving = Arc::new(serving);
     let tls = front::tls(Arc::clone(&authority), Arc::clone(&certificate))?;
     let endpoint = front::quic::endpoint(datagrams, &tls)?;
 
     let options =
         BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };
     let own_client = client.clone();
-    let backend = backend_k8s::connect(client, options, &mut registry).await?;
+    let ports = Arc::new(Ports::new(&config.kubelet_address, config.kubelet_ports));
+    let backend = backend_k8s::connect(client, options, ports, &mut registry).await?;
     let restored = backend.restored();
     let secrets = Arc::new(secrets);
     let tokens = JoinTokens::new(Arc::clone(&secrets));
     let front = Arc::new(Front::new(backend, Arc::clone(&authority), tokens, metrics.clone(), stop.clone()));
-    let care = Care { client: own_client, authority, certificate, secrets, data_dir: config.data_dir.clone(), metrics };
+    let kubelets = front.backend().kubelets();
+    let sessions = Arc::clone(&front);
+    let find = move |node: &str| sessions.streams(node);
+    let kubelets = kubelets.start(Arc::clone(&serving), find, &mut registry, DRAIN, stop.clone())?;
+    let care =
+        Care { client: own_client, authority, certificates: [certificate, serving], secrets, data_dir: config.data_dir.clone(), metrics };
 
     let asked = Arc::clone(&front);
     status.running(registry, move || asked.backend().ready());
     info!(
         port = config.port,
+        kubelets = format!("{}:{}", config.kubelet_address, config.kubelet_ports),
         advertised =
             config.advertise.iter().map(|address| address.with_port(config.port)).collect::<Vec<_>>().join(","),
         "serving edge nodes; `cloudcore token create` makes a join command"
@@ -176,6 +190,7 @@ async fn start(
     let tasks = [
         spawn("port", Arc::clone(&front).serve(listener, tls, DRAIN)),
         spawn("quic", Arc::clone(&front).serve_quic(endpoint, DRAIN)),
+        kubelets,
         spawn("deletions", front.watch_deletions()),
         spawn("rounds", care.rounds(stop)),
     ];
@@ -231,7 +246,7 @@ fn raise_file_limit() {
 struct Care {
     client: kube::Client,
     authority: Arc<CurrentAuthority>,
-    certificate: Arc<ServerCertificate>,
+    certificates: [Arc<ServerCertificate>; 2],
     secrets: Arc<KubeSecrets>,
     data_dir: Option<PathBuf>,
     metrics: Metrics,
@@ -258,10 +273,12 @@ impl Care {
                 Err(error) => warn!("cannot look after the CA: {}", chain(&error)),
             }
             self.metrics.ca_expires(self.authority.current().expires().as_second());
-            match self.certificate.renew_if_due(clock::wall()) {
-                Ok(true) => info!("the server certificate was renewed"),
-                Ok(false) => {}
-                Err(error) => warn!("cannot renew the server certificate: {}", chain(&error)),
+            for certificate in &self.certificates {
+                match certificate.renew_if_due(clock::wall()) {
+                    Ok(true) => info!("a server certificate was renewed"),
+                    Ok(false) => {}
+                    Err(error) => warn!("cannot renew a server certificate: {}", chain(&error)),
+                }
             }
             match tokens.sweep(clock::wall()).await {
                 Ok(0) => {}

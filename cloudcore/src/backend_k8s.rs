@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::apiserver::{Apiserver, Kind, Metrics};
 use crate::backend::{Backend, BackendError, Feed, FeedEvent, NodeCheck, NodeIdentity, RegisterError};
 use crate::closure::{Closures, Session, Source};
+use crate::kubelet::{self, Kubelets, Ports};
 use crate::nodes::autonomy::Autonomy;
 use crate::nodes::leases::Leases;
 use crate::upstream::{Reports, Upstream};
@@ -113,14 +114,16 @@ pub struct K8sBackend {
     shared: Arc<Shared>,
     upstream: Arc<Upstream>,
     leases: Arc<Leases>,
+    kubelets: Kubelets,
     deletions: broadcast::Sender<NodeIdentity>,
     tasks: Vec<JoinHandle<()>>,
 }
 
-/// Starts watching. Returns at once; [`Backend::ready`] says when the caches are filled.
+/// Starts watching. Returns at once; [`Backend::ready`] says when the caches are filled. `ports` are those of the nodes' kubelets.
 pub async fn connect(
     client: kube::Client,
     options: BackendOptions,
+    ports: Arc<Ports>,
     metrics: &mut Registry,
 ) -> anyhow::Result<K8sBackend> {
     let api = Apiserver::new(client.clone(), Metrics::new(metrics));
@@ -133,10 +136,11 @@ pub async fn connect(
     let (deletions, _) = broadcast::channel(DELETIONS);
     let watches = Watches {
         api: api.clone(),
-        client,
+        client: client.clone(),
         shared: shared.clone(),
         upstream: upstream.clone(),
         autonomy: autonomy.clone(),
+        ports: ports.clone(),
         deletions: deletions.clone(),
     };
 
@@ -167,8 +171,20 @@ pub async fn connect(
             let api = api.clone();
             move || autonomy.clone().run(api.clone())
         }),
+        supervise::keep("kubelet addresses", {
+            let (api, ports) = (api.clone(), ports.clone());
+            move || kubelet::publish::run(api.clone(), ports.clone())
+        }),
     ];
-    Ok(K8sBackend { api, shared, upstream, leases, deletions, tasks })
+    let kubelets = Kubelets { ports, api: api.clone(), client };
+    Ok(K8sBackend { api, shared, upstream, leases, kubelets, deletions, tasks })
+}
+
+impl K8sBackend {
+    /// What serves the kubelets of nodes.
+    pub fn kubelets(&self) -> Kubelets {
+        self.kubelets.clone()
+    }
 }
 
 impl K8sBackend {
@@ -230,6 +246,7 @@ impl Backend for K8sBackend {
             session
         };
         self.leases.begin(node, epoch);
+        self.kubelets.ports.connected(node, epoch);
         let reports = self.upstream.open(node, epoch, session.claims());
         for (_, _, facts) in self.shared.closures().pods_of(&node.name) {
             self.upstream.pod_seen(&node.name, &facts);
@@ -240,6 +257,7 @@ impl Backend for K8sBackend {
             session,
             reports,
             leases: self.leases.clone(),
+            ports: self.kubelets.ports.clone(),
             node: node.clone(),
             epoch,
         }
@@ -261,6 +279,7 @@ pub struct K8sFeed {
     wake: Arc<Notify>,
     reports: Reports,
     leases: Arc<Leases>,
+    ports: Arc<Ports>,
     node: NodeIdentity,
     epoch: u64,
 }
@@ -296,6 +315,7 @@ impl Drop for K8sFeed {
     fn drop(&mut self) {
         self.shared.closures().close(&self.session);
         self.leases.end(&self.node, self.epoch);
+        self.ports.disconnected(&self.node, self.epoch, clock::wall());
     }
 }
 

@@ -28,6 +28,19 @@ pub struct Config {
     pub cluster_domain: String,
     /// Addresses of the cluster DNS service, for pods on edge nodes.
     pub cluster_dns: Vec<IpAddr>,
+    /// Where the apiserver reaches this cloudcore as the kubelet of its nodes, by name or address.
+    pub kubelet_address: String,
+    /// The ports that nodes get there, one each.
+    pub kubelet_ports: PortRange,
+}
+
+/// Ports from one to another, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    /// The lowest.
+    pub first: u16,
+    /// The highest, not below the first.
+    pub last: u16,
 }
 
 /// A host, by name or address, and perhaps a port.
@@ -114,6 +127,41 @@ impl fmt::Display for Advertise {
     }
 }
 
+impl PortRange {
+    /// Whether a port is one of them.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port > 0);
+        let parsed = text.split_once('-').and_then(|(first, last)| Some((port(first)?, port(last)?)));
+        match parsed {
+            Some((first, last)) if first <= last => Ok(Self { first, last }),
+            _ => Err(format!("{text:?} is not a range of ports such as `20000-29999`")),
+        }
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+/// Reads a host alone, as [`Advertise`] reads one with a port.
+pub fn parse_host(text: &str) -> Result<String, String> {
+    match text.parse::<Advertise>() {
+        Ok(Advertise { host, port: None }) => Ok(host),
+        Ok(_) => Err("give a host name or an IP address alone; the ports are those of --kubelet-ports".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Reads `90s`, `30m`, `24h`, `7d` or a sequence such as `1h30m`; at least a second, at most 10 years.
 pub fn parse_ttl(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration such as `30m`, `24h`, `7d` or `1h30m`, between 1s and 3650d");
@@ -183,6 +231,19 @@ mod tests {
         {
             assert!(text.parse::<Advertise>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn ranges_of_ports() {
+        let range: PortRange = "20000-29999".parse().unwrap();
+        assert_eq!((range.first, range.last, range.to_string().as_str()), (20000, 29999, "20000-29999"));
+        assert!(range.contains(20000) && range.contains(29999) && !range.contains(30000));
+        assert!("7-7".parse::<PortRange>().is_ok());
+        for text in ["", "1", "2-1", "0-5", "1-70000", "a-b", "1-2-3"] {
+            assert!(text.parse::<PortRange>().is_err(), "{text:?}");
+        }
+        assert_eq!(parse_host("10.0.0.7"), Ok("10.0.0.7".to_owned()));
+        assert!(parse_host("10.0.0.7:80").is_err() && parse_host("0.0.0.0").is_err());
     }
 
     #[test]

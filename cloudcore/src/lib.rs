@@ -10,6 +10,7 @@ pub mod clock;
 mod closure;
 pub mod config;
 pub mod front;
+pub mod kubelet;
 pub mod log;
 pub mod metrics;
 mod nodes;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use skerry_proto::DEFAULT_PORT;
 
-use crate::config::{Advertise, Config, DEFAULT_NAMESPACE, is_node_name, parse_ttl};
+use crate::config::{Advertise, Config, DEFAULT_NAMESPACE, PortRange, is_node_name, parse_host, parse_ttl};
 use crate::log;
 use crate::token::MAX_USES;
 
@@ -79,6 +79,13 @@ struct Run {
     /// Address of the cluster's DNS service, for pods on edge nodes; may be repeated
     #[arg(long, value_name = "IP")]
     cluster_dns: Vec<IpAddr>,
+    /// Host name or IP address by which the apiserver, metrics-server and Prometheus reach this cloudcore, which is the kubelet of its
+    /// nodes for them [default: the first advertised host]
+    #[arg(long, value_name = "HOST", value_parser = parse_host)]
+    kubelet_address: Option<String>,
+    /// The ports that nodes get there, one each for as long as the Node exists
+    #[arg(long, value_name = "FIRST-LAST", default_value = "20000-29999")]
+    kubelet_ports: PortRange,
     /// Form of the log on standard error
     #[arg(long, value_name = "FORM", default_value = "text")]
     log_format: log::Format,
@@ -150,7 +157,10 @@ pub fn main() -> ExitCode {
 
 impl Run {
     fn config(self) -> Config {
+        let first = self.advertise_address.first().map(|address| address.host.clone());
         Config {
+            kubelet_address: self.kubelet_address.or(first).unwrap_or_default(),
+            kubelet_ports: self.kubelet_ports,
             kubeconfig: self.cluster.kubeconfig,
             advertise: self.advertise_address,
             port: self.port,
@@ -212,6 +222,7 @@ mod tests {
         let Command::Run(run) = parse("cloudcore run --advertise-address cloud").unwrap().command else { panic!() };
         let config = run.config();
         assert_eq!((config.port, config.admin.to_string()), (10000, "127.0.0.1:10001".to_owned()));
+        assert_eq!((config.kubelet_address.as_str(), config.kubelet_ports.first), ("cloud", 20000));
         assert_eq!((config.namespace.as_str(), config.cluster_domain.as_str()), ("skerry-system", "cluster.local"));
     }
 
@@ -223,6 +234,8 @@ mod tests {
             "cloudcore run --advertise-address https://x",
             "cloudcore run --advertise-address x --port 0",
             "cloudcore run --advertise-address x --frobnicate",
+            "cloudcore run --advertise-address x --kubelet-ports 9-1",
+            "cloudcore run --advertise-address x --kubelet-address y:1",
             "cloudcore run --advertise-address x --namespace A_b",
             "cloudcore token create --uses 0",
             "cloudcore token create --ttl 5",

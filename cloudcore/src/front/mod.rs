@@ -33,7 +33,7 @@ use crate::token::JoinTokens;
 
 mod http;
 mod join;
-mod places;
+pub(crate) mod places;
 pub mod quic;
 mod session;
 #[cfg(test)]

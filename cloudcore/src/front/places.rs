@@ -12,7 +12,7 @@ use crate::clock;
 
 /// A bounded number of places; cloning shares them.
 #[derive(Clone, Debug)]
-pub(super) struct Places {
+pub(crate) struct Places {
     most: usize,
     /// How long nobody is sent away.
     grace: Duration,
@@ -34,19 +34,19 @@ struct Holders {
 
 /// One place.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     number: u64,
     evicted: oneshot::Receiver<()>,
     inner: Arc<Inner>,
 }
 
 impl Places {
-    pub(super) fn new(most: usize, grace: Duration) -> Self {
+    pub(crate) fn new(most: usize, grace: Duration) -> Self {
         Self { most, grace, inner: Arc::default() }
     }
 
     /// Waits until there is a free place, or someone who has had one for longer than the grace, who is sent away then. Cancel safe.
-    pub(super) async fn room(&self) {
+    pub(crate) async fn room(&self) {
         loop {
             // Registered before the look, so that no place that becomes free between the two is missed.
             let mut freed = std::pin::pin!(self.inner.freed.notified());
@@ -57,12 +57,12 @@ impl Places {
     }
 
     /// How many are taken.
-    pub(super) fn taken(&self) -> usize {
+    pub(crate) fn taken(&self) -> usize {
         self.inner.lock().by_age.len()
     }
 
     /// Takes a place, also beyond the number: see [`Places::room`].
-    pub(super) fn take(&self) -> Place {
+    pub(crate) fn take(&self) -> Place {
         self.take_at(clock::monotonic())
     }
 
@@ -93,7 +93,7 @@ impl Places {
 
 impl Place {
     /// Comes to its end when the place is taken away.
-    pub(super) async fn evicted(&mut self) {
+    pub(crate) async fn evicted(&mut self) {
         let _ = (&mut self.evicted).await;
     }
 }

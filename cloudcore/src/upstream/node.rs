@@ -75,8 +75,6 @@ fn fingerprint(node: &Value, capacity: Option<&Value>) -> u64 {
         .collect();
     conditions.sort_by_key(|condition| condition["type"].to_string());
     own.insert("conditions".into(), conditions.into());
-    let addresses = status["addresses"].as_array().into_iter().flatten();
-    own.insert("addresses".into(), addresses.filter(|address| address.get("$patch").is_none()).cloned().collect());
     let labels = metadata["labels"].as_object().into_iter().flatten();
     let measured = labels.filter(|(key, _)| labels::is_measured(key)).map(|(key, value)| (key.clone(), value.clone()));
     own.insert("labels".into(), measured.collect::<Map<_, _>>().into());
@@ -101,7 +99,6 @@ pub(crate) fn patch(
     report: &NodeReport,
     capacity: Option<&Value>,
 ) -> Result<Value, String> {
-    let NodeIdentity { name, uid } = node;
     let reported = report.status.as_object().ok_or("the status is not an object")?;
     let mut status: Map<String, Value> = FIELDS
         .into_iter()
@@ -121,20 +118,22 @@ pub(crate) fn patch(
             allocatable.entry(resource).or_insert(quantity);
         }
     }
-    let mut addresses = vec![json!({"$patch": "replace"})];
-    addresses.extend(report.addresses.first().map(|address| json!({"type": "InternalIP", "address": address})));
-    addresses.push(json!({"type": "Hostname", "address": name}));
-    status.insert("addresses".into(), addresses.into());
     let labels: BTreeMap<&String, &String> =
         report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
     // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
     let mut metadata =
-        json!({"uid": uid, "annotations": {ADDRESSES_ANNOTATION: report.addresses.join(",")}, "labels": labels});
+        json!({"uid": node.uid, "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)}, "labels": labels});
     if let Some((epoch, version)) = unnamed {
         metadata["annotations"][EPOCH_ANNOTATION] = epoch.to_string().into();
         metadata["resourceVersion"] = version.into();
     }
     Ok(json!({"metadata": metadata, "status": status}))
+}
+
+/// What the box says its own addresses are. Those of the Node are where its kubelet is reached ([`crate::kubelet`]).
+fn box_addresses(addresses: &[String]) -> String {
+    let listed = addresses.iter().map(|address| json!({"type": "InternalIP", "address": address}));
+    Value::Array(listed.collect()).to_string()
 }
 
 fn foreign(there: Option<&Value>, reported: Option<&Value>) -> Vec<(String, Value)> {
@@ -166,19 +165,17 @@ mod tests {
             labels: BTreeMap::new(),
         };
         let stored = json!({"cpu": "2", "example.com/dongle": "3"});
+        let boxes = r#"[{"address":"192.168.1.5","type":"InternalIP"},{"address":"10.9.9.9","type":"InternalIP"}]"#;
         assert_eq!(
             patch(&e(), Some((7, "3".to_owned())), &report, Some(&stored)).unwrap(),
             json!({
                 "metadata": {
                     "uid": "u", "resourceVersion": "3", "labels": {},
-                    "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5,10.9.9.9", EPOCH_ANNOTATION: "7"},
+                    "annotations": {ADDRESSES_ANNOTATION: boxes, EPOCH_ANNOTATION: "7"},
                 },
                 "status": {
                     "capacity": {"cpu": "2"}, "allocatable": {"cpu": "1900m", "example.com/dongle": "3"}, "nodeInfo": {"kernelVersion": "6"},
                     "conditions": [{"type": "Ready", "status": "True"}],
-                    "addresses": [
-                        {"$patch": "replace"}, {"type": "InternalIP", "address": "192.168.1.5"}, {"type": "Hostname", "address": "e"},
-                    ],
                 },
             })
         );
@@ -201,17 +198,17 @@ mod tests {
         let node = json!({
             "metadata": {
                 "labels": {"kubernetes.io/arch": "arm64", "site": "mill"},
-                "annotations": {ADDRESSES_ANNOTATION: "192.168.1.5", "other": "x"},
+                "annotations": {ADDRESSES_ANNOTATION: box_addresses(&["192.168.1.5".into()]), "other": "x"},
             },
             "status": {
                 "capacity": {"cpu": "2", "example.com/dongle": "3"}, "allocatable": {"cpu": "2", "example.com/dongle": "3"},
-                "nodeInfo": {"kernelVersion": "6"}, "daemonEndpoints": {"kubeletEndpoint": {"Port": 0}},
+                "nodeInfo": {"kernelVersion": "6"}, "daemonEndpoints": {"kubeletEndpoint": {"Port": 20000}},
                 "conditions": [
                     {"type": "NetworkUnavailable", "status": "False"},
                     {"type": "DiskPressure", "status": "False", "lastHeartbeatTime": "2026-01-01T00:00:00Z"},
                     {"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-01-01T00:00:00Z"},
                 ],
-                "addresses": [{"type": "InternalIP", "address": "192.168.1.5"}, {"type": "Hostname", "address": "e"}],
+                "addresses": [{"type": "InternalIP", "address": "10.0.0.1"}],
             },
         });
         let (shown, capacity) = (NodeShown::of(&node), Some(&node["status"]["capacity"]));
@@ -238,7 +235,7 @@ mod tests {
         };
         assert_eq!(
             patch(&e(), None, &report, None).unwrap()["metadata"],
-            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: "a,b"}, "labels": {"kubernetes.io/arch": "amd64"}})
+            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)}, "labels": {"kubernetes.io/arch": "amd64"}})
         );
     }
 }

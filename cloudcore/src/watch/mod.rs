@@ -22,6 +22,7 @@ use crate::apiserver::{Apiserver, Kind, backoff};
 use crate::backend::NodeIdentity;
 use crate::backend_k8s::Shared;
 use crate::closure::{NodeInput, PodInput, Source, sanitise};
+use crate::kubelet::{Ports, Shown};
 use crate::nodes;
 use crate::nodes::autonomy::Autonomy;
 use crate::retry::chain;
@@ -42,6 +43,7 @@ pub(crate) struct Watches {
     pub(crate) shared: Arc<Shared>,
     pub(crate) upstream: Arc<Upstream>,
     pub(crate) autonomy: Arc<Autonomy>,
+    pub(crate) ports: Arc<Ports>,
     pub(crate) deletions: broadcast::Sender<NodeIdentity>,
 }
 
@@ -152,6 +154,7 @@ impl Watches {
         let input = NodeInput::of(Kind::Node.json(node));
         let identity = input.identity.clone();
         let change = self.shared.closures().node_applied(input);
+        self.ports.seen(&identity, &Shown::of(&node.data));
         if let Some(gone) = change.replaced {
             self.node_gone(gone);
         }
@@ -164,6 +167,7 @@ impl Watches {
 
     fn node_gone(&self, node: NodeIdentity) {
         info!(node = node.name, uid = node.uid, "the Node was deleted");
+        self.ports.gone(&node);
         // Nobody listening is no session to end.
         drop(self.deletions.send(node));
     }
@@ -329,6 +333,7 @@ impl Sink<DynamicObject> for Nodes {
         for identity in unseen.chain(strangers) {
             supervise::spawn("confirm a Node's deletion", self.watches.clone().confirm_node(identity));
         }
+        self.watches.ports.listed();
         self.watches.shared.closures().source_ready(Source::Nodes);
     }
 }

@@ -1,0 +1,254 @@
+//! Whether they may: as a kubelet asks it, by SubjectAccessReviews of subresources of the node.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+
+use super::authn::PATIENCE;
+use super::cache::{Cache, key};
+use super::reviews::{Reviews, User};
+use crate::backend::BackendError;
+use crate::clock;
+
+/// How long a yes and a no are good.
+const ALLOWED_TTL: Duration = Duration::from_secs(300);
+const DENIED_TTL: Duration = Duration::from_secs(30);
+const MAX_ANSWERS: usize = 64 << 10;
+/// Reviews under way at once.
+const AT_ONCE: usize = 64;
+
+/// What a path is, for metrics and authorisation: by its first part.
+const ROUTES: [(&str, &[&str]); 14] = [
+    ("pods", &["pods", "proxy"]),
+    ("runningpods", &["pods", "proxy"]),
+    ("healthz", &["healthz", "proxy"]),
+    ("configz", &["configz", "proxy"]),
+    ("stats", &["stats"]),
+    ("metrics", &["metrics"]),
+    ("logs", &["log"]),
+    ("checkpoint", &["checkpoint"]),
+    ("statusz", &["statusz"]),
+    ("flagz", &["configz"]),
+    ("containerLogs", PROXY),
+    ("exec", PROXY),
+    ("attach", PROXY),
+    ("portForward", PROXY),
+];
+const PROXY: &[&str] = &["proxy"];
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Attributes {
+    /// A name for metrics.
+    pub(crate) route: &'static str,
+    /// Empty for methods that have none.
+    pub(crate) verb: &'static str,
+    /// Any of them is enough.
+    pub(crate) subresources: &'static [&'static str],
+}
+
+/// Why it is not known whether they may.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unauthorised {
+    /// The apiserver cannot be asked.
+    #[error(transparent)]
+    Unasked(#[from] BackendError),
+    /// It does not answer.
+    #[error("the apiserver does not answer whether this is allowed")]
+    Silence,
+}
+
+impl Attributes {
+    /// Of a request (KEP-2862, kubelet's `GetRequestAttributes`). `None`: the path could be read as another one.
+    pub(crate) fn of(method: &Method, path: &str) -> Option<Self> {
+        let verb = match *method {
+            Method::GET => "get",
+            Method::POST => "create",
+            Method::PUT => "update",
+            Method::PATCH => "patch",
+            Method::DELETE => "delete",
+            _ => "",
+        };
+        let decoded = plain(path)?;
+        let first = decoded.strip_prefix('/')?.split('/').next().unwrap_or_default();
+        let route = ROUTES.into_iter().find(|(name, _)| *name == first);
+        let (route, subresources) = route.unwrap_or(if first == "run" { ("run", PROXY) } else { ("other", PROXY) });
+        Some(Self { route, verb, subresources })
+    }
+
+    /// How a kubelet says no.
+    pub(crate) fn forbidden(&self, user: &User) -> String {
+        format!(
+            "Forbidden (user={}, verb={}, resource=nodes, subresource(s)=[{}])\n",
+            user.name,
+            self.verb,
+            self.subresources.join(" ")
+        )
+    }
+}
+
+/// A path without escapes, unless some reader could take it for another: what is decided here is decided for what the edge reads.
+fn plain(path: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut rest = path.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let mut digit = || rest.next().and_then(|digit| char::from(digit).to_digit(16));
+        let (high, low) = (digit()?, digit()?);
+        bytes.push(u8::try_from(high * 16 + low).ok()?);
+    }
+    let text = String::from_utf8(bytes).ok()?;
+    let mut parts = text.strip_prefix('/')?.split('/').peekable();
+    while let Some(part) = parts.next() {
+        // A slash may end it.
+        let empty_inside = part.is_empty() && parts.peek().is_some();
+        if empty_inside
+            || matches!(part, "." | "..")
+            || part.contains(['\\', '?', '#'])
+            || part.contains(char::is_control)
+        {
+            return None;
+        }
+    }
+    Some(text)
+}
+
+/// Says whether they may.
+pub(crate) struct Authoriser<R> {
+    reviews: Arc<R>,
+    answers: Mutex<Cache<bool>>,
+    permits: Semaphore,
+}
+
+impl<R: Reviews> Authoriser<R> {
+    pub(crate) fn new(reviews: Arc<R>) -> Self {
+        Self { reviews, answers: Mutex::new(Cache::new(MAX_ANSWERS)), permits: Semaphore::new(AT_ONCE) }
+    }
+
+    /// Whether one of the subresources is allowed. What cannot be asked is not, and is an error unless another is allowed.
+    pub(crate) async fn allows(&self, user: &User, node: &str, wanted: Attributes) -> Result<bool, Unauthorised> {
+        let mut failed = None;
+        for subresource in wanted.subresources {
+            match self.review(&spec(user, node, wanted.verb, subresource)).await {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(error) => failed = Some(error),
+            }
+        }
+        failed.map_or(Ok(false), Err)
+    }
+
+    async fn review(&self, spec: &Value) -> Result<bool, Unauthorised> {
+        let key = key(spec.to_string().as_bytes());
+        let known = || {
+            let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+            answers.look(&key, clock::monotonic()).copied()
+        };
+        if let Some(allowed) = known() {
+            return Ok(allowed);
+        }
+        let review = async {
+            let _permit = self.permits.acquire().await;
+            if let Some(allowed) = known() {
+                return Ok(allowed);
+            }
+            let allowed = self.reviews.access(spec).await?;
+            let until = clock::monotonic() + good_for(allowed);
+            self.answers.lock().unwrap_or_else(PoisonError::into_inner).keep(key, allowed, until);
+            Ok(allowed)
+        };
+        tokio::time::timeout(PATIENCE, review).await.map_err(|_| Unauthorised::Silence)?
+    }
+}
+
+fn good_for(allowed: bool) -> Duration {
+    if allowed { ALLOWED_TTL } else { DENIED_TTL }
+}
+
+/// The spec of a SubjectAccessReview.
+fn spec(user: &User, node: &str, verb: &str, subresource: &str) -> Value {
+    json!({
+        "user": user.name,
+        "uid": user.uid,
+        "groups": user.groups,
+        "extra": user.extra,
+        "resourceAttributes": {"verb": verb, "version": "v1", "resource": "nodes", "subresource": subresource, "name": node},
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_need_what_a_kubelet_would_ask_for() {
+        for (path, route, subresources) in [
+            ("/pods", "pods", "pods proxy"),
+            ("/pods/", "pods", "pods proxy"),
+            ("/runningpods/", "runningpods", "pods proxy"),
+            ("/healthz/ping", "healthz", "healthz proxy"),
+            ("/configz", "configz", "configz proxy"),
+            ("/stats/summary", "stats", "stats"),
+            ("/metrics", "metrics", "metrics"),
+            ("/metrics/cadvisor", "metrics", "metrics"),
+            ("/logs/", "logs", "log"),
+            ("/checkpoint/ns/pod/c", "checkpoint", "checkpoint"),
+            ("/statusz", "statusz", "statusz"),
+            ("/flagz", "flagz", "configz"),
+            ("/exec/ns/pod/c", "exec", "proxy"),
+            ("/run/ns/pod/c", "run", "proxy"),
+            ("/containerLogs/ns/pod/c", "containerLogs", "proxy"),
+            ("/metricsx", "other", "proxy"),
+            ("/%6detrics", "metrics", "metrics"),
+            ("/metrics%2Fcadvisor", "metrics", "metrics"),
+            ("/debug/pprof/heap", "other", "proxy"),
+            ("/", "other", "proxy"),
+        ] {
+            let found = Attributes::of(&Method::GET, path).unwrap();
+            assert_eq!((found.route, found.subresources.join(" ").as_str()), (route, subresources), "{path}");
+            assert_eq!(found.verb, "get");
+        }
+    }
+
+    #[test]
+    fn what_could_be_read_in_two_ways_is_refused() {
+        for path in [
+            "",
+            "metrics",
+            "*",
+            "//exec/ns/pod/c",
+            "/metrics/../exec",
+            "/metrics/%2e%2e/exec",
+            "/metrics%2f..%2fexec",
+            "/./exec",
+            "/metrics/%",
+            "/metrics/%4",
+            "/metrics/%zz",
+            "/metrics/%00",
+            "/metrics/a%5cb",
+            "/metrics/%ff",
+            "/metrics%3fx",
+        ] {
+            assert_eq!(Attributes::of(&Method::GET, path), None, "{path:?}");
+        }
+    }
+
+    #[test]
+    fn a_no_is_a_kubelets() {
+        let user = User { name: "eve".to_owned(), ..User::default() };
+        let wanted = Attributes::of(&Method::POST, "/pods").unwrap();
+        assert_eq!(
+            wanted.forbidden(&user),
+            "Forbidden (user=eve, verb=create, resource=nodes, subresource(s)=[pods proxy])\n"
+        );
+        let spec = spec(&user, "box-1", wanted.verb, "pods");
+        assert_eq!(spec["resourceAttributes"]["name"], "box-1");
+        assert_eq!((good_for(true).as_secs(), good_for(false).as_secs()), (300, 30));
+    }
+}

@@ -1,0 +1,69 @@
+//! The kubelets of edge nodes as the cluster sees them: a port here for each node, from which every request goes on over the node's
+//! session.
+//!
+//! It authenticates and authorises as a kubelet does, so that the edge need not: nobody gets at a node through here whom the apiserver
+//! does not let. A request to one node's port never reaches another node. What the node answers is passed on as it is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use skerry_proto::streams::Streams;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use self::authn::ClientAuthorities;
+use self::metrics::Metrics;
+pub use self::ports::Ports;
+pub(crate) use self::ports::Shown;
+use self::reviews::ApiserverReviews;
+use self::server::Server;
+use crate::apiserver::Apiserver;
+use crate::pki::{CaError, ServerCertificate};
+use crate::supervise;
+
+mod authn;
+mod authz;
+mod cache;
+mod metrics;
+mod ports;
+pub(crate) mod publish;
+mod relay;
+mod reviews;
+mod server;
+#[cfg(test)]
+mod tests;
+mod tls;
+
+/// What cloudcore's back has for the endpoint: the ports, and whom to ask.
+#[derive(Clone)]
+pub struct Kubelets {
+    pub(crate) ports: Arc<Ports>,
+    pub(crate) api: Apiserver,
+    pub(crate) client: kube::Client,
+}
+
+impl Kubelets {
+    /// Serves every node's port until told to stop, by the certificate; `find` finds a node's session.
+    pub fn start(
+        self,
+        certificate: Arc<ServerCertificate>,
+        find: impl Fn(&str) -> Option<Streams> + Send + Sync + 'static,
+        registry: &mut Registry,
+        drain: Duration,
+        stop: CancellationToken,
+    ) -> Result<JoinHandle<()>, CaError> {
+        let Self { ports, api, client } = self;
+        let tls = tls::config(certificate)?;
+        let authorities = Arc::new(ClientAuthorities::default());
+        let asked = (Arc::clone(&authorities), ApiserverReviews(api.clone()));
+        let server = Server::new(ports, tls, asked, find, Metrics::new(registry), stop);
+        Ok(supervise::spawn("kubelets", async move {
+            let follow = reviews::follow_client_ca(client, api, authorities);
+            tokio::select! {
+                () = server.serve(drain) => {}
+                () = follow => {}
+            }
+        }))
+    }
+}

@@ -1,0 +1,210 @@
+use futures_util::FutureExt as _;
+use serde_json::json;
+
+use super::*;
+
+/// A range on an address of this machine that nobody else in this process listens on.
+fn ports_at(host: &str, first: u16, last: u16) -> Ports {
+    Ports::new(host, PortRange { first, last })
+}
+
+fn own_host() -> String {
+    let [a, b, c]: [u8; 3] = rand::random();
+    format!("127.{a}.{b}.{}", c.clamp(1, 254))
+}
+
+fn node(name: &str) -> NodeIdentity {
+    NodeIdentity { name: name.to_owned(), uid: format!("uid-of-{name}") }
+}
+
+fn shows(host: &str, port: u16) -> Shown {
+    Shown::of(&json!({"status": {
+        "addresses": [{"type": "InternalIP", "address": host}],
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
+    }}))
+}
+
+impl Ports {
+    fn port(&self, name: &str) -> Option<u16> {
+        self.lock().nodes.get(name)?.door.as_ref().map(|door| door.port)
+    }
+}
+
+#[test]
+fn the_port_a_node_had_or_else_the_lowest() {
+    let range = PortRange { first: 10, last: 13 };
+    assert_eq!(choose(range, 12, 10, |_| false), Some(12));
+    assert_eq!(choose(range, 12, 10, |port| port == 12), Some(10));
+    assert_eq!(choose(range, 99, 10, |port| port < 12), Some(12), "not one of the range");
+    assert_eq!(choose(range, 0, 11, |_| false), Some(11), "those below are known to be taken");
+    assert_eq!(choose(range, 0, 10, |_| true), None);
+    assert_eq!(choose(PortRange { first: 65535, last: 65535 }, 0, 0, |_| false), Some(65535));
+}
+
+#[test]
+fn what_a_node_shows() {
+    let shown = Shown::of(&json!({"status": {
+        "addresses": [{"type": "InternalIP", "address": "10.0.0.1"}],
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": 20001}},
+        "conditions": [{"type": "Ready", "status": "Unknown", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+    }}));
+    assert_eq!((shown.port, shown.unknown_since), (20001, Some("2026-01-01T00:00:00Z".parse().unwrap())));
+    assert!(shown.is_at(&Address::of("10.0.0.1")) && !shown.is_at(&Address::of("10.0.0.2")));
+    assert_eq!(Address::of("cloud.example.com").kind, "InternalDNS");
+    let two = json!({"status": {"addresses": [
+        {"type": "InternalIP", "address": "10.0.0.1"}, {"type": "Hostname", "address": "e"},
+    ]}});
+    assert!(!Shown::of(&two).is_at(&Address::of("10.0.0.1")), "a name beside it would be tried first");
+    assert_eq!(Shown::of(&json!({})), Shown::default());
+}
+
+#[test]
+fn a_port_stays_the_nodes_until_the_node_is_deleted() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    ports.listed();
+    ports.connected(&node("b"), 1);
+    ports.connected(&node("a"), 1);
+    assert_eq!((ports.port("b"), ports.port("a")), (Some(20000), Some(20001)));
+    let door = ports.wanted("b").expect("its Node does not show it yet");
+    assert_eq!(ports.unpublished().now_or_never().as_deref(), Some("b"));
+    ports.seen(&node("b"), &shows(&host, 20000));
+    assert!(ports.wanted("b").is_none());
+
+    let now = "2026-01-01T00:00:00Z".parse().unwrap();
+    ports.disconnected(&node("b"), 0, now);
+    assert_eq!(ports.away_since("b"), None, "an older session ended");
+    ports.disconnected(&node("b"), 1, now);
+    assert_eq!((ports.port("b"), ports.away_since("b")), (Some(20000), Some(now)));
+    ports.connected(&node("b"), 2);
+    assert!(ports.port("b") == Some(20000) && !door.closed.is_cancelled(), "through a reconnect");
+    assert_eq!(ports.away_since("b"), None);
+
+    ports.gone(&NodeIdentity { uid: "another".to_owned(), ..node("b") });
+    assert_eq!(ports.port("b"), Some(20000));
+    ports.gone(&node("b"));
+    assert!(ports.port("b").is_none() && door.closed.is_cancelled());
+    ports.connected(&node("c"), 1);
+    assert_eq!(ports.port("c"), Some(20000), "nobody listened on it yet");
+}
+
+#[test]
+fn a_restart_finds_the_ports_in_the_nodes() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    ports.seen(&node("here"), &shows(&host, 20007));
+    ports.seen(&node("elsewhere"), &shows("10.9.9.9", 20000));
+    ports.connected(&node("new"), 1);
+    assert_eq!((ports.port("here"), ports.port("new")), (None, None), "not before all are known");
+    ports.listed();
+    assert_eq!((ports.port("here"), ports.port("elsewhere")), (Some(20007), None));
+    assert_eq!(ports.port("new"), Some(20001), "the first that no Node shows");
+    ports.connected(&node("elsewhere"), 1);
+    assert_eq!(ports.port("elsewhere"), Some(20000), "it came here with its number");
+    assert!(ports.wanted("elsewhere").is_some());
+    // Another replica takes it over.
+    ports.seen(&node("elsewhere"), &shows(&host, 20000));
+    ports.seen(&node("elsewhere"), &shows("10.9.9.9", 20000));
+    assert!(ports.wanted("elsewhere").is_some(), "not while its session is here");
+    ports.disconnected(&node("elsewhere"), 1, Timestamp::UNIX_EPOCH);
+    assert_eq!(ports.port("elsewhere"), None);
+}
+
+#[test]
+fn who_is_nowhere_is_answered_for_and_not_fought_over() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    let unknown = |host: &str, status: &str| {
+        Shown::of(&json!({"status": {
+            "addresses": [{"type": "InternalIP", "address": host}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": 20003}},
+            "conditions": [{"type": "Ready", "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+        }}))
+    };
+    ports.listed();
+    ports.seen(&node("a"), &unknown("10.9.9.9", "True"));
+    assert_eq!(ports.port("a"), None, "another replica has it");
+    ports.seen(&node("a"), &unknown("10.9.9.9", "Unknown"));
+    assert!(ports.port("a") == Some(20003) && ports.wanted("a").is_some());
+    assert_eq!(ports.away_since("a"), Some("2026-01-01T00:00:00Z".parse().unwrap()));
+    ports.seen(&node("a"), &unknown(&host, "Unknown"));
+    assert!(ports.port("a") == Some(20003) && ports.wanted("a").is_none());
+    ports.seen(&node("a"), &unknown("10.9.9.9", "Unknown"));
+    assert_eq!(ports.port("a"), None, "another replica did the same, and be it so");
+    // The next time it goes away from here is another time.
+    ports.connected(&node("a"), 1);
+    ports.seen(&node("a"), &unknown("10.9.9.9", "True"));
+    ports.disconnected(&node("a"), 1, Timestamp::UNIX_EPOCH);
+    assert_eq!(ports.port("a"), None);
+    ports.seen(&node("a"), &unknown("10.9.9.9", "Unknown"));
+    assert_eq!(ports.port("a"), Some(20003));
+    // It turns up elsewhere before that was written.
+    ports.seen(&node("a"), &unknown("10.9.9.9", "True"));
+    assert_eq!(ports.port("a"), None);
+}
+
+#[test]
+fn of_two_that_show_one_port_the_first_by_name_keeps_it() {
+    for order in [["a", "b"], ["b", "a"]] {
+        let host = own_host();
+        let ports = ports_at(&host, 20000, 20009);
+        for name in order {
+            ports.seen(&node(name), &shows(&host, 20005));
+        }
+        ports.listed();
+        assert_eq!((ports.port("a"), ports.port("b")), (Some(20005), Some(20000)), "{order:?}");
+        assert!(ports.wanted("a").is_none() && ports.wanted("b").is_some());
+        // Who comes later loses, whatever the name.
+        ports.seen(&node("0"), &shows(&host, 20005));
+        assert_eq!((ports.port("0"), ports.port("a")), (Some(20001), Some(20005)));
+    }
+}
+
+#[test]
+fn a_port_that_something_else_has_is_left_alone() {
+    let host = own_host();
+    let others: Vec<TcpListener> = [20000, 20002].map(|port| TcpListener::bind((host.as_str(), port)).unwrap()).into();
+    let ports = ports_at(&host, 20000, 20002);
+    ports.seen(&node("a"), &shows(&host, 20000));
+    ports.listed();
+    assert_eq!(ports.port("a"), Some(20001));
+    assert!(ports.wanted("a").is_some());
+    ports.connected(&node("b"), 1);
+    assert_eq!(ports.port("b"), None, "there is none");
+    drop(others);
+    ports.connected(&node("b"), 2);
+    assert_eq!(ports.port("b"), Some(20000), "and then there is");
+}
+
+#[test]
+fn another_node_of_the_name_is_another_node() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    ports.listed();
+    ports.connected(&node("a"), 1);
+    let (door, listener) = ports.opened().now_or_never().unwrap();
+    ports.seen(&node("a"), &shows(&host, 20000));
+    drop(listener);
+    let again = NodeIdentity { uid: "new".to_owned(), ..node("a") };
+    ports.seen(&again, &Shown::default());
+    assert!(door.closed.is_cancelled() && ports.port("a").is_none());
+    ports.connected(&again, 2);
+    assert_eq!(ports.port("a"), Some(20001), "the other may still be listened on");
+    ports.released(20000);
+    ports.connected(&node("b"), 1);
+    assert_eq!(ports.port("b"), Some(20000));
+    ports.gone(&node("a"));
+    assert_eq!(ports.port("a"), Some(20001), "the one before was gone already");
+}
+
+#[test]
+fn ten_thousand_nodes_get_a_port_each_quickly() {
+    let mut inner = ports_at("192.0.2.1", 20000, 29999).inner.into_inner().unwrap();
+    for _ in 0..10_000 {
+        let port = inner.next_port(0, &HashSet::new()).unwrap();
+        assert!(inner.taken.insert(port));
+    }
+    assert_eq!(inner.next_port(0, &HashSet::new()), None);
+    inner.taken.remove(&23456);
+    assert_eq!(inner.next_port(0, &HashSet::new()), Some(23456));
+}

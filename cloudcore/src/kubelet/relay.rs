@@ -1,0 +1,259 @@
+//! One request on one stream of the node's session: HTTP/1.1 both ways, with what an upgrade makes of it.
+//!
+//! Nothing outlives the request: whoever drops the answer's body or the upgraded pair ends the stream, and a stream that ends ends them.
+//! Both directions go through buffers of [`BUFFER`] at most; the rest waits where it comes from.
+
+use std::error::Error;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{Either, Full};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::header::{
+    AUTHORIZATION, CONNECTION, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use hyper::upgrade::OnUpgrade;
+use hyper::{Request, Response, StatusCode, Uri, Version};
+use hyper_util::rt::TokioIo;
+use skerry_proto::mux::Class;
+use skerry_proto::ops;
+use skerry_proto::streams::{StreamError, Streams};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::retry::chain;
+use crate::supervise::spawn;
+
+/// What a direction may hold, and so the longest head.
+pub(super) const BUFFER: usize = 64 << 10;
+/// What an upgraded direction holds.
+pub(super) const COPY_BUFFER: usize = 16 << 10;
+/// A stream that broke says why at once.
+const CAUSE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a client gets.
+pub(super) type Answer = Response<Either<Full<Bytes>, Relayed>>;
+
+/// A body that comes from the node, and the stream that it comes on.
+#[derive(Debug)]
+pub(super) struct Relayed {
+    body: Incoming,
+    _exchange: Exchange,
+}
+
+/// Both ends of what was upgraded.
+pub(super) struct Upgrades {
+    pub(super) client: OnUpgrade,
+    pub(super) node: OnUpgrade,
+    pub(super) exchange: Exchange,
+}
+
+/// The task that drives a stream; it ends with this.
+#[derive(Debug)]
+pub(super) struct Exchange(JoinHandle<()>);
+
+/// Why there is no answer of the node's.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failed {
+    /// The session is over.
+    #[error("node {node} is offline: {cause}")]
+    Offline { node: String, cause: String },
+    /// The session cannot take another stream.
+    #[error("node {node} serves as many requests as it may: {cause}")]
+    Busy { node: String, cause: String },
+    /// The node did not answer as it should.
+    #[error("node {node} did not answer: {cause}")]
+    Broken { node: String, cause: String },
+}
+
+impl Failed {
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::Offline { .. } | Self::Busy { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Broken { .. } => StatusCode::BAD_GATEWAY,
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Asks the node. After a `101` both ends are to be copied into each other.
+pub(super) async fn forward(
+    node: &str,
+    streams: &Streams,
+    mut request: Request<Incoming>,
+) -> Result<(Answer, Option<Upgrades>), Failed> {
+    let stream = streams.open(Class::Ops, Bytes::from_static(ops::KUBELET)).map_err(|error| match error {
+        StreamError::Ended(cause) => Failed::Offline { node: node.to_owned(), cause: cause.to_string() },
+        StreamError::Refused(error) => Failed::Busy { node: node.to_owned(), cause: error.to_string() },
+    })?;
+    let client = hyper::upgrade::on(&mut request);
+    let upgrade = upgrade_of(request.headers());
+    let broken = |error: &(dyn Error + 'static)| failure(node, streams, error);
+    let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
+        .max_buf_size(BUFFER)
+        .handshake::<_, Incoming>(TokioIo::new(stream))
+        .await
+        .map_err(|error| broken(&error))?;
+    let (ended, cause) = oneshot::channel();
+    let exchange = Exchange(spawn("kubelet request", async move {
+        if let Err(error) = connection.with_upgrades().await {
+            // Nobody listens any more once there was a head: the body says it then.
+            let _ = ended.send(error);
+        }
+    }));
+    let answered = sender.send_request(outgoing(request, upgrade.as_ref())).await;
+    let mut response = match answered {
+        Ok(response) => response,
+        Err(error) if error.source().is_some() => return Err(broken(&error)),
+        // The stream broke before the request was on it; its own end says why.
+        Err(error) => match tokio::time::timeout(CAUSE_PATIENCE, cause).await {
+            Ok(Ok(cause)) => return Err(broken(&cause)),
+            _ => return Err(broken(&error)),
+        },
+    };
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        without_hop(response.headers_mut());
+        return Ok((response.map(|body| Either::Right(Relayed { body, _exchange: exchange })), None));
+    }
+    let Some(_) = upgrade else {
+        let cause = "it switched protocols, which nobody asked for".to_owned();
+        return Err(Failed::Broken { node: node.to_owned(), cause });
+    };
+    let node = hyper::upgrade::on(&mut response);
+    let switched = upgrade_of(response.headers());
+    without_hop(response.headers_mut());
+    with_upgrade(response.headers_mut(), switched.as_ref());
+    Ok((response.map(|_| Either::Left(Full::default())), Some(Upgrades { client, node, exchange })))
+}
+
+fn failure(node: &str, streams: &Streams, error: &(dyn Error + 'static)) -> Failed {
+    let node = node.to_owned();
+    let mut deepest = error;
+    while let Some(source) = deepest.source() {
+        deepest = source;
+    }
+    let io = deepest.downcast_ref::<io::Error>();
+    let cause = io.map_or_else(|| chain(error), io::Error::to_string);
+    if streams.is_ended() || io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionAborted) {
+        return Failed::Offline { node, cause };
+    }
+    Failed::Broken { node, cause }
+}
+
+/// The request as the node gets it: without credentials, and without what is between two ends of one connection.
+fn outgoing(request: Request<Incoming>, upgrade: Option<&HeaderValue>) -> Request<Incoming> {
+    let (mut head, body) = request.into_parts();
+    let path = head.uri.path_and_query().map_or_else(|| Uri::from_static("/"), |path| Uri::from(path.clone()));
+    head.uri = path;
+    head.version = Version::HTTP_11;
+    without_hop(&mut head.headers);
+    for credential in [AUTHORIZATION, PROXY_AUTHORIZATION, hyper::header::COOKIE, EXPECT] {
+        head.headers.remove(credential);
+    }
+    head.headers.entry(HOST).or_insert(HeaderValue::from_static("kubelet"));
+    match upgrade {
+        Some(_) => with_upgrade(&mut head.headers, upgrade),
+        // One request on a stream.
+        None => drop(head.headers.insert(CONNECTION, HeaderValue::from_static("close"))),
+    }
+    Request::from_parts(head, body)
+}
+
+/// The protocol that is asked for, or switched to.
+fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
+    let named = listed(headers).any(|name| name.eq_ignore_ascii_case("upgrade"));
+    headers.get(UPGRADE).filter(|_| named).cloned()
+}
+
+fn with_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    if let Some(protocol) = protocol {
+        headers.insert(UPGRADE, protocol.clone());
+    }
+}
+
+/// What the header Connection names.
+fn listed(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim)
+}
+
+/// Removes what concerns one connection only (RFC 9110, 7.6.1).
+fn without_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = listed(headers).filter_map(|name| name.parse().ok()).collect();
+    let hop = [CONNECTION, UPGRADE, TE, TRAILER, TRANSFER_ENCODING, PROXY_AUTHENTICATE];
+    let hop = hop.into_iter().chain(["keep-alive", "proxy-connection"].map(HeaderName::from_static));
+    // An answer's length is no matter of the connection, whoever names it there.
+    for name in named.into_iter().filter(|name| *name != hyper::header::CONTENT_LENGTH && *name != HOST).chain(hop) {
+        headers.remove(name);
+    }
+}
+
+impl Body for Relayed {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
+        let parsed = pairs
+            .iter()
+            .map(|(name, value)| (name.parse::<HeaderName>().unwrap(), HeaderValue::from_str(value).unwrap()));
+        let mut headers = HeaderMap::new();
+        for (name, value) in parsed {
+            headers.append(name, value);
+        }
+        headers
+    }
+
+    #[test]
+    fn what_is_between_two_ends_goes_no_further() {
+        let mut got = headers(&[
+            ("connection", "keep-alive, X-Private"),
+            ("x-private", "1"),
+            ("keep-alive", "timeout=5"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("x-stream-protocol-version", "v4.channel.k8s.io"),
+            ("x-stream-protocol-version", "v3.channel.k8s.io"),
+        ]);
+        assert_eq!(upgrade_of(&got), None, "it is not named");
+        without_hop(&mut got);
+        assert_eq!(got.len(), 2);
+        assert_eq!(got.get_all("x-stream-protocol-version").iter().count(), 2);
+    }
+
+    #[test]
+    fn an_upgrade_is_asked_for_by_two_headers() {
+        let asked = headers(&[("connection", "keep-alive, Upgrade"), ("upgrade", "SPDY/3.1")]);
+        assert_eq!(upgrade_of(&asked).unwrap(), "SPDY/3.1");
+        assert_eq!(upgrade_of(&headers(&[("connection", "upgrade")])), None);
+    }
+}

@@ -1,0 +1,134 @@
+//! What the apiserver is asked about whoever asks a kubelet: who a token is, who may do what, and which CA signs clients.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::Api;
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event, watcher};
+use serde_json::{Value, json};
+use tracing::{debug, warn};
+
+use super::authn::ClientAuthorities;
+use crate::apiserver::{Apiserver, Kind};
+use crate::backend::BackendError;
+use crate::retry::chain;
+
+/// Where an apiserver tells extensions what it trusts.
+const NAMESPACE: &str = "kube-system";
+const CONFIG_MAP: &str = "extension-apiserver-authentication";
+const CLIENT_CA: &str = "client-ca-file";
+
+/// Whoever has been authenticated.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct User {
+    /// The name.
+    pub(crate) name: String,
+    /// Empty where there is none.
+    pub(crate) uid: String,
+    /// What the authenticator says, and `system:authenticated`.
+    pub(crate) groups: Vec<String>,
+    /// Whatever else the authenticator says.
+    pub(crate) extra: BTreeMap<String, Vec<String>>,
+}
+
+/// An apiserver that reviews.
+pub(crate) trait Reviews: Send + Sync + 'static {
+    /// Who a bearer token is; `None`: nobody.
+    fn token(&self, token: &str) -> impl Future<Output = Result<Option<User>, BackendError>> + Send;
+
+    /// Whether the spec of a SubjectAccessReview is allowed.
+    fn access(&self, spec: &Value) -> impl Future<Output = Result<bool, BackendError>> + Send;
+}
+
+/// [`Reviews`] by an apiserver.
+pub(crate) struct ApiserverReviews(pub(crate) Apiserver);
+
+impl Reviews for ApiserverReviews {
+    async fn token(&self, token: &str) -> Result<Option<User>, BackendError> {
+        let body = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "metadata": {}, "spec": {"token": token}});
+        let failed = |source| BackendError { action: "have the token reviewed".to_owned(), source };
+        let review = self.0.create(Kind::TokenReview, "", body).await.map_err(failed)?;
+        Ok(user_of(&review.data["status"]))
+    }
+
+    async fn access(&self, spec: &Value) -> Result<bool, BackendError> {
+        let body = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "metadata": {}, "spec": spec});
+        let failed = |source| BackendError { action: "have the access reviewed".to_owned(), source };
+        let review = self.0.create(Kind::SubjectAccessReview, "", body).await.map_err(failed)?;
+        let status = &review.data["status"];
+        Ok(status["allowed"] == true && status["denied"] != true)
+    }
+}
+
+/// The user of a TokenReview's status.
+fn user_of(status: &Value) -> Option<User> {
+    let (user, texts) = (&status["user"], |value: &Value| -> Vec<String> {
+        value.as_array().into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect()
+    });
+    let name = user["username"].as_str().filter(|name| !name.is_empty() && status["authenticated"] == true)?;
+    let extra = user["extra"].as_object().into_iter().flatten();
+    Some(User {
+        name: name.to_owned(),
+        uid: user["uid"].as_str().unwrap_or_default().to_owned(),
+        groups: texts(&user["groups"]),
+        extra: extra.map(|(key, values)| (key.clone(), texts(values))).collect(),
+    })
+}
+
+/// Keeps the CA of clients what the apiserver says it is, for ever.
+pub(crate) async fn follow_client_ca(client: kube::Client, api: Apiserver, authorities: Arc<ClientAuthorities>) {
+    let maps: Api<ConfigMap> = Api::namespaced(client, NAMESPACE);
+    let config = watcher::Config::default().fields(&format!("metadata.name={CONFIG_MAP}")).timeout(60);
+    let mut stream = pin!(watcher(maps, config).default_backoff());
+    let (mut broken, mut seen) = (false, false);
+    while let Some(event) = stream.next().await {
+        match event {
+            Ok(Event::Init) => {
+                api.metrics().request("watch", Kind::ConfigMap.plural(), 200);
+                (broken, seen) = (false, false);
+            }
+            Ok(Event::InitApply(map) | Event::Apply(map)) => {
+                seen = true;
+                authorities.set(map.data.and_then(|mut data| data.remove(CLIENT_CA)).as_deref());
+            }
+            Ok(Event::InitDone) if !seen => {
+                debug!("there is no ConfigMap {NAMESPACE}/{CONFIG_MAP}: nobody is known by a certificate");
+                authorities.set(None);
+            }
+            Ok(Event::Delete(_) | Event::InitDone) => {}
+            Err(error) => {
+                api.metrics().request("watch", Kind::ConfigMap.plural(), 0);
+                if !std::mem::replace(&mut broken, true) {
+                    warn!(
+                        "cannot read the ConfigMap {NAMESPACE}/{CONFIG_MAP}, by whose CA kubectl logs and exec are let in: {}; trying again until it works",
+                        chain(&error)
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_review_tells_who_a_token_is() {
+        let status = json!({"authenticated": true, "user": {
+            "username": "system:serviceaccount:monitoring:prometheus", "uid": "u",
+            "groups": ["system:serviceaccounts", "system:authenticated"], "extra": {"node": ["n"]},
+        }});
+        let user = user_of(&status).unwrap();
+        assert_eq!((user.name.as_str(), user.uid.as_str()), ("system:serviceaccount:monitoring:prometheus", "u"));
+        assert_eq!(user.groups, ["system:serviceaccounts", "system:authenticated"]);
+        assert_eq!(user.extra["node"], ["n"]);
+        assert_eq!(user_of(&json!({"authenticated": false, "user": {"username": "x"}})), None);
+        assert_eq!(user_of(&json!({"user": {"username": "x"}})), None);
+        assert_eq!(user_of(&json!({"authenticated": true, "user": {}})), None);
+    }
+}

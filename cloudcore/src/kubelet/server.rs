@@ -1,0 +1,377 @@
+//! The listeners, one for each node, and what becomes of a connection to one.
+//!
+//! A connection belongs to the node whose port it came to, whatever it asks for. Strangers are bounded as on the front's port: whoever has
+//! proved nothing longest gives way. Those that were authenticated are bounded for each node and in all, and told so beyond it.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{Either, Full};
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
+use skerry_proto::streams::Streams;
+use skerry_proto::transport::TLS_BUFFER;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::authn::{Authenticator, ClientAuthorities, Unauthenticated};
+use super::authz::{Attributes, Authoriser};
+use super::metrics::Metrics;
+use super::ports::{Door, Ports};
+use super::relay::{self, Answer, BUFFER, COPY_BUFFER, Upgrades};
+use super::reviews::Reviews;
+use crate::front::places::{Place, Places};
+use crate::retry::{Backoff, chain};
+use crate::supervise::Tasks;
+
+/// Connections that nobody has been authenticated on, of all nodes.
+const MAX_STRANGERS: usize = 1024;
+const STRANGER_GRACE: Duration = Duration::from_secs(3);
+/// Connections past that: of all nodes, and of one. A session carries 128 streams.
+const MAX_CONNECTIONS: usize = 8192;
+const MAX_OF_NODE: usize = if cfg!(test) { 4 } else { 96 };
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection may be idle, or a head be on its way.
+const IDLE: Duration = Duration::from_secs(90);
+/// A peer that is gone without a word is noticed so.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+const PROBE: Duration = Duration::from_secs(10);
+
+/// Finds a node's session.
+type Find = Box<dyn Fn(&str) -> Option<Streams> + Send + Sync>;
+
+/// All that a connection needs.
+pub(crate) struct Server<R> {
+    ports: Arc<Ports>,
+    tls: TlsAcceptor,
+    authenticator: Authenticator<R>,
+    authoriser: Authoriser<R>,
+    find: Find,
+    metrics: Metrics,
+    strangers: Places,
+    connections: Arc<Semaphore>,
+    /// The apiserver could not be asked, and that was said.
+    unasked: AtomicBool,
+    stop: CancellationToken,
+}
+
+/// One connection's state.
+struct Peer {
+    door: Arc<Door>,
+    of_node: Arc<Semaphore>,
+    certificates: Vec<CertificateDer<'static>>,
+    /// Held from the first request that was authenticated.
+    place: Mutex<Option<[OwnedSemaphorePermit; 2]>>,
+    known: Notify,
+    upgrades: Mutex<Option<Upgrades>>,
+}
+
+/// A port that is listened on; it is given back when nobody does any more.
+struct Listening {
+    ports: Arc<Ports>,
+    port: u16,
+    listener: Option<TcpListener>,
+}
+
+/// An answer that is not the node's.
+struct No {
+    status: StatusCode,
+    message: String,
+}
+
+impl<R: Reviews> Server<R> {
+    pub(crate) fn new(
+        ports: Arc<Ports>,
+        tls: Arc<ServerConfig>,
+        (authorities, reviews): (Arc<ClientAuthorities>, R),
+        find: impl Fn(&str) -> Option<Streams> + Send + Sync + 'static,
+        metrics: Metrics,
+        stop: CancellationToken,
+    ) -> Arc<Self> {
+        let reviews = Arc::new(reviews);
+        Arc::new(Self {
+            ports,
+            tls: tls.into(),
+            authenticator: Authenticator::new(authorities, Arc::clone(&reviews)),
+            authoriser: Authoriser::new(reviews),
+            find: Box::new(find),
+            metrics,
+            strangers: Places::new(MAX_STRANGERS, STRANGER_GRACE),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            unasked: AtomicBool::new(false),
+            stop,
+        })
+    }
+
+    /// Listens for every node that has a port, until told to stop; what is open then ends within `drain`.
+    pub(crate) async fn serve(self: Arc<Self>, drain: Duration) {
+        let mut listeners = Tasks::new("kubelet port");
+        loop {
+            let (door, listener) = tokio::select! {
+                () = self.stop.cancelled() => break,
+                () = listeners.reap() => continue,
+                opened = self.ports.opened() => opened,
+            };
+            let mut listening = Listening { ports: Arc::clone(&self.ports), port: door.port, listener: None };
+            match TcpListener::from_std(listener) {
+                Ok(listener) => {
+                    listening.listener = Some(listener);
+                    listeners.spawn(Arc::clone(&self).listen(door, listening, drain));
+                }
+                Err(error) => warn!(node = door.node.name, port = door.port, "cannot listen: {error}"),
+            }
+        }
+        listeners.drain(drain + Duration::from_secs(1)).await;
+    }
+
+    async fn listen(self: Arc<Self>, door: Arc<Door>, listening: Listening, drain: Duration) {
+        debug!(node = door.node.name, port = door.port, "listening for kubectl logs and exec of the node");
+        let mut connections = Tasks::new("kubelet connection");
+        let mut trouble = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+        // Made with the first connection: most nodes have none.
+        let mut of_node = None;
+        loop {
+            let accepted = tokio::select! {
+                // Whoever is connected was connected to a node that is gone, or somebody else's.
+                () = door.closed.cancelled() => return,
+                () = self.stop.cancelled() => break,
+                () = connections.reap() => continue,
+                accepted = listening.accept() => accepted,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    warn!(port = door.port, "cannot accept a connection: {error}");
+                    tokio::time::sleep(trouble.wait()).await;
+                    continue;
+                }
+            };
+            trouble.reset();
+            tokio::select! {
+                () = self.strangers.room() => {}
+                () = self.stop.cancelled() => break,
+            }
+            let of_node = Arc::clone(of_node.get_or_insert_with(|| Arc::new(Semaphore::new(MAX_OF_NODE))));
+            let (server, door, stranger) = (Arc::clone(&self), Arc::clone(&door), self.strangers.take());
+            connections.spawn(async move { Box::pin(server.connection(door, of_node, stream, stranger)).await });
+        }
+        drop(listening);
+        connections.drain(drain).await;
+    }
+
+    async fn connection(
+        self: Arc<Self>,
+        door: Arc<Door>,
+        of_node: Arc<Semaphore>,
+        stream: TcpStream,
+        mut stranger: Place,
+    ) {
+        let _open = self.metrics.connection();
+        let _ = stream.set_nodelay(true);
+        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(PROBE).with_retries(3);
+        let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
+        let shaken = tokio::select! {
+            shaken = tokio::time::timeout(HANDSHAKE_PATIENCE, self.tls.accept(stream)) => shaken,
+            () = stranger.evicted() => return,
+        };
+        let mut tls = match shaken {
+            Ok(Ok(tls)) => tls,
+            Ok(Err(error)) => return debug!(node = door.node.name, "no TLS connection to the node's port: {error}"),
+            Err(_) => return,
+        };
+        tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
+        let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+        let peer = Arc::new(Peer {
+            door,
+            of_node,
+            certificates,
+            place: Mutex::default(),
+            known: Notify::new(),
+            upgrades: Mutex::default(),
+        });
+        if !self.serve_http(tls, &peer, stranger).await {
+            return;
+        }
+        let upgrades = peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(upgrades) = upgrades {
+            copy(&peer.door, upgrades).await;
+        }
+    }
+
+    /// Serves requests until one is upgraded, or the connection ends; whether it ended well.
+    async fn serve_http(self: &Arc<Self>, tls: TlsStream<TcpStream>, peer: &Arc<Peer>, stranger: Place) -> bool {
+        let service = service_fn(|request| {
+            let (server, peer) = (Arc::clone(self), Arc::clone(peer));
+            async move { Ok::<_, Infallible>(server.answer(&peer, request).await) }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(IDLE)
+            .max_buf_size(BUFFER)
+            .serve_connection(TokioIo::new(tls), service)
+            .with_upgrades();
+        let mut connection = std::pin::pin!(connection);
+        let mut stranger = Some(stranger);
+        let mut stopping = false;
+        loop {
+            let evicted = async {
+                match &mut stranger {
+                    Some(stranger) => stranger.evicted().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                served = connection.as_mut() => {
+                    if let Err(error) = &served {
+                        debug!(node = peer.door.node.name, "a connection to the node's port broke: {}", chain(error));
+                    }
+                    return served.is_ok();
+                }
+                () = evicted => return false,
+                () = peer.known.notified() => stranger = None,
+                () = self.stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    }
+
+    async fn answer(&self, peer: &Peer, request: Request<Incoming>) -> Answer {
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let node = peer.door.node.name.as_str();
+        let Some(wanted) = Attributes::of(&method, &path) else {
+            self.metrics.request("other", StatusCode::BAD_REQUEST);
+            return no(&No { status: StatusCode::BAD_REQUEST, message: "the path is not a plain one\n".to_owned() });
+        };
+        let answered = self.ask(peer, wanted, request).await.unwrap_or_else(|No { status, message }| {
+            // The apiserver tells whoever asked for logs what a 502 says; of a 503 it tells the number alone
+            // (apimachinery's `NewGenericServerResponse`).
+            let status = match (wanted.route, status) {
+                ("containerLogs", StatusCode::SERVICE_UNAVAILABLE) => StatusCode::BAD_GATEWAY,
+                (_, status) => status,
+            };
+            no(&No { status, message })
+        });
+        let code = answered.status();
+        self.metrics.request(wanted.route, code);
+        debug!(node, %method, path, code = code.as_u16(), "request to the node's kubelet");
+        answered
+    }
+
+    async fn ask(&self, peer: &Peer, wanted: Attributes, request: Request<Incoming>) -> Result<Answer, No> {
+        let node = peer.door.node.name.as_str();
+        let user = match self.authenticator.user(&peer.certificates, request.headers()).await {
+            Ok(user) => user,
+            Err(Unauthenticated::Nobody(why)) => {
+                debug!(node, "unauthorized: {why}");
+                return Err(No { status: StatusCode::UNAUTHORIZED, message: "Unauthorized".to_owned() });
+            }
+            Err(error) => return Err(self.unasked(&error)),
+        };
+        peer.settle(&self.connections)?;
+        match self.authoriser.allows(&user, node, wanted).await {
+            Ok(true) => self.unasked.store(false, Ordering::Relaxed),
+            Ok(false) => return Err(No { status: StatusCode::FORBIDDEN, message: wanted.forbidden(&user) }),
+            Err(error) => return Err(self.unasked(&error)),
+        }
+        let Some(streams) = (self.find)(node) else { return Err(self.offline(node)) };
+        match relay::forward(node, &streams, request).await {
+            Ok((answer, upgrades)) => {
+                *peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner) = upgrades;
+                Ok(answer)
+            }
+            Err(error) => Err(No { status: error.status(), message: format!("{error}\n") }),
+        }
+    }
+
+    /// What the apiserver does not say is not allowed.
+    fn unasked(&self, error: &(dyn std::error::Error + 'static)) -> No {
+        let cause = chain(error);
+        if !self.unasked.swap(true, Ordering::Relaxed) {
+            warn!("requests to kubelets of nodes are refused: {cause}; if it is forbidden, apply deploy/rbac.yaml");
+        }
+        let message = format!("cloudcore cannot make sure that this is allowed, so it is not: {cause}\n");
+        No { status: StatusCode::SERVICE_UNAVAILABLE, message }
+    }
+
+    fn offline(&self, node: &str) -> No {
+        let since = self.ports.away_since(node).map(|since| format!(" since {since:.0}")).unwrap_or_default();
+        let message = format!("node {node} is offline{since}: it has no session with cloudcore; its pods go on\n");
+        No { status: StatusCode::SERVICE_UNAVAILABLE, message }
+    }
+}
+
+impl Listening {
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        match &self.listener {
+            Some(listener) => listener.accept().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        drop(self.listener.take());
+        self.ports.released(self.port);
+    }
+}
+
+impl Peer {
+    /// Somebody is known here: the connection has its place from now on.
+    fn settle(&self, all: &Arc<Semaphore>) -> Result<(), No> {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.is_none() {
+            let permits = Arc::clone(&self.of_node)
+                .try_acquire_owned()
+                .and_then(|of_node| Ok([of_node, Arc::clone(all).try_acquire_owned()?]));
+            let permits = permits.map_err(|_| {
+                let message = format!("too many connections to node {}, try again later\n", self.door.node.name);
+                No { status: StatusCode::SERVICE_UNAVAILABLE, message }
+            })?;
+            *place = Some(permits);
+            self.known.notify_one();
+        }
+        Ok(())
+    }
+}
+
+/// Copies both ways until both are done, or one breaks.
+async fn copy(door: &Door, Upgrades { client, node, exchange }: Upgrades) {
+    let upgraded = tokio::time::timeout(HANDSHAKE_PATIENCE, async { tokio::try_join!(client, node) }).await;
+    let Ok(Ok((client, node))) = upgraded else { return };
+    let (mut client, mut node) = (TokioIo::new(client), TokioIo::new(node));
+    let copied = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut node, COPY_BUFFER, COPY_BUFFER).await;
+    match copied {
+        Ok((up, down)) => debug!(node = door.node.name, up, down, "a stream of the node's ended"),
+        Err(error) => debug!(node = door.node.name, "a stream of the node's broke: {error}"),
+    }
+    drop(exchange);
+}
+
+fn no(no: &No) -> Answer {
+    let mut response = Response::new(Either::Left(Full::new(Bytes::from(no.message.clone()))));
+    *response.status_mut() = no.status;
+    let headers = response.headers_mut();
+    // No Retry-After: client-go would wait and try again, and whoever typed the command would not be told for a minute.
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    // What was not read of the request is not read any more.
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    response
+}
