@@ -38,6 +38,8 @@ use crate::{admin, clock};
 
 /// Sessions and requests get so long to end.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Open files that a process may have wherever it runs.
+const FILES: usize = 1024;
 /// How often certificates and tokens are looked after.
 const ROUND: Duration = Duration::from_secs(3600);
 
@@ -77,7 +79,7 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
 
 async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     info!("{AGENT} starts");
-    raise_file_limit();
+    let files = raise_file_limit();
     // What can be wrong on this machine is said first, before anything waits for the apiserver.
     let client = client(config.kubeconfig.as_deref()).await?;
     let admin_listener = TcpListener::bind(config.admin).await.with_context(|| {
@@ -100,7 +102,7 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let mut admin = spawn("admin", admin::serve(admin_listener, Arc::clone(&status), admin_stop.clone()));
 
     let serving = tokio::select! {
-        serving = start(&config, client, &status, stop.clone(), listener, datagrams) => serving?,
+        serving = start(&config, client, &status, stop.clone(), (listener, datagrams, files)) => serving?,
         () = stop.cancelled() => return Ok(()),
     };
     let ([mut port, mut quic, mut kubelets, mut deletions, mut rounds], restored) = serving;
@@ -141,8 +143,7 @@ async fn start(
     client: kube::Client,
     status: &admin::Status,
     stop: CancellationToken,
-    listener: TcpListener,
-    datagrams: UdpSocket,
+    (listener, datagrams, files): (TcpListener, UdpSocket, usize),
 ) -> anyhow::Result<([tokio::task::JoinHandle<()>; 5], impl Future<Output = ()>)> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -165,7 +166,7 @@ async fn start(
     let options =
         BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };
     let own_client = client.clone();
-    let ports = Arc::new(Ports::new(&config.kubelet_address, config.kubelet_ports));
+    let ports = Arc::new(Ports::new(&config.kubelet_address, config.kubelet_ports, files / 2));
     let backend = backend_k8s::connect(client, options, ports, &mut registry).await?;
     let restored = backend.restored();
     let secrets = Arc::new(secrets);
@@ -232,13 +233,20 @@ async fn has_edge_nodes(client: &kube::Client) -> Result<bool, SecretError> {
     }
 }
 
-/// As many files, which is as many edges, as the system lets this process have; shells and service managers start it with few.
-fn raise_file_limit() {
+/// As many files as the system lets this process have, which shells and service managers start with few: one for the session of an edge, and
+/// one for its port.
+fn raise_file_limit() -> usize {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
     match raised {
-        Ok(files) => info!(files, "limit of open files, one for each edge node"),
-        Err(error) => warn!("the limit of open files cannot be raised: {error}"),
+        Ok(files) => {
+            info!(files, "limit of open files, two for each edge node");
+            usize::try_from(files).unwrap_or(usize::MAX)
+        }
+        Err(error) => {
+            warn!("the limit of open files cannot be raised: {error}");
+            FILES
+        }
     }
 }
 

@@ -26,6 +26,8 @@ use crate::config::PortRange;
 pub struct Ports {
     address: Address,
     bind: IpAddr,
+    /// How many may be listened on.
+    most: usize,
     inner: Mutex<Inner>,
     opened: Notify,
     unpublished: Notify,
@@ -142,8 +144,9 @@ impl Shown {
 }
 
 impl Ports {
-    /// None yet. `host` is what Nodes show; it is listened on where it is an address of this machine, else on all addresses.
-    pub fn new(host: &str, range: PortRange) -> Self {
+    /// None yet, and never more than `most`, for each is an open file. `host` is what Nodes show; it is listened on where it is an address of
+    /// this machine, else on all addresses.
+    pub fn new(host: &str, range: PortRange, most: usize) -> Self {
         let local = host.parse().ok().filter(|ip| TcpListener::bind((*ip, 0)).is_ok());
         let any = if TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok() {
             IpAddr::V6(Ipv6Addr::UNSPECIFIED)
@@ -165,6 +168,7 @@ impl Ports {
         Self {
             address: Address::of(host),
             bind: local.unwrap_or(any),
+            most,
             inner: Mutex::new(inner),
             opened: Notify::new(),
             unpublished: Notify::new(),
@@ -283,7 +287,7 @@ impl Ports {
             return inner.close(name);
         }
         if held.door.is_none() && inner.listed {
-            inner.open(name, self.bind);
+            inner.open(name, self.bind, self.most);
             self.opened.notify_one();
         }
         if inner.publish(name) {
@@ -328,8 +332,17 @@ impl Inner {
         }
     }
 
-    fn open(&mut self, name: &str, bind: IpAddr) {
+    fn open(&mut self, name: &str, bind: IpAddr, most: usize) {
         let Some(held) = self.nodes.get(name) else { return };
+        if self.taken.len() >= most {
+            if !std::mem::replace(&mut self.in_trouble, true) {
+                warn!(
+                    node = name,
+                    most, "the limit of open files leaves no room for kubectl logs and exec of more nodes; raise it"
+                );
+            }
+            return;
+        }
         let (had, node) = (held.shown_port, NodeIdentity { name: name.to_owned(), uid: held.uid.clone() });
         let mut tried = HashSet::new();
         loop {

@@ -60,13 +60,13 @@ pub(super) struct Exchange(JoinHandle<()>);
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failed {
     /// The session is over.
-    #[error("node {node} is offline: {cause}")]
+    #[error("node {node} is offline, {cause}")]
     Offline { node: String, cause: String },
     /// The session cannot take another stream.
-    #[error("node {node} serves as many requests as it may: {cause}")]
+    #[error("node {node} serves as many requests as it may, {cause}")]
     Busy { node: String, cause: String },
     /// The node did not answer as it should.
-    #[error("node {node} did not answer: {cause}")]
+    #[error("node {node} did not answer, {cause}")]
     Broken { node: String, cause: String },
 }
 

@@ -312,7 +312,7 @@ impl<R: Reviews> Server<R> {
 
     fn offline(&self, node: &str) -> No {
         let since = self.ports.away_since(node).map(|since| format!(" since {since:.0}")).unwrap_or_default();
-        let message = format!("node {node} is offline{since}: it has no session with cloudcore; its pods go on\n");
+        let message = format!("node {node} is offline{since}, it has no session with cloudcore; its pods go on\n");
         No { status: StatusCode::SERVICE_UNAVAILABLE, message }
     }
 }
@@ -366,7 +366,9 @@ async fn copy(door: &Door, Upgrades { client, node, exchange }: Upgrades) {
 }
 
 fn no(no: &No) -> Answer {
-    let mut response = Response::new(Either::Left(Full::new(Bytes::from(no.message.clone()))));
+    // kubectl reads what an upgrade was refused with as YAML first, and takes text with a colon in it for a status that says nothing.
+    let message = no.message.replace(": ", ", ");
+    let mut response = Response::new(Either::Left(Full::new(Bytes::from(message))));
     *response.status_mut() = no.status;
     let headers = response.headers_mut();
     // No Retry-After: client-go would wait and try again, and whoever typed the command would not be told for a minute.

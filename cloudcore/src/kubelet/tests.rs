@@ -139,7 +139,7 @@ impl Bed {
     async fn start() -> Self {
         let [a, b, c]: [u8; 3] = rand::random();
         let host = format!("127.{a}.{b}.{}", c.clamp(1, 254));
-        let ports = Arc::new(Ports::new(&host, PortRange { first: 20000, last: 20009 }));
+        let ports = Arc::new(Ports::new(&host, PortRange { first: 20000, last: 20009 }, 16));
         ports.listed();
         let authority = CertificateAuthority::load_or_create(&MemorySecrets::default(), None, clock::wall()).await;
         let authority = Arc::new(CurrentAuthority::new(authority.unwrap()));
@@ -225,7 +225,9 @@ impl Bed {
         let mut client = self.client(port, shows).await;
         let response = client.get(path).await;
         let code = response.status().as_u16();
-        (code, String::from_utf8(whole(response).await.unwrap()).unwrap())
+        let said = String::from_utf8(whole(response).await.unwrap()).unwrap();
+        assert!(code == 200 || !said.contains(": "), "kubectl would take this for YAML: {said}");
+        (code, said)
     }
 }
 

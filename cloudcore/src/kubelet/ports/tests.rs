@@ -5,7 +5,7 @@ use super::*;
 
 /// A range on an address of this machine that nobody else in this process listens on.
 fn ports_at(host: &str, first: u16, last: u16) -> Ports {
-    Ports::new(host, PortRange { first, last })
+    Ports::new(host, PortRange { first, last }, 65_536)
 }
 
 fn own_host() -> String {
@@ -174,6 +174,18 @@ fn a_port_that_something_else_has_is_left_alone() {
     drop(others);
     ports.connected(&node("b"), 2);
     assert_eq!(ports.port("b"), Some(20000), "and then there is");
+}
+
+#[test]
+fn sessions_keep_their_share_of_open_files() {
+    let ports = Ports::new(&own_host(), PortRange { first: 20000, last: 20009 }, 1);
+    ports.listed();
+    ports.connected(&node("a"), 1);
+    ports.connected(&node("b"), 1);
+    assert_eq!((ports.port("a"), ports.port("b")), (Some(20000), None));
+    ports.gone(&node("a"));
+    ports.connected(&node("b"), 2);
+    assert_eq!(ports.port("b"), Some(20000));
 }
 
 #[test]
