@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::mux::{Class, Event, Mux, OpenError, Side, StreamId, Violation, Waiting};
 use crate::wire::Frame;
@@ -82,6 +82,8 @@ struct State {
     /// The session's task, which waits for something to send.
     session: Option<Waker>,
     ended: Option<Arc<str>>,
+    /// Whoever waits for the end.
+    over: Arc<Notify>,
 }
 
 /// A stream as its owner sees it.
@@ -99,7 +101,13 @@ impl Carrier {
     /// A session that begins.
     pub fn new(side: Side) -> Self {
         let mux = Mux::new(side);
-        Self(Arc::new(Mutex::new(State { mux, pipes: HashMap::new(), session: None, ended: None })))
+        Self(Arc::new(Mutex::new(State {
+            mux,
+            pipes: HashMap::new(),
+            session: None,
+            ended: None,
+            over: Arc::default(),
+        })))
     }
 
     /// What opens streams of this session.
@@ -196,6 +204,7 @@ impl Carrier {
         state.mux.end();
         let wakers = |pipe: &mut Pipe| [pipe.reader.take(), pipe.writer.take()];
         let woken: Vec<_> = state.pipes.values_mut().flat_map(wakers).flatten().collect();
+        state.over.notify_waiters();
         drop(state);
         woken.into_iter().for_each(Waker::wake);
     }
@@ -226,6 +235,17 @@ impl Streams {
     /// Whether the session is over.
     pub fn is_ended(&self) -> bool {
         lock(&self.0).ended.is_some()
+    }
+
+    /// Waits until the session is over, also for whoever neither reads nor writes then. Cancel safe.
+    pub async fn ended(&self) {
+        let over = Arc::clone(&lock(&self.0).over);
+        let mut over = std::pin::pin!(over.notified());
+        // Registered before the look, so that an end between the two is not missed.
+        over.as_mut().enable();
+        if !self.is_ended() {
+            over.await;
+        }
     }
 }
 
