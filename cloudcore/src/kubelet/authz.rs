@@ -138,6 +138,8 @@ impl<R: Reviews> Authoriser<R> {
             match self.review(&spec(user, node, wanted.verb, subresource)).await {
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
+                // Nor will it answer the next one.
+                Err(Unauthorised::Silence) => return Err(Unauthorised::Silence),
                 Err(error) => failed = Some(error),
             }
         }

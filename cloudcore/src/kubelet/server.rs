@@ -23,7 +23,7 @@ use skerry_proto::streams::Streams;
 use skerry_proto::transport::TLS_BUFFER;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -48,6 +48,8 @@ const MAX_OF_NODE: usize = if cfg!(test) { 4 } else { 96 };
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection may be idle, or a head be on its way.
 const IDLE: Duration = Duration::from_secs(90);
+/// How long what came before a session ended may take to get to a client.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// A peer that is gone without a word is noticed so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const PROBE: Duration = Duration::from_secs(10);
@@ -78,6 +80,8 @@ struct Peer {
     /// Held from the first request that was authenticated.
     place: Mutex<Option<[OwnedSemaphorePermit; 2]>>,
     known: Notify,
+    /// On which the request at hand is.
+    session: watch::Sender<Option<Streams>>,
     upgrades: Mutex<Option<Upgrades>>,
 }
 
@@ -202,6 +206,7 @@ impl<R: Reviews> Server<R> {
             certificates,
             place: Mutex::default(),
             known: Notify::new(),
+            session: watch::Sender::new(None),
             upgrades: Mutex::default(),
         });
         if !self.serve_http(tls, &peer, stranger).await {
@@ -209,7 +214,10 @@ impl<R: Reviews> Server<R> {
         }
         let upgrades = peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upgrades) = upgrades {
-            copy(&peer.door, upgrades).await;
+            tokio::select! {
+                () = copy(&peer.door, upgrades) => {}
+                () = peer.session_over() => {}
+            }
         }
     }
 
@@ -244,6 +252,8 @@ impl<R: Reviews> Server<R> {
                 }
                 () = evicted => return false,
                 () = peer.known.notified() => stranger = None,
+                // A client that does not read would not hear of it.
+                () = peer.session_over() => return false,
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -276,6 +286,7 @@ impl<R: Reviews> Server<R> {
 
     async fn ask(&self, peer: &Peer, wanted: Attributes, request: Request<Incoming>) -> Result<Answer, No> {
         let node = peer.door.node.name.as_str();
+        peer.session.send_replace(None);
         let user = match self.authenticator.user(&peer.certificates, request.headers()).await {
             Ok(user) => user,
             Err(Unauthenticated::Nobody(why)) => {
@@ -291,6 +302,7 @@ impl<R: Reviews> Server<R> {
             Err(error) => return Err(self.unasked(&error)),
         }
         let Some(streams) = (self.find)(node) else { return Err(self.offline(node)) };
+        peer.session.send_replace(Some(streams.clone()));
         match relay::forward(node, &streams, request).await {
             Ok((answer, upgrades)) => {
                 *peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner) = upgrades;
@@ -334,6 +346,26 @@ impl Drop for Listening {
 }
 
 impl Peer {
+    /// Waits until the session that the request at hand is on has been over for some time.
+    async fn session_over(&self) {
+        let mut session = self.session.subscribe();
+        loop {
+            let streams = session.borrow_and_update().clone();
+            let over = async {
+                match streams {
+                    Some(streams) => streams.ended().await,
+                    None => std::future::pending().await,
+                }
+                tokio::time::sleep(FAREWELL).await;
+            };
+            tokio::select! {
+                () = over => return,
+                // The sender is this connection's.
+                _ = session.changed() => {}
+            }
+        }
+    }
+
     /// Somebody is known here: the connection has its place from now on.
     fn settle(&self, all: &Arc<Semaphore>) -> Result<(), No> {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);

@@ -283,6 +283,8 @@ struct Edge {
     streams: Streams,
     /// Requests whose stream stands.
     open: Arc<AtomicUsize>,
+    /// Bytes of what has no end.
+    produced: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -293,7 +295,8 @@ impl Edge {
         let mut services = Services::default();
         let mut incoming = serves.then(|| services.serve(Class::Ops, 16));
         let open = Arc::<AtomicUsize>::default();
-        let (name, counted) = (name.to_owned(), Arc::clone(&open));
+        let produced = Arc::<AtomicUsize>::default();
+        let (name, counted, made) = (name.to_owned(), Arc::clone(&open), Arc::clone(&produced));
         let task = supervise::spawn("test edge", async move {
             let mut served = tokio::task::JoinSet::new();
             let carry = poll_fn(move |context| {
@@ -327,12 +330,12 @@ impl Edge {
                     opened = next => {
                         let opened = opened.unwrap();
                         assert_eq!((opened.class, &opened.header[..]), (Class::Ops, ops::KUBELET));
-                        served.spawn(serve(name.clone(), opened.stream, Count::one(&counted)));
+                        served.spawn(serve(name.clone(), opened.stream, Count::one(&counted), Arc::clone(&made)));
                     }
                 }
             }
         });
-        Self { streams, open, task }
+        Self { streams, open, produced, task }
     }
 
     fn open(&self) -> usize {
@@ -367,8 +370,8 @@ impl Drop for Count {
 }
 
 /// A kubelet on one stream.
-async fn serve(name: String, stream: Stream, count: Count) {
-    let service = service_fn(|request| kubelet(name.clone(), request));
+async fn serve(name: String, stream: Stream, count: Count, produced: Arc<AtomicUsize>) {
+    let service = service_fn(|request| kubelet(name.clone(), request, Arc::clone(&produced)));
     let connection = hyper::server::conn::http1::Builder::new()
         .max_buf_size(64 << 10)
         .serve_connection(TokioIo::new(stream), service)
@@ -384,7 +387,11 @@ fn text(code: StatusCode, text: impl Into<Bytes>) -> Response<Body> {
     Response::builder().status(code).body(body).unwrap()
 }
 
-async fn kubelet(name: String, mut request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
+async fn kubelet(
+    name: String,
+    mut request: Request<Incoming>,
+    produced: Arc<AtomicUsize>,
+) -> Result<Response<Body>, hyper::Error> {
     let path = request.uri().path().to_owned();
     Ok(match path.split('/').nth(1).unwrap_or_default() {
         // What came of the head.
@@ -412,6 +419,14 @@ async fn kubelet(name: String, mut request: Request<Incoming>) -> Result<Respons
                 receiver.recv().await.map(|frame| (frame, (receiver, sender)))
             });
             Response::new(StreamBody::new(kept).boxed())
+        }
+        // Without end.
+        "logs" => {
+            let parts = futures_util::stream::repeat_with(move || {
+                produced.fetch_add(10_000, Ordering::SeqCst);
+                Ok(Frame::data(Bytes::from_static(&[b'x'; 10_000])))
+            });
+            Response::new(StreamBody::new(parts).boxed())
         }
         "stats" => std::future::pending().await,
         // Reads to the end, then says how much that was: what comes back needs the half that is still open.
