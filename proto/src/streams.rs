@@ -36,6 +36,13 @@ pub struct Stream {
     shared: Shared,
 }
 
+/// Waits for what breaks a stream; see [`Stream::gone`].
+#[derive(Debug)]
+pub struct Gone {
+    id: StreamId,
+    shared: Shared,
+}
+
 /// A stream that the peer opened; dropping it resets the stream.
 #[derive(Debug)]
 pub struct Incoming {
@@ -95,6 +102,7 @@ struct Pipe {
     reset: Option<Arc<str>>,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    watcher: Option<Waker>,
 }
 
 impl Carrier {
@@ -184,7 +192,7 @@ impl Carrier {
                     if !pipe.has_end {
                         pipe.unread.clear();
                     }
-                    woken.extend(pipe.reader.take().into_iter().chain(pipe.writer.take()));
+                    woken.extend(pipe.waiting());
                 }
                 Event::Writable(id) => woken.extend(state.pipes.get_mut(&id).and_then(|pipe| pipe.writer.take())),
             }
@@ -202,8 +210,7 @@ impl Carrier {
         }
         state.ended = Some(reason.into());
         state.mux.end();
-        let wakers = |pipe: &mut Pipe| [pipe.reader.take(), pipe.writer.take()];
-        let woken: Vec<_> = state.pipes.values_mut().flat_map(wakers).flatten().collect();
+        let woken: Vec<_> = state.pipes.values_mut().flat_map(Pipe::waiting).collect();
         state.over.notify_waiters();
         drop(state);
         woken.into_iter().for_each(Waker::wake);
@@ -255,6 +262,12 @@ impl Stream {
         self.id.class()
     }
 
+    /// Ends when the peer has reset the stream or the session is over, with that as an error, and when the stream is dropped. A stream
+    /// that the peer finished in good order is not gone. For who neither reads nor writes for a while; the last one that waits is woken.
+    pub fn gone(&self) -> Gone {
+        Gone { id: self.id, shared: Arc::clone(&self.shared) }
+    }
+
     /// Ends it both ways and tells the peer why.
     pub fn reset(self, reason: &str) {
         let mut state = lock(&self.shared);
@@ -267,6 +280,23 @@ impl Incoming {
     /// Says no.
     pub fn refuse(self, reason: &str) {
         self.stream.reset(reason);
+    }
+}
+
+impl Future for Gone {
+    type Output = io::Error;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Error> {
+        let mut state = lock(&self.shared);
+        let State { pipes, ended, .. } = &mut *state;
+        let Some(pipe) = pipes.get_mut(&self.id) else {
+            return Poll::Ready(io::Error::new(io::ErrorKind::NotConnected, "the stream was let go of"));
+        };
+        if let Some(error) = pipe.error(ended.as_ref()) {
+            return Poll::Ready(error);
+        }
+        pipe.watcher = Some(context.waker().clone());
+        Poll::Pending
     }
 }
 
@@ -356,12 +386,15 @@ impl AsyncWrite for Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let mut state = lock(&self.shared);
-        if let Some(pipe) = state.pipes.remove(&self.id)
-            && !(pipe.has_end && pipe.is_shut)
-        {
-            state.mux.abandon(self.id, "the other side has let go of the stream");
+        let mut watcher = None;
+        if let Some(pipe) = state.pipes.remove(&self.id) {
+            watcher = pipe.watcher;
+            if !(pipe.has_end && pipe.is_shut) {
+                state.mux.abandon(self.id, "the other side has let go of the stream");
+            }
         }
         unlock_and_send(state);
+        watcher.into_iter().for_each(Waker::wake);
     }
 }
 
@@ -421,6 +454,11 @@ impl State {
 }
 
 impl Pipe {
+    /// Whoever waits for something of it.
+    fn waiting(&mut self) -> impl Iterator<Item = Waker> + use<> {
+        [self.reader.take(), self.writer.take(), self.watcher.take()].into_iter().flatten()
+    }
+
     fn error(&self, ended: Option<&Arc<str>>) -> Option<io::Error> {
         match (&self.reset, ended) {
             (Some(reason), _) => Some(io::Error::new(

@@ -168,6 +168,36 @@ async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
 }
 
 #[tokio::test]
+async fn who_watches_a_stream_hears_of_its_end_though_nobody_reads_or_writes() {
+    let mut line = Line::new();
+    let streams = line.cloud.streams();
+    let mut incoming = line.services.serve(Class::Ops, 1);
+    on(&mut line, async {
+        // The peer has finished its half, which is no end, and resets the rest later.
+        let mut asking = streams.open(Class::Ops, Bytes::new()).unwrap();
+        let served = incoming.recv().await.unwrap().stream;
+        asking.shutdown().await.unwrap();
+        let mut gone = served.gone();
+        for _ in 0..5 {
+            tokio::task::yield_now().await;
+            let polled = std::future::poll_fn(|context| Poll::Ready(Pin::new(&mut gone).poll(context))).await;
+            assert!(polled.is_pending());
+        }
+        let (error, ()) = tokio::join!(gone, async { drop(asking) });
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        let (error, ()) = tokio::join!(served.gone(), async { drop(served) });
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        let asking = streams.open(Class::Ops, Bytes::new()).unwrap();
+        let (error, ()) = tokio::join!(asking.gone(), async {
+            tokio::task::yield_now().await;
+            drop(incoming.recv().await.unwrap().stream);
+        });
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn streams_end_with_their_session() {
     let mut line = Line::new();
     let streams = line.cloud.streams();
