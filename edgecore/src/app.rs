@@ -7,6 +7,7 @@
 //! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
 //! | control socket | a technician can look, whatever comes next |
+//! | ops | answers what a kubelet answers, over the control socket and the link |
 //! | link, renewal | waits for nobody, and nobody waits for it |
 //! | kubelet | starts pods from the store alone |
 //!
@@ -21,16 +22,20 @@ use std::time::Duration;
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
+use skerry_proto::mux::Class;
 use skerry_proto::streams::Services;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
 use crate::identity::{self, Identity};
 use crate::link::{Link, LinkState, ReportWanted, network};
+use crate::ops::{self, Ops};
+use crate::runtime::connect;
 use crate::store::Store;
 use crate::{clock, footprint, supervise};
 
@@ -54,6 +59,8 @@ pub struct KubeletParts {
     pub wanted: broadcast::Sender<ReportWanted>,
     /// Requests to end every pod.
     pub reset: ResetRequests,
+    /// To the container runtime.
+    pub runtime: Channel,
     /// Ends the kubelet; containers go on.
     pub shutdown: CancellationToken,
 }
@@ -108,6 +115,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let (reset, resets) = mpsc::channel(1);
     let stop_kubelet = CancellationToken::new();
     let stop = CancellationToken::new();
+    let runtime = connect::channel(&config.runtime_endpoint)?;
+    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone());
 
     let socket = config.control_socket(&data_dir);
     let listener =
@@ -119,10 +128,17 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         link: link_seen.clone(),
         identity: identity.as_ref().map(|(_, seen)| seen.clone()),
         reset,
+        ops: ops.clone(),
     };
     let control = supervise::module("control", stop.clone(), {
         let stop = stop.clone();
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
+    });
+    let mut services = Services::default();
+    let requests = ops::Requests::new(services.serve(Class::Ops, ops::WAITING));
+    let ops = supervise::module("ops", stop.clone(), {
+        let stop = stop.clone();
+        move || ops::serve(ops.clone(), requests.clone(), stop.clone())
     });
     let cloud = identity.map(|(identity, identity_seen)| {
         let (expired, expired_seen) = watch::channel(None);
@@ -135,7 +151,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
             let (node, server, store, stop) = (config.node_name.clone(), server.clone(), store.clone(), stop.clone());
             let wanted = wanted.clone();
             let transport = config.transport;
-            // Nobody serves or opens streams yet.
+            // Nobody opens streams yet.
             let streams = watch::Sender::new(None);
             move || {
                 let link = Link {
@@ -146,7 +162,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
                     identity: identity_seen.clone(),
                     expired: expired.clone(),
                     wanted: wanted.clone(),
-                    services: Services::default(),
+                    services: services.clone(),
                     network: network_seen.clone(),
                     streams: streams.clone(),
                     state: link_state.clone(),
@@ -170,6 +186,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         link_state: link_seen,
         wanted,
         reset: ResetRequests::new(resets),
+        runtime,
         shutdown: stop_kubelet.clone(),
     };
     let kubelet = supervise::module("kubelet", stop_kubelet.clone(), move || crate::kubelet::run(parts.clone()));
@@ -193,6 +210,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     for (name, module) in cloud.into_iter().flatten() {
         join(name, module).await;
     }
+    join("ops", ops).await;
     join("control", control).await;
     store.close().await;
     // Nobody answers on it any more.

@@ -1,4 +1,5 @@
-//! The control socket: how a technician at the box asks the running edgecore, with no cloud. One line of JSON each way.
+//! The control socket: how a technician at the box asks the running edgecore, with no cloud. One line of JSON each way; or HTTP, to ask
+//! what a kubelet is asked ([`Ops`]). The first byte tells them apart.
 //!
 //! Only root can open it. Nothing in it is needed for pods to run.
 
@@ -22,6 +23,7 @@ use tracing::warn;
 use crate::clock;
 use crate::identity::Identity;
 use crate::link::{LinkState, Transport};
+use crate::ops::Ops;
 use crate::store::{Row, Stats, Store};
 use crate::supervise;
 
@@ -162,6 +164,8 @@ pub struct Control {
     pub identity: Option<watch::Receiver<Arc<Identity>>>,
     /// Served by the kubelet.
     pub reset: mpsc::Sender<ResetRequest>,
+    /// What answers as a kubelet.
+    pub ops: Ops,
 }
 
 /// Makes the socket. The lock on the data directory says that nobody else serves it.
@@ -190,9 +194,19 @@ pub async fn serve(listener: Arc<UnixListener>, control: Control, shutdown: Canc
             Ok((stream, _)) => {
                 let control = control.clone();
                 supervise::spawn("control", async move {
-                    let _place = place;
-                    // The other side is gone: nobody to tell.
-                    let _ = converse(stream, &control).await;
+                    let mut stream = BufReader::with_capacity(1 << 10, stream);
+                    match tokio::time::timeout(REQUEST_TIMEOUT, stream.fill_buf()).await {
+                        Ok(Ok(&[first, ..])) if first.is_ascii_uppercase() => {
+                            // It may take long, and counts where such requests are counted.
+                            drop(place);
+                            control.ops.local(stream).await;
+                        }
+                        Ok(Ok([_, ..])) => {
+                            // The other side is gone: nobody to tell.
+                            let _ = converse(stream, &control).await;
+                        }
+                        _ => {}
+                    }
                 });
             }
             Err(error) => {
@@ -203,10 +217,9 @@ pub async fn serve(listener: Arc<UnixListener>, control: Control, shutdown: Canc
     }
 }
 
-async fn converse(mut stream: UnixStream, control: &Control) -> io::Result<()> {
-    let (reader, mut writer) = stream.split();
+async fn converse(mut stream: BufReader<UnixStream>, control: &Control) -> io::Result<()> {
     let mut line = Vec::new();
-    let mut reader = BufReader::with_capacity(1 << 10, reader.take(MAX_REQUEST));
+    let mut reader = (&mut stream).take(MAX_REQUEST);
     tokio::time::timeout(REQUEST_TIMEOUT, reader.read_until(b'\n', &mut line)).await??;
     let response = match serde_json::from_slice(&line) {
         Ok(request) => control.answer(request).await,
@@ -220,7 +233,7 @@ async fn converse(mut stream: UnixStream, control: &Control) -> io::Result<()> {
             serde_json::to_vec(&Response::Error("the answer is too long; ask for one namespace with -n".to_owned()))?;
     }
     text.push(b'\n');
-    writer.write_all(&text).await
+    stream.write_all(&text).await
 }
 
 impl Control {
@@ -408,9 +421,12 @@ mod tests {
         let identity = crate::identity::tests::identity("box", dir.path());
         let (reset, mut resets) = mpsc::channel(1);
         let link = LinkState::Offline { since: Timestamp::UNIX_EPOCH, reason: "no route".to_owned() };
+        let config = Arc::new(crate::config::Config::new(&"h:1".parse().unwrap(), "box"));
+        let channel = crate::runtime::connect::channel(&config.runtime_endpoint).unwrap();
         let control = Control {
             node: "box".to_owned(),
             server: "h:1".to_owned(),
+            ops: Ops::new(store.clone(), config, channel),
             store,
             link: watch::channel(link).1,
             identity: Some(watch::channel(Arc::new(identity)).1),

@@ -13,6 +13,7 @@ pub mod https;
 pub mod identity;
 pub mod kubelet;
 pub mod link;
+pub mod ops;
 pub mod preflight;
 pub mod runtime;
 pub mod stats;

@@ -15,7 +15,7 @@ use self::pods::Pods;
 use self::volumes::Volumes;
 use crate::app::KubeletParts;
 use crate::config::Config;
-use crate::runtime::{Cri, connect};
+use crate::runtime::Cri;
 
 pub mod admission;
 pub mod backoff;
@@ -60,14 +60,7 @@ pub mod worker;
 
 /// Runs the kubelet until shutdown.
 pub async fn run(parts: KubeletParts) {
-    let KubeletParts { store, config, link_state: link, wanted, reset, shutdown } = parts;
-    let channel = match connect::channel(&config.runtime_endpoint) {
-        Ok(channel) => channel,
-        Err(error) => {
-            warn!(%error, "no pods without a runtime; correct runtime_endpoint in config.toml");
-            return shutdown.cancelled().await;
-        }
-    };
+    let KubeletParts { store, config, link_state: link, wanted, reset, runtime: channel, shutdown } = parts;
     let cri = Cri::new(channel.clone());
     let volumes = Volumes::new(&config.pods_dir);
     prepare(&config, &volumes).await;

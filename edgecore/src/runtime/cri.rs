@@ -20,8 +20,10 @@ use super::connect::MAX_MESSAGE;
 use crate::kubelet::observed::label;
 
 mod observe;
+mod streaming;
 
 use observe::Cache;
+pub use streaming::{LogFile, Stdio};
 
 /// What a call may take unless it says otherwise.
 const DEADLINE: Duration = Duration::from_secs(120);

@@ -71,6 +71,8 @@ struct World {
     conditions: Vec<cri::RuntimeCondition>,
     info: HashMap<String, String>,
     driver: Option<cri::CgroupDriver>,
+    /// Where exec, attach and port-forward are served.
+    streaming: Option<String>,
     server: Option<Server>,
 }
 
@@ -169,6 +171,18 @@ impl FakeRuntime {
         self.world().execs = execs.into_iter().collect();
     }
 
+    /// The URL that exec, attach and port-forward are answered with.
+    pub(crate) fn streaming(&self, url: &str) {
+        self.world().streaming = Some(url.to_owned());
+    }
+
+    /// Where a container's log is.
+    pub(crate) fn log_path(&self, container: &str, path: &Path) {
+        if let Some(made) = self.world().containers.get_mut(container) {
+            made.status.log_path = path.to_string_lossy().into_owned();
+        }
+    }
+
     /// A condition of its Status.
     pub(crate) fn condition(&self, name: &str, status: bool, message: &str) {
         let mut world = self.world();
@@ -247,6 +261,14 @@ impl FakeRuntime {
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn url(&self, of: &str) -> Result<String, Status> {
+        let world = self.world();
+        if !world.containers.contains_key(of) && !world.sandboxes.contains_key(of) {
+            return Err(missing(of));
+        }
+        world.streaming.clone().ok_or_else(|| Status::unavailable("no streaming server"))
+    }
+
     fn tell(&self, id: &str, kind: cri::ContainerEventType) {
         let world = self.world();
         let sandbox = world.containers.get(id).map_or(id, |made| made.sandbox.as_str());
@@ -310,6 +332,12 @@ fn find_image<'a>(world: &'a World, name: &str) -> Option<&'a cri::Image> {
 
 fn has_labels(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
     selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// `io-et`, with a dash for what is not wanted.
+fn stdio(stdin: bool, stdout: bool, stderr: bool, tty: bool) -> String {
+    let letter = |wanted: bool, letter: char| if wanted { letter } else { '-' };
+    [letter(stdin, 'i'), letter(stdout, 'o'), letter(stderr, 'e'), letter(tty, 't')].iter().collect()
 }
 
 fn missing(what: &str) -> Status {
@@ -568,6 +596,27 @@ impl RuntimeService for FakeRuntime {
             ExecScript::TimesOut => Err(Status::deadline_exceeded("timeout exceeded")),
             ExecScript::Fails(message) => Err(Status::unknown(message)),
         }
+    }
+
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        let request = request.into_inner();
+        let cri::ExecRequest { container_id, cmd, tty, stdin, stdout, stderr } = &request;
+        let wanted = stdio(*stdin, *stdout, *stderr, *tty);
+        self.enter("Exec", &format!("{container_id} {wanted} {}", cmd.join(" "))).await?;
+        Ok(Response::new(cri::ExecResponse { url: self.url(container_id)? }))
+    }
+
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        let cri::AttachRequest { container_id, stdin, tty, stdout, stderr } = request.into_inner();
+        let wanted = stdio(stdin, stdout, stderr, tty);
+        self.enter("Attach", &format!("{container_id} {wanted}")).await?;
+        Ok(Response::new(cri::AttachResponse { url: self.url(&container_id)? }))
+    }
+
+    async fn port_forward(&self, request: Request<cri::PortForwardRequest>) -> Answer<cri::PortForwardResponse> {
+        let cri::PortForwardRequest { pod_sandbox_id, port } = request.into_inner();
+        self.enter("PortForward", &format!("{pod_sandbox_id} {port:?}")).await?;
+        Ok(Response::new(cri::PortForwardResponse { url: self.url(&pod_sandbox_id)? }))
     }
 
     async fn status(&self, request: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {

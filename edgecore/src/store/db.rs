@@ -128,6 +128,19 @@ impl Db {
         Ok(notes)
     }
 
+    pub(super) fn note(&mut self, kind: &str, key: &str) -> rusqlite::Result<Option<Bytes>> {
+        let mut statement =
+            self.connection.prepare_cached("SELECT checksum, value FROM notes WHERE kind = ?1 AND key = ?2")?;
+        let mut rows = statement.query([kind, key])?;
+        let Some(row) = rows.next()? else { return Ok(None) };
+        let (sum, value): (i64, Vec<u8>) = (row.get(0)?, row.get(1)?);
+        if sum == note_sum(kind, key, &value) {
+            return Ok(Some(value.into()));
+        }
+        self.lost.push(Lost::Note(kind.to_owned(), key.to_owned()));
+        Ok(None)
+    }
+
     pub(super) fn store_id(&self) -> rusqlite::Result<String> {
         Ok(migrate::get(&self.connection, meta::STORE_ID)?.unwrap_or_default())
     }

@@ -369,6 +369,12 @@ impl Store {
         self.read("read notes", move |db| db.notes(kind)).await
     }
 
+    /// One note.
+    pub async fn note(&self, kind: &'static str, key: &str) -> Result<Option<Bytes>, Error> {
+        let key = key.to_owned();
+        self.read("read a note", move |db| db.note(kind, &key)).await
+    }
+
     /// Drops a note.
     pub async fn forget(&self, kind: &'static str, key: &str) -> Result<(), Error> {
         self.write(Write::Forget(kind, key.to_owned())).await
