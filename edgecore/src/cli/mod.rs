@@ -9,10 +9,17 @@ use tracing::level_filters::LevelFilter;
 
 use crate::config::{Config, DATA_DIR};
 
+mod describe;
+mod exec;
 mod get;
 mod join;
+mod logs;
+mod node;
+mod port_forward;
 mod reset;
+mod spdy;
 mod status;
+mod terminal;
 
 /// The agent of an edge node of Skerry.
 #[derive(Parser, Debug)]
@@ -35,6 +42,11 @@ enum Command {
     Status(status::StatusArgs),
     /// List what this node holds, with no cloud needed.
     Get(get::Get),
+    Describe(describe::Describe),
+    Logs(logs::Logs),
+    Exec(exec::Exec),
+    Attach(exec::Attach),
+    PortForward(port_forward::PortForward),
     /// Take everything of edgecore off this box: pods, mounts, identity, state.
     Reset(reset::Reset),
 }
@@ -70,6 +82,11 @@ impl Cli {
             }
             Command::Status(status) => status.run().await,
             Command::Get(get) => get.run().await,
+            Command::Describe(describe) => describe.run().await,
+            Command::Logs(logs) => logs.run().await,
+            Command::Exec(exec) => Box::pin(exec.run()).await,
+            Command::Attach(attach) => Box::pin(attach.run()).await,
+            Command::PortForward(forward) => Box::pin(forward.run()).await,
             Command::Reset(reset) => reset.run().await,
         }
     }
@@ -101,6 +118,11 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
 /// Writes to stdout; a reader that went away (`| head`) is no error.
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Says something beside what was asked for.
+fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Columns as wide as their widest cell, three spaces apart.
@@ -139,5 +161,18 @@ mod tests {
         assert!(Cli::try_parse_from(join).is_ok());
         assert!(Cli::try_parse_from(["edgecore", "join", "h:1", "--token", "t"]).is_err());
         assert!(Cli::try_parse_from(["edgecore", "join", "h:1"]).is_err());
+        for line in [
+            "logs web -n shop -c main -f -p --tail 3 --since 5m --timestamps",
+            "logs web --tail -1",
+            "exec -it web -c main -- sh -c true",
+            "attach -it web",
+            "port-forward web 8080:80 :81",
+            "describe pod web -n shop",
+        ] {
+            let words = std::iter::once("edgecore").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+        assert!(Cli::try_parse_from(["edgecore", "exec", "web"]).is_err());
+        assert!(Cli::try_parse_from(["edgecore", "port-forward", "web"]).is_err());
     }
 }
