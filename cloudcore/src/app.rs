@@ -176,8 +176,14 @@ async fn start(
     let sessions = Arc::clone(&front);
     let find = move |node: &str| sessions.streams(node);
     let kubelets = kubelets.start(Arc::clone(&serving), find, &mut registry, DRAIN, stop.clone())?;
-    let care =
-        Care { client: own_client, authority, certificates: [certificate, serving], secrets, data_dir: config.data_dir.clone(), metrics };
+    let care = Care {
+        client: own_client,
+        authority,
+        certificates: [certificate, serving],
+        secrets,
+        data_dir: config.data_dir.clone(),
+        metrics,
+    };
 
     let asked = Arc::clone(&front);
     status.running(registry, move || asked.backend().ready());

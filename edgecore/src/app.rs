@@ -36,6 +36,7 @@ use crate::identity::{self, Identity};
 use crate::link::{Link, LinkState, ReportWanted, network};
 use crate::ops::{self, Ops};
 use crate::runtime::connect;
+use crate::stats::Stats;
 use crate::store::Store;
 use crate::{clock, footprint, supervise};
 
@@ -59,6 +60,8 @@ pub struct KubeletParts {
     pub wanted: broadcast::Sender<ReportWanted>,
     /// Requests to end every pod.
     pub reset: ResetRequests,
+    /// Where the kubelet puts what measures its pods, once it runs.
+    pub stats: watch::Sender<Option<Stats>>,
     /// To the container runtime.
     pub runtime: Channel,
     /// Ends the kubelet; containers go on.
@@ -116,7 +119,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let stop_kubelet = CancellationToken::new();
     let stop = CancellationToken::new();
     let runtime = connect::channel(&config.runtime_endpoint)?;
-    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone());
+    let (stats, measured) = watch::channel(None);
+    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone(), measured);
 
     let socket = config.control_socket(&data_dir);
     let listener =
@@ -186,6 +190,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         link_state: link_seen,
         wanted,
         reset: ResetRequests::new(resets),
+        stats,
         runtime,
         shutdown: stop_kubelet.clone(),
     };

@@ -426,7 +426,7 @@ mod tests {
         let control = Control {
             node: "box".to_owned(),
             server: "h:1".to_owned(),
-            ops: Ops::new(store.clone(), config, channel),
+            ops: Ops::new(store.clone(), config, channel, watch::channel(None).1),
             store,
             link: watch::channel(link).1,
             identity: Some(watch::channel(Arc::new(identity)).1),

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
@@ -154,7 +155,47 @@ impl Kubectl {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    fn command(&self) -> Command {
+    /// Runs it with this input, binary both ways. `dialect` is what KUBECTL_REMOTE_COMMAND_WEBSOCKETS is set to.
+    pub fn pipe(&self, arguments: &[&str], input: &[u8], dialect: &str) -> Result<Piped> {
+        self.pipe_for(arguments, input, dialect, Duration::from_secs(120))
+    }
+
+    /// As [`Self::pipe`], and ends it after some time, when its input has long ended.
+    pub fn pipe_for(&self, arguments: &[&str], input: &[u8], dialect: &str, time: Duration) -> Result<Piped> {
+        let mut child = self
+            .command()
+            .args(arguments)
+            .env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", dialect)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start kubectl")?;
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        std::thread::scope(|scope| {
+            // One that ends before it has read everything says so by its exit code.
+            scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
+            let output = scope.spawn(move || read(stdout));
+            let errors = scope.spawn(move || read(stderr));
+            let end = Instant::now() + time;
+            let code = loop {
+                if let Some(status) = child.try_wait()? {
+                    break status.code();
+                }
+                if Instant::now() > end {
+                    child.kill()?;
+                    child.wait()?;
+                    break None;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            };
+            let whole = |reader: std::thread::ScopedJoinHandle<'_, Vec<u8>>| reader.join().unwrap_or_default();
+            Ok(Piped { code, output: whole(output), errors: String::from_utf8_lossy(&whole(errors)).into_owned() })
+        })
+    }
+
+    /// The command, to be given arguments.
+    pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--kubeconfig").arg(&self.kubeconfig).arg("--cache-dir").arg(&self.cache);
         if let Some(namespace) = &self.namespace {
@@ -162,6 +203,26 @@ impl Kubectl {
         }
         command
     }
+}
+
+/// How a command with an input ended.
+#[derive(Debug)]
+pub struct Piped {
+    /// Its exit code; `None` if it had to be ended.
+    pub code: Option<i32>,
+    /// What it printed.
+    pub output: Vec<u8>,
+    /// What it printed on standard error.
+    pub errors: String,
+}
+
+fn read(from: Option<impl std::io::Read>) -> Vec<u8> {
+    let mut all = Vec::new();
+    if let Some(mut from) = from {
+        // What came before an error is what there is.
+        let _ = from.read_to_end(&mut all);
+    }
+    all
 }
 
 /// A link to the multi-call binary, named after the program it is to be.

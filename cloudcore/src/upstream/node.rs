@@ -121,8 +121,7 @@ pub(crate) fn patch(
     let labels: BTreeMap<&String, &String> =
         report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
     // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
-    let mut metadata =
-        json!({"uid": node.uid, "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)}, "labels": labels});
+    let mut metadata = json!({"uid": node.uid, "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)}, "labels": labels});
     if let Some((epoch, version)) = unnamed {
         metadata["annotations"][EPOCH_ANNOTATION] = epoch.to_string().into();
         metadata["resourceVersion"] = version.into();

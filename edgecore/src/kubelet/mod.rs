@@ -16,6 +16,7 @@ use self::volumes::Volumes;
 use crate::app::KubeletParts;
 use crate::config::Config;
 use crate::runtime::Cri;
+use crate::stats::Stats;
 
 pub mod admission;
 pub mod backoff;
@@ -60,7 +61,7 @@ pub mod worker;
 
 /// Runs the kubelet until shutdown.
 pub async fn run(parts: KubeletParts) {
-    let KubeletParts { store, config, link_state: link, wanted, reset, runtime: channel, shutdown } = parts;
+    let KubeletParts { store, config, link_state: link, wanted, reset, stats, runtime: channel, shutdown } = parts;
     let cri = Cri::new(channel.clone());
     let volumes = Volumes::new(&config.pods_dir);
     prepare(&config, &volumes).await;
@@ -110,6 +111,7 @@ pub async fn run(parts: KubeletParts) {
         };
         let (context, events) = Context::new(parts, &config.node_name);
         let context = Arc::new(context);
+        stats.send_replace(Some(Stats::new(context.clone())));
         context_sender.send_replace(Some(context.clone()));
         let pods = Pods::new(context.clone()).run(
             crate::runtime::events(cri, channel),

@@ -1,9 +1,26 @@
 //! `/stats` and `/metrics`.
 
-use super::Ops;
-use super::answer::{Answer, Refusal};
+use hyper::StatusCode;
 
-/// Answers `/stats/summary`, `/metrics`, `/metrics/resource`, `/metrics/cadvisor` and `/metrics/probes`. Nothing is measured yet.
-pub(super) async fn metrics(_ops: &Ops, _path: &str) -> Result<Answer, Refusal> {
-    Err(Refusal::missing("404: Page Not Found"))
+use super::Ops;
+use super::answer::{Answer, Refusal, whole};
+use super::query::Query;
+use crate::stats::{METRICS_TYPE, SUMMARY_TYPE};
+
+/// Answers `/stats/summary`, `/metrics`, `/metrics/resource`, `/metrics/cadvisor` and `/metrics/probes`.
+pub(super) async fn metrics(ops: &Ops, path: &str, query: &Query) -> Result<Answer, Refusal> {
+    let Some(stats) = ops.stats.borrow().clone() else {
+        let words = "nothing is measured yet: the kubelet waits for the container runtime";
+        return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, words));
+    };
+    Ok(match path {
+        "/stats/summary" => {
+            whole(SUMMARY_TYPE, stats.summary(query.first("only_cpu_and_memory") == Some("true")).await)
+        }
+        "/metrics" => whole(METRICS_TYPE, stats.metrics().await),
+        "/metrics/resource" => whole(METRICS_TYPE, stats.resource().await),
+        "/metrics/cadvisor" => whole(METRICS_TYPE, stats.cadvisor().await),
+        "/metrics/probes" => whole(METRICS_TYPE, stats.probes().await),
+        _ => return Err(Refusal::missing("404: Page Not Found")),
+    })
 }

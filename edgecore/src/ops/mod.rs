@@ -17,7 +17,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use skerry_proto::ops::KUBELET;
 use skerry_proto::streams::Incoming;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tracing::debug;
@@ -28,6 +28,7 @@ use self::relay::Relay;
 use self::route::Route;
 use crate::config::Config;
 use crate::runtime::Cri;
+use crate::stats::Stats;
 use crate::store::Store;
 use crate::supervise;
 
@@ -59,6 +60,7 @@ pub struct Ops {
     store: Store,
     cri: Cri,
     config: Arc<Config>,
+    stats: watch::Receiver<Option<Stats>>,
     places: Arc<Semaphore>,
 }
 
@@ -111,9 +113,9 @@ fn too_many() -> String {
 }
 
 impl Ops {
-    /// Over a channel to the runtime.
-    pub fn new(store: Store, config: Arc<Config>, runtime: Channel) -> Self {
-        Self { store, cri: Cri::new(runtime), config, places: Arc::new(Semaphore::new(MAX_REQUESTS)) }
+    /// Over a channel to the runtime. `stats` measures the pods, while the kubelet runs.
+    pub fn new(store: Store, config: Arc<Config>, runtime: Channel, stats: watch::Receiver<Option<Stats>>) -> Self {
+        Self { store, cri: Cri::new(runtime), config, stats, places: Arc::new(Semaphore::new(MAX_REQUESTS)) }
     }
 
     /// Serves a connection of the control socket, as one of the link's.
@@ -186,7 +188,7 @@ impl Ops {
                 let words = "containers on this node cannot be checkpointed: edgecore does not implement it";
                 return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, words));
             }
-            Route::Metrics(path) => metrics::metrics(self, &path).await?,
+            Route::Metrics(path) => metrics::metrics(self, &path, &query).await?,
         };
         Ok((answer, None))
     }

@@ -13,6 +13,7 @@ use skerry_proto::streams::{Carrier, Received, Services, Streams};
 use skerry_proto::sync::{Collection, Object, Op};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 use super::*;
 use crate::control::POD_STATUS_NOTES;
@@ -67,7 +68,7 @@ impl Bed {
         store.remember(POD_STATUS_NOTES, "u1", status.to_string().into()).await.unwrap();
         let mut config = Config::new(&"h:1".parse().unwrap(), "box");
         config.runtime_endpoint = endpoint;
-        let ops = Ops::new(store, Arc::new(config), channel);
+        let ops = Ops::new(store, Arc::new(config), channel, watch::channel(None).1);
         Self { ops, fake, container, dir, streaming }
     }
 
@@ -351,7 +352,7 @@ async fn pods_and_the_rest_are_told() {
     let config = json(&bed.get("/configz").await.1);
     assert_eq!(config["kubeletconfig"]["containerLogMaxSize"], "10Mi");
     assert_eq!(bed.ask("POST", "/checkpoint/default/web/main").await.0, 501);
-    assert_eq!(bed.get("/stats/summary").await.0, 404);
+    assert_eq!(bed.get("/stats/summary").await.0, 503, "no kubelet runs here");
     assert_eq!(bed.get("/elsewhere").await, (404, "404: Page Not Found".to_owned()));
     bed.fake.stop();
     let (status, words) = bed.get("/runningpods/").await;

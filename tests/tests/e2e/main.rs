@@ -11,6 +11,7 @@ mod hostile;
 mod join;
 mod linkcut;
 mod nodedelete;
+mod ops;
 mod powercycle;
 mod replicas;
 mod transports;

@@ -1,0 +1,255 @@
+//! kubectl on an edge node: what an operator types must not tell it from any other node.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use rand::{RngExt as _, SeedableRng as _};
+use ring::digest::{SHA256, digest};
+use serde_json::json;
+use skerry_tests::images::SERVER;
+use skerry_tests::kubectl::{Kubectl, Piped};
+use skerry_tests::manifests::{GRACE, container};
+use skerry_tests::wait::{eventually, until};
+
+use crate::world::{World, control, story};
+
+/// What kubectl speaks: WebSockets first, or only SPDY.
+const DIALECTS: [&str; 2] = ["true", "false"];
+
+#[test]
+fn kubectl_works_on_an_edge_node_over_quic() -> Result<()> {
+    story("ops-quic", |world| every_verb(world, "quic"))
+}
+
+#[test]
+fn kubectl_works_on_an_edge_node_over_websocket() -> Result<()> {
+    story("ops-websocket", |world| every_verb(world, "websocket"))
+}
+
+fn every_verb(world: &mut World, transport: &str) -> Result<()> {
+    world.carry_over(transport)?;
+    start_pod(world)?;
+    world.relay.set(|line| line.latency = Duration::from_millis(50));
+    let kubectl = world.kubectl.clone();
+
+    logs(&kubectl)?;
+    for dialect in DIALECTS {
+        execs(&kubectl, dialect).with_context(|| format!("exec with KUBECTL_REMOTE_COMMAND_WEBSOCKETS={dialect}"))?;
+        forwards(&kubectl, dialect).with_context(|| format!("port-forward with {dialect}"))?;
+    }
+    copies(&kubectl, world.dir())?;
+    attaches(&kubectl)?;
+    pages(world)?;
+    // Nothing of it is left on either side.
+    until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections").unwrap_or(0.0) == 0.0))
+}
+
+/// A pod with a talker, a box to run things in, an echo that reads its input, and a server.
+fn start_pod(world: &World) -> Result<()> {
+    let node = world.edge.name();
+    let mut echo = container("echo", &["sh", "-c", "while read line; do echo \"heard $line\"; done"]);
+    echo["stdin"] = true.into();
+    let server = json!({"name": "server", "image": SERVER, "imagePullPolicy": "IfNotPresent"});
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "ops", "labels": {"app": "ops"}},
+        "spec": {
+            "nodeName": node, "terminationGracePeriodSeconds": GRACE, "automountServiceAccountToken": false,
+            "containers": [
+                container("box", &["sleep", "1000000"]),
+                container("talker", &["sh", "-c", "i=0; while [ $i -lt 1000 ]; do i=$((i+1)); echo line $i; done; echo last >&2; exec sleep 1000000"]),
+                echo, server,
+            ],
+        },
+    });
+    world.run_pods(&pod.to_string(), "app=ops", 1).map(drop)
+}
+
+fn logs(kubectl: &Kubectl) -> Result<()> {
+    let read = |arguments: &[&str]| kubectl.run(&[&["logs", "ops", "-c", "talker"], arguments].concat());
+    eventually("the talker to have said all", 20, || Ok(Some(read(&[])?).filter(|text| text.lines().count() == 1001)))?;
+    ensure!(read(&["--tail=2"])? == "line 1000\nlast\n", "tail: {:?}", read(&["--tail=2"]));
+    ensure!(read(&["--limit-bytes=10"])? == "line 1\nlin");
+    let stamped = read(&["--tail=1", "--timestamps"])?;
+    ensure!(stamped.ends_with(" last\n") && stamped.starts_with("20"), "{stamped:?}");
+    ensure!(read(&["--since=1h"])?.lines().count() == 1001);
+    let none = kubectl.output(&["logs", "ops", "-c", "talker", "--previous"])?;
+    ensure!(!none.success && none.stderr.contains("previous terminated container"), "{}", none.stderr);
+    let wrong = kubectl.output(&["logs", "ops", "-c", "nobody"])?;
+    ensure!(!wrong.success, "logs of a container that is not there");
+    // Followed until the container ends.
+    let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "echo"])?;
+    std::thread::sleep(Duration::from_secs(1));
+    let fed = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "true"], b"", "true")?;
+    ensure!(fed.code == Some(0), "{}", fed.errors);
+    follow.kill()?;
+    follow.wait()?;
+    Ok(())
+}
+
+fn execs(kubectl: &Kubectl, dialect: &str) -> Result<()> {
+    let run = |arguments: &[&str], input: &[u8]| -> Result<Piped> {
+        kubectl.pipe(&[&["exec", "-i", "ops", "-c", "box", "--"], arguments].concat(), input, dialect)
+    };
+    ensure!(run(&["true"], b"")?.code == Some(0));
+    ensure!(run(&["sh", "-c", "exit 7"], b"")?.code == Some(7), "the exit code is lost");
+    let both = run(&["sh", "-c", "echo out; echo err >&2"], b"")?;
+    ensure!(both.output == b"out\n" && both.errors.starts_with("err\n"), "{both:?}");
+    // The input ends, the output goes on.
+    let halves = run(&["sh", "-c", "cat > /dev/null; sleep 1; echo after the end"], b"some input")?;
+    ensure!(halves.output == b"after the end\n", "{halves:?}");
+    let mut sent = vec![0; 16 << 20];
+    rand::rngs::SmallRng::seed_from_u64(7).fill(&mut sent[..]);
+    let back = run(&["cat"], &sent)?;
+    ensure!(
+        back.code == Some(0) && digest(&SHA256, &back.output).as_ref() == digest(&SHA256, &sent).as_ref(),
+        "{} of {} bytes came back, or other ones: {}",
+        back.output.len(),
+        sent.len(),
+        back.errors
+    );
+    Ok(())
+}
+
+fn forwards(kubectl: &Kubectl, dialect: &str) -> Result<()> {
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let mut forward = kubectl
+        .command()
+        .args(["port-forward", "pod/ops", &format!("{port}:8080")])
+        .env("KUBECTL_PORT_FORWARD_WEBSOCKETS", dialect)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let served = (|| {
+        until("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok()))?;
+        for number in 0..20 {
+            let answer =
+                Command::new("curl").args(["-s", "-m", "20", &format!("http://127.0.0.1:{port}/healthz")]).output()?;
+            ensure!(answer.status.success(), "connection {number} failed: {answer:?}");
+        }
+        Ok(())
+    })();
+    forward.kill()?;
+    forward.wait()?;
+    served
+}
+
+fn copies(kubectl: &Kubectl, dir: &Path) -> Result<()> {
+    let (there, back) = (dir.join("there"), dir.join("back"));
+    fs::create_dir_all(there.join("deep/er"))?;
+    fs::write(there.join("a"), b"one\0two")?;
+    fs::write(there.join("deep/er/b"), vec![b'x'; 1 << 20])?;
+    kubectl.run(&["cp", "-c", "box", there.to_str().context("a path")?, "ops:/tmp/tree"])?;
+    kubectl.run(&["cp", "-c", "box", "ops:/tmp/tree", back.to_str().context("a path")?])?;
+    let same = Command::new("diff").arg("-r").args([&there, &back]).output()?;
+    ensure!(same.status.success(), "the tree changed on its way: {}", String::from_utf8_lossy(&same.stdout));
+    fs::remove_dir_all(&there)?;
+    fs::remove_dir_all(&back)?;
+    Ok(())
+}
+
+fn attaches(kubectl: &Kubectl) -> Result<()> {
+    let attached =
+        kubectl.pipe_for(&["attach", "-i", "ops", "-c", "echo"], b"hello\n", "true", Duration::from_secs(5))?;
+    ensure!(String::from_utf8_lossy(&attached.output).contains("heard hello"), "{attached:?}");
+    Ok(())
+}
+
+/// What monitoring reads.
+fn pages(world: &World) -> Result<()> {
+    let page =
+        |path: &str| world.admin().run(&["get", "--raw", &format!("/api/v1/nodes/{}/proxy/{path}", world.edge.name())]);
+    ensure!(page("healthz")?.trim() == "ok");
+    let resource = page("metrics/resource")?;
+    ensure!(resource.contains("node_memory_working_set_bytes") && resource.contains("pod=\"ops\""), "{resource}");
+    let summary: serde_json::Value = serde_json::from_str(&page("stats/summary")?)?;
+    ensure!(
+        summary["node"]["nodeName"] == world.edge.name()
+            && summary["pods"].as_array().is_some_and(|pods| !pods.is_empty())
+    );
+    let pods: serde_json::Value = serde_json::from_str(&page("pods")?)?;
+    ensure!(pods["items"].as_array().is_some_and(|pods| pods.iter().any(|pod| pod["metadata"]["name"] == "ops")));
+    ensure!(
+        page("metrics")?.contains("kubelet_running_pods")
+            && page("metrics/cadvisor")?.contains("container_memory_working_set_bytes")
+    );
+    let refused = world.admin().output(&[
+        "get",
+        "--raw",
+        &format!("/api/v1/nodes/{}/proxy/checkpoint/a/b/c", world.edge.name()),
+    ])?;
+    ensure!(!refused.success, "a checkpoint was made");
+    Ok(())
+}
+
+#[test]
+fn only_who_may_reaches_a_node() -> Result<()> {
+    story("ops-access", |world| {
+        start_pod(world)?;
+        let node = world.node()?;
+        let port =
+            node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64().context("the Node names no port")?;
+        let url = format!("https://127.0.0.1:{port}/pods");
+        let ask = |more: &[&str]| -> Result<String> {
+            let answer = Command::new("curl")
+                .args(["-sk", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}"])
+                .args(more)
+                .arg(&url)
+                .output()?;
+            Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
+        };
+        ensure!(ask(&[])? == "401", "without credentials: {}", ask(&[])?);
+        ensure!(ask(&["-H", "Authorization: Bearer nonsense"])? == "401");
+        let nobody = control()?.certificate_kubeconfig("nobody", "nobody", &[])?;
+        let nobody = Kubectl::new(&nobody, world.dir())?;
+        let straight = nobody.output(&[
+            "--server",
+            &format!("https://127.0.0.1:{port}"),
+            "--insecure-skip-tls-verify=true",
+            "get",
+            "--raw",
+            "/pods",
+        ])?;
+        ensure!(!straight.success && straight.stderr.contains("orbidden"), "{}", straight.stderr);
+        let exec =
+            nobody.in_namespace(world.kubectl.namespace()).output(&["exec", "ops", "-c", "box", "--", "true"])?;
+        ensure!(!exec.success && exec.stderr.contains("orbidden"), "{}", exec.stderr);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_cut_link_ends_what_went_over_it_and_the_next_try_works() -> Result<()> {
+    story("ops-cut", |world| {
+        start_pod(world)?;
+        let kubectl = world.kubectl.clone();
+        let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "talker"])?;
+        let mut shell = kubectl.stream(&["exec", "ops", "-c", "box", "--", "sleep", "1000"])?;
+        std::thread::sleep(Duration::from_secs(2));
+        world.relay.cut();
+        let begin = Instant::now();
+        for client in [&mut follow, &mut shell] {
+            while client.try_wait()?.is_none() {
+                ensure!(begin.elapsed() < Duration::from_secs(45), "kubectl still waits for a link that is gone");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        let away = kubectl.output(&["logs", "ops", "-c", "talker"])?;
+        ensure!(!away.success && away.stderr.contains("not connected"), "{}", away.stderr);
+        world.relay.heal();
+        world.wait_connected()?;
+        ensure!(kubectl.run(&["logs", "ops", "-c", "talker", "--tail=1"])? == "last\n");
+        let again = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "true"], b"", "true")?;
+        ensure!(again.code == Some(0), "{}", again.errors);
+        // What the first had started is not left running.
+        until("the command that was cut off to be gone", 40, || {
+            let left = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "pidof", "sleep"], b"", "true")?;
+            Ok(String::from_utf8_lossy(&left.output).split_whitespace().count() <= 2)
+        })
+    })
+}
