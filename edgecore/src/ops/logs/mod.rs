@@ -112,11 +112,11 @@ impl Follow {
             return;
         }
         self.looked = Some(now);
-        match self.cri.log_file(&self.id).await {
-            Ok(Some(file)) => self.ended = !file.is_running,
-            Ok(None) => self.ended = true,
-            // A runtime that is away says nothing about its containers.
-            Err(_) => {}
+        match tokio::time::timeout(LOOK, self.cri.log_file(&self.id)).await {
+            Ok(Ok(Some(file))) => self.ended = !file.is_running,
+            Ok(Ok(None)) => self.ended = true,
+            // A runtime that is away or hangs says nothing about its containers, and holds up no log.
+            Ok(Err(_)) | Err(_) => {}
         }
     }
 }
