@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use crate::mux::{Class, Event, Mux, OpenError, Side, StreamId, Violation, Waiting};
 use crate::wire::Frame;
@@ -37,7 +37,7 @@ pub struct Stream {
 }
 
 /// Waits for what breaks a stream; see [`Stream::gone`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Gone {
     id: StreamId,
     shared: Shared,
@@ -89,8 +89,6 @@ struct State {
     /// The session's task, which waits for something to send.
     session: Option<Waker>,
     ended: Option<Arc<str>>,
-    /// Whoever waits for the end.
-    over: Arc<Notify>,
 }
 
 /// A stream as its owner sees it.
@@ -109,13 +107,7 @@ impl Carrier {
     /// A session that begins.
     pub fn new(side: Side) -> Self {
         let mux = Mux::new(side);
-        Self(Arc::new(Mutex::new(State {
-            mux,
-            pipes: HashMap::new(),
-            session: None,
-            ended: None,
-            over: Arc::default(),
-        })))
+        Self(Arc::new(Mutex::new(State { mux, pipes: HashMap::new(), session: None, ended: None })))
     }
 
     /// What opens streams of this session.
@@ -211,7 +203,6 @@ impl Carrier {
         state.ended = Some(reason.into());
         state.mux.end();
         let woken: Vec<_> = state.pipes.values_mut().flat_map(Pipe::waiting).collect();
-        state.over.notify_waiters();
         drop(state);
         woken.into_iter().for_each(Waker::wake);
     }
@@ -242,17 +233,6 @@ impl Streams {
     /// Whether the session is over.
     pub fn is_ended(&self) -> bool {
         lock(&self.0).ended.is_some()
-    }
-
-    /// Waits until the session is over, also for whoever neither reads nor writes then. Cancel safe.
-    pub async fn ended(&self) {
-        let over = Arc::clone(&lock(&self.0).over);
-        let mut over = std::pin::pin!(over.notified());
-        // Registered before the look, so that an end between the two is not missed.
-        over.as_mut().enable();
-        if !self.is_ended() {
-            over.await;
-        }
     }
 }
 

@@ -21,8 +21,8 @@ use hyper::{Request, Response, StatusCode, Uri, Version};
 use hyper_util::rt::TokioIo;
 use skerry_proto::mux::Class;
 use skerry_proto::ops;
-use skerry_proto::streams::{StreamError, Streams};
-use tokio::sync::oneshot;
+use skerry_proto::streams::{Gone, StreamError, Streams};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::retry::chain;
@@ -85,16 +85,18 @@ impl Drop for Exchange {
     }
 }
 
-/// Asks the node. After a `101` both ends are to be copied into each other.
+/// Asks the node, on a stream that whoever `watched` tells of it may watch. After a `101` both ends are to be copied into each other.
 pub(super) async fn forward(
     node: &str,
     streams: &Streams,
     mut request: Request<Incoming>,
+    watched: &watch::Sender<Option<Gone>>,
 ) -> Result<(Answer, Option<Upgrades>), Failed> {
     let stream = streams.open(Class::Ops, Bytes::from_static(ops::KUBELET)).map_err(|error| match error {
         StreamError::Ended(cause) => Failed::Offline { node: node.to_owned(), cause: cause.to_string() },
         StreamError::Refused(error) => Failed::Busy { node: node.to_owned(), cause: error.to_string() },
     })?;
+    watched.send_replace(Some(stream.gone()));
     let client = hyper::upgrade::on(&mut request);
     let upgrade = upgrade_of(request.headers());
     let broken = |error: &(dyn Error + 'static)| failure(node, streams, error);

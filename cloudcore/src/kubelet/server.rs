@@ -19,7 +19,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
-use skerry_proto::streams::Streams;
+use skerry_proto::streams::{Gone, Streams};
 use skerry_proto::transport::TLS_BUFFER;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
@@ -48,7 +48,7 @@ const MAX_OF_NODE: usize = if cfg!(test) { 4 } else { 96 };
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection may be idle, or a head be on its way.
 const IDLE: Duration = Duration::from_secs(90);
-/// How long what came before a session ended may take to get to a client.
+/// How long what came before a stream or its session was ended may take to get to a client.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// A peer that is gone without a word is noticed so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -80,8 +80,8 @@ struct Peer {
     /// Held from the first request that was authenticated.
     place: Mutex<Option<[OwnedSemaphorePermit; 2]>>,
     known: Notify,
-    /// On which the request at hand is.
-    session: watch::Sender<Option<Streams>>,
+    /// What the request at hand is on.
+    stream: watch::Sender<Option<Gone>>,
     upgrades: Mutex<Option<Upgrades>>,
 }
 
@@ -206,7 +206,7 @@ impl<R: Reviews> Server<R> {
             certificates,
             place: Mutex::default(),
             known: Notify::new(),
-            session: watch::Sender::new(None),
+            stream: watch::Sender::new(None),
             upgrades: Mutex::default(),
         });
         if !self.serve_http(tls, &peer, stranger).await {
@@ -216,7 +216,7 @@ impl<R: Reviews> Server<R> {
         if let Some(upgrades) = upgrades {
             tokio::select! {
                 () = copy(&peer.door, upgrades) => {}
-                () = peer.session_over() => {}
+                () = peer.stream_gone() => {}
             }
         }
     }
@@ -253,7 +253,7 @@ impl<R: Reviews> Server<R> {
                 () = evicted => return false,
                 () = peer.known.notified() => stranger = None,
                 // A client that does not read would not hear of it.
-                () = peer.session_over() => return false,
+                () = peer.stream_gone() => return false,
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -286,7 +286,7 @@ impl<R: Reviews> Server<R> {
 
     async fn ask(&self, peer: &Peer, wanted: Attributes, request: Request<Incoming>) -> Result<Answer, No> {
         let node = peer.door.node.name.as_str();
-        peer.session.send_replace(None);
+        peer.stream.send_replace(None);
         let user = match self.authenticator.user(&peer.certificates, request.headers()).await {
             Ok(user) => user,
             Err(Unauthenticated::Nobody(why)) => {
@@ -302,8 +302,7 @@ impl<R: Reviews> Server<R> {
             Err(error) => return Err(self.unasked(&error)),
         }
         let Some(streams) = (self.find)(node) else { return Err(self.offline(node)) };
-        peer.session.send_replace(Some(streams.clone()));
-        match relay::forward(node, &streams, request).await {
+        match relay::forward(node, &streams, request, &peer.stream).await {
             Ok((answer, upgrades)) => {
                 *peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner) = upgrades;
                 Ok(answer)
@@ -346,22 +345,23 @@ impl Drop for Listening {
 }
 
 impl Peer {
-    /// Waits until the session that the request at hand is on has been over for some time.
-    async fn session_over(&self) {
-        let mut session = self.session.subscribe();
+    /// Waits until the stream that the request at hand is on has been broken off for some time, by the node or with its session.
+    async fn stream_gone(&self) {
+        let mut stream = self.stream.subscribe();
         loop {
-            let streams = session.borrow_and_update().clone();
-            let over = async {
-                match streams {
-                    Some(streams) => streams.ended().await,
-                    None => std::future::pending().await,
+            let gone = stream.borrow_and_update().clone();
+            let gone = async {
+                let Some(gone) = gone else { return std::future::pending().await };
+                // Let go of here, it has served its purpose.
+                if gone.await.kind() == io::ErrorKind::NotConnected {
+                    return std::future::pending().await;
                 }
                 tokio::time::sleep(FAREWELL).await;
             };
             tokio::select! {
-                () = over => return,
+                () = gone => return,
                 // The sender is this connection's.
-                _ = session.changed() => {}
+                _ = stream.changed() => {}
             }
         }
     }

@@ -285,6 +285,8 @@ struct Edge {
     open: Arc<AtomicUsize>,
     /// Bytes of what has no end.
     produced: Arc<AtomicUsize>,
+    /// Lets go of every stream, and keeps the session.
+    let_go: Arc<tokio::sync::Notify>,
     task: JoinHandle<()>,
 }
 
@@ -296,6 +298,8 @@ impl Edge {
         let mut incoming = serves.then(|| services.serve(Class::Ops, 16));
         let open = Arc::<AtomicUsize>::default();
         let produced = Arc::<AtomicUsize>::default();
+        let let_go = Arc::<tokio::sync::Notify>::default();
+        let letting_go = Arc::clone(&let_go);
         let (name, counted, made) = (name.to_owned(), Arc::clone(&open), Arc::clone(&produced));
         let task = supervise::spawn("test edge", async move {
             let mut served = tokio::task::JoinSet::new();
@@ -327,6 +331,7 @@ impl Edge {
                 };
                 tokio::select! {
                     () = &mut carry => unreachable!(),
+                    () = letting_go.notified() => served.abort_all(),
                     opened = next => {
                         let opened = opened.unwrap();
                         assert_eq!((opened.class, &opened.header[..]), (Class::Ops, ops::KUBELET));
@@ -335,7 +340,7 @@ impl Edge {
                 }
             }
         });
-        Self { streams, open, produced, task }
+        Self { streams, open, produced, let_go, task }
     }
 
     fn open(&self) -> usize {
