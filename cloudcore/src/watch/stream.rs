@@ -190,6 +190,7 @@ async fn overtaken(progress: &Progress, not_before: Instant) {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "as map_err gives it")]
 fn broken(error: kube::Error) -> Broken {
     match &error {
         kube::Error::Api(status) if status.code == 410 => Broken::Expired,
