@@ -155,13 +155,8 @@ impl Kubectl {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Runs it with this input, binary both ways. `dialect` is what KUBECTL_REMOTE_COMMAND_WEBSOCKETS is set to.
+    /// Runs it with this input, binary both ways, for two minutes at most. `dialect` is what KUBECTL_REMOTE_COMMAND_WEBSOCKETS is set to.
     pub fn pipe(&self, arguments: &[&str], input: &[u8], dialect: &str) -> Result<Piped> {
-        self.pipe_for(arguments, input, dialect, Duration::from_secs(120))
-    }
-
-    /// As [`Self::pipe`], and ends it after some time, when its input has long ended.
-    pub fn pipe_for(&self, arguments: &[&str], input: &[u8], dialect: &str, time: Duration) -> Result<Piped> {
         let mut child = self
             .command()
             .args(arguments)
@@ -177,7 +172,7 @@ impl Kubectl {
             scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
             let output = scope.spawn(move || read(stdout));
             let errors = scope.spawn(move || read(stderr));
-            let end = Instant::now() + time;
+            let end = Instant::now() + Duration::from_secs(120);
             let code = loop {
                 if let Some(status) = child.try_wait()? {
                     break status.code();

@@ -1,6 +1,7 @@
 //! kubectl on an edge node: what an operator types must not tell it from any other node.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -154,9 +155,21 @@ fn copies(kubectl: &Kubectl, dir: &Path) -> Result<()> {
 }
 
 fn attaches(kubectl: &Kubectl) -> Result<()> {
-    let attached =
-        kubectl.pipe_for(&["attach", "-i", "ops", "-c", "echo"], b"hello\n", "true", Duration::from_secs(5))?;
-    ensure!(String::from_utf8_lossy(&attached.output).contains("heard hello"), "{attached:?}");
+    let mut attached = kubectl
+        .command()
+        .args(["attach", "-i", "ops", "-c", "echo"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut input = attached.stdin.take().context("no input")?;
+    input.write_all(b"hello\n")?;
+    // The runtime lets go of the output as soon as the input ends.
+    let mut heard = String::new();
+    BufReader::new(attached.stdout.as_mut().context("no output")?).read_line(&mut heard)?;
+    drop(input);
+    attached.wait()?;
+    ensure!(heard == "heard hello\n", "{heard:?}");
     Ok(())
 }
 
