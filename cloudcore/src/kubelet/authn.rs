@@ -3,7 +3,7 @@
 //! A handshake proves that the peer has the key of the certificate that it shows, and no more. Whose certificate it is is asked with each
 //! request, by the CA as it is then. Nobody is anybody while that is not known.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use hyper::header::{AUTHORIZATION, HeaderMap};
@@ -13,10 +13,9 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
-use tokio::sync::Semaphore;
 use tracing::{debug, info, warn};
 
-use super::cache::{Cache, key};
+use super::cache::{Asked, Silence};
 use super::reviews::{Reviews, User};
 use crate::backend::BackendError;
 use crate::clock;
@@ -28,8 +27,6 @@ const NOBODY_TTL: Duration = Duration::from_secs(10);
 const MAX_TOKENS: usize = 4096;
 /// Reviews under way at once.
 const AT_ONCE: usize = 32;
-/// How long one is waited for.
-pub(super) const PATIENCE: Duration = Duration::from_secs(8);
 /// Every user is in it who is not anonymous.
 const AUTHENTICATED: &str = "system:authenticated";
 
@@ -125,13 +122,12 @@ impl ClientAuthorities {
 pub(crate) struct Authenticator<R> {
     authorities: Arc<ClientAuthorities>,
     reviews: Arc<R>,
-    tokens: Mutex<Cache<Option<User>>>,
-    permits: Semaphore,
+    tokens: Asked<Option<User>>,
 }
 
 impl<R: Reviews> Authenticator<R> {
     pub(crate) fn new(authorities: Arc<ClientAuthorities>, reviews: Arc<R>) -> Self {
-        Self { authorities, reviews, tokens: Mutex::new(Cache::new(MAX_TOKENS)), permits: Semaphore::new(AT_ONCE) }
+        Self { authorities, reviews, tokens: Asked::new(MAX_TOKENS, AT_ONCE) }
     }
 
     /// By the certificates that the connection showed, else by the request's token.
@@ -157,27 +153,15 @@ impl<R: Reviews> Authenticator<R> {
     }
 
     async fn user_of_token(&self, token: &str) -> Result<Option<User>, Unauthenticated> {
-        let key = key(token.as_bytes());
-        let known = || {
-            let tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-            tokens.look(&key, clock::monotonic()).cloned()
-        };
-        if let Some(user) = known() {
-            return Ok(user);
-        }
-        let review = async {
-            let _permit = self.permits.acquire().await;
-            // Somebody may have asked meanwhile.
-            if let Some(user) = known() {
-                return Ok(user);
-            }
-            let user = self.reviews.token(token).await?;
-            let ttl = if user.is_some() { TOKEN_TTL } else { NOBODY_TTL };
-            let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-            tokens.keep(key, user.clone(), clock::monotonic() + ttl);
-            Ok(user)
-        };
-        tokio::time::timeout(PATIENCE, review).await.map_err(|_| Unauthenticated::Silence)?
+        let ask = async { Ok(self.reviews.token(token).await?) };
+        let good_for = |user: &Option<User>| if user.is_some() { TOKEN_TTL } else { NOBODY_TTL };
+        self.tokens.get(token.as_bytes(), ask, good_for).await
+    }
+}
+
+impl From<Silence> for Unauthenticated {
+    fn from(Silence: Silence) -> Self {
+        Self::Silence
     }
 }
 

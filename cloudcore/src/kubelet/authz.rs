@@ -1,17 +1,14 @@
 //! Whether they may: as a kubelet asks it, by SubjectAccessReviews of subresources of the node.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Method;
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
 
-use super::authn::PATIENCE;
-use super::cache::{Cache, key};
+use super::cache::{Asked, Silence};
 use super::reviews::{Reviews, User};
 use crate::backend::BackendError;
-use crate::clock;
 
 /// How long a yes and a no are good.
 const ALLOWED_TTL: Duration = Duration::from_secs(300);
@@ -122,13 +119,12 @@ fn plain(path: &str) -> Option<String> {
 /// Says whether they may.
 pub(crate) struct Authoriser<R> {
     reviews: Arc<R>,
-    answers: Mutex<Cache<bool>>,
-    permits: Semaphore,
+    answers: Asked<bool>,
 }
 
 impl<R: Reviews> Authoriser<R> {
     pub(crate) fn new(reviews: Arc<R>) -> Self {
-        Self { reviews, answers: Mutex::new(Cache::new(MAX_ANSWERS)), permits: Semaphore::new(AT_ONCE) }
+        Self { reviews, answers: Asked::new(MAX_ANSWERS, AT_ONCE) }
     }
 
     /// Whether one of the subresources is allowed. What cannot be asked is not, and is an error unless another is allowed.
@@ -147,25 +143,14 @@ impl<R: Reviews> Authoriser<R> {
     }
 
     async fn review(&self, spec: &Value) -> Result<bool, Unauthorised> {
-        let key = key(spec.to_string().as_bytes());
-        let known = || {
-            let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-            answers.look(&key, clock::monotonic()).copied()
-        };
-        if let Some(allowed) = known() {
-            return Ok(allowed);
-        }
-        let review = async {
-            let _permit = self.permits.acquire().await;
-            if let Some(allowed) = known() {
-                return Ok(allowed);
-            }
-            let allowed = self.reviews.access(spec).await?;
-            let until = clock::monotonic() + good_for(allowed);
-            self.answers.lock().unwrap_or_else(PoisonError::into_inner).keep(key, allowed, until);
-            Ok(allowed)
-        };
-        tokio::time::timeout(PATIENCE, review).await.map_err(|_| Unauthorised::Silence)?
+        let ask = async { Ok(self.reviews.access(spec).await?) };
+        self.answers.get(spec.to_string().as_bytes(), ask, |allowed| good_for(*allowed)).await
+    }
+}
+
+impl From<Silence> for Unauthorised {
+    fn from(Silence: Silence) -> Self {
+        Self::Silence
     }
 }
 

@@ -1,7 +1,15 @@
 //! Answers that are good for some time, by the hash of what was asked; the oldest go when there are too many.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+
+use tokio::sync::Semaphore;
+
+use crate::clock;
+
+/// How long an answer of the apiserver's is waited for.
+const PATIENCE: Duration = Duration::from_secs(8);
 
 /// A hash of a question.
 pub(crate) type Key = [u8; 32];
@@ -46,6 +54,50 @@ impl<V> Cache<V> {
             let Some((_, oldest)) = self.by_age.pop_first() else { break };
             self.answers.remove(&oldest);
         }
+    }
+}
+
+/// What the apiserver is asked once for as long as its answer is good, by so many requests at once.
+#[derive(Debug)]
+pub(crate) struct Asked<V> {
+    answers: Mutex<Cache<V>>,
+    permits: Semaphore,
+}
+
+/// It does not answer in time.
+#[derive(Debug)]
+pub(crate) struct Silence;
+
+impl<V: Clone> Asked<V> {
+    /// At most so many answers are kept, and so many questions under way.
+    pub(crate) fn new(most: usize, at_once: usize) -> Self {
+        Self { answers: Mutex::new(Cache::new(most)), permits: Semaphore::new(at_once) }
+    }
+
+    /// What is known, or else what `ask` answers, which is then good for so long.
+    pub(crate) async fn get<E: From<Silence>>(
+        &self,
+        question: &[u8],
+        ask: impl Future<Output = Result<V, E>>,
+        good_for: impl FnOnce(&V) -> Duration,
+    ) -> Result<V, E> {
+        let key = key(question);
+        let answers = || self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = || answers().look(&key, clock::monotonic()).cloned();
+        if let Some(answer) = known() {
+            return Ok(answer);
+        }
+        let review = async {
+            let _permit = self.permits.acquire().await;
+            // Somebody may have asked meanwhile.
+            if let Some(answer) = known() {
+                return Ok(answer);
+            }
+            let answer = ask.await?;
+            answers().keep(key, answer.clone(), clock::monotonic() + good_for(&answer));
+            Ok(answer)
+        };
+        tokio::time::timeout(PATIENCE, review).await.unwrap_or_else(|_| Err(Silence.into()))
     }
 }
 

@@ -7,7 +7,7 @@
 //!
 //! Binding a socket does not wait for anything, so it is done under the lock: whoever asks finds the port of a node that has one.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -206,8 +206,8 @@ impl Ports {
         if std::mem::replace(&mut inner.listed, true) {
             return;
         }
-        let names: BTreeMap<String, ()> = inner.nodes.keys().map(|name| (name.clone(), ())).collect();
-        for name in names.into_keys() {
+        let names: BTreeSet<String> = inner.nodes.keys().cloned().collect();
+        for name in names {
             self.settle(&mut inner, &name);
         }
     }
