@@ -143,6 +143,12 @@ impl ControlPlane {
         Ok(())
     }
 
+    /// Starts the controller-manager and the scheduler anew. Of themselves they take up to a minute to look for an apiserver that was away.
+    pub fn restart_controllers(&mut self) -> Result<()> {
+        self.stop_controllers()?;
+        self.start_controllers()
+    }
+
     /// Process ids of the apiserver and of etcd, while they run.
     pub fn pids(&self) -> Option<(i32, i32)> {
         let own = self.own.as_ref()?;

@@ -106,6 +106,7 @@ fn the_apiserver_goes_away_for_a_minute() -> Result<()> {
         control.kill_apiserver()?;
         let minute = world.nothing_changes(60, "pods without an apiserver");
         control.start_apiserver()?;
+        control.restart_controllers()?;
         minute?;
         drop(control);
         world.kubectl.apply(&sleeper("after-death", world.edge.name(), true).to_string())?;

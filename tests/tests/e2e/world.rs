@@ -62,7 +62,7 @@ pub(crate) fn story(name: &str, tell: impl FnOnce(&mut World) -> Result<()>) -> 
         None => World::new(Setup::default())?,
     };
     play(&mut world, name, tell)?;
-    world.settle()?;
+    world.settle().inspect_err(|_| world.autopsy(name))?;
     *pool = Some(world);
     Ok(())
 }
