@@ -329,6 +329,8 @@ const fn name(collection: Collection) -> &'static str {
         Collection::Tokens => "tokens",
         Collection::Services => "services",
         Collection::RuntimeClasses => "runtimeclasses",
+        Collection::Devices => "devices",
+        Collection::DeviceModels => "devicemodels",
         Collection::Unspecified => "unknown",
     }
 }

@@ -1,9 +1,10 @@
 //! What cloudcore and edgecore agree on: the frames of the link, the two sync state machines, the multiplexer of a session's streams,
-//! the payloads of reports and, with the feature `cri`, the CRI bindings.
+//! the payloads of reports, devices and, with the features `cri` and `dmi`, the bindings of the CRI and of the device mapper interface.
 //!
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
 pub mod delta;
+pub mod device;
 #[cfg(test)]
 mod dice;
 pub mod frame;
@@ -51,6 +52,17 @@ pub mod cri {
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
 pub mod health {
     include!(concat!(env!("OUT_DIR"), "/grpc.health.v1.rs"));
+}
+
+/// The device mapper interface v1beta1, client and server, generated from `dmi/dmi.proto`.
+#[cfg(feature = "dmi")]
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
+pub mod dmi {
+    include!(concat!(env!("OUT_DIR"), "/v1beta1.rs"));
+    /// Methods of devices, client and server, generated from `dmi/methods.proto`.
+    pub mod methods {
+        include!(concat!(env!("OUT_DIR"), "/skerry.dmi.v1.rs"));
+    }
 }
 
 /// The label that makes a Node an edge node.

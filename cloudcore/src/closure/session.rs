@@ -346,7 +346,7 @@ impl Closures {
                 Some(pod) if !self.may_start(node, pod) => return Truth::NotYet,
                 pod => pod.map(|pod| &pod.object),
             },
-            Collection::Unspecified => None,
+            Collection::Devices | Collection::DeviceModels | Collection::Unspecified => None,
         };
         found.cloned().map_or(Truth::Not, Truth::Is)
     }
@@ -369,7 +369,7 @@ impl Closures {
         let pods = session.begun;
         match collection {
             Collection::Settings => !self.configured_dns.is_empty() || ready(Source::Services),
-            Collection::Node => true,
+            Collection::Node | Collection::Devices | Collection::DeviceModels => true,
             Collection::Services => pods && ready(Source::Services),
             Collection::RuntimeClasses => pods && ready(Source::RuntimeClasses),
             Collection::ConfigMaps | Collection::Secrets => {

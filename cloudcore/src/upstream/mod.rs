@@ -254,7 +254,7 @@ impl Upstream {
             ReportKind::PodStatus => self.pod_status(queue, report).await,
             ReportKind::NodeStatus => self.node_status(queue, report).await,
             ReportKind::Event => self.event(&queue.node, report).await,
-            ReportKind::Unspecified => {
+            ReportKind::DeviceStatus | ReportKind::Unspecified => {
                 Outcome::Refused("cloudcore does not know this kind of report: update it".into())
             }
         }
@@ -499,6 +499,7 @@ const fn kind_name(kind: ReportKind) -> &'static str {
         ReportKind::PodStatus => "pod",
         ReportKind::NodeStatus => "node",
         ReportKind::Event => "event",
+        ReportKind::DeviceStatus => "device",
         ReportKind::Unspecified => "unknown",
     }
 }

@@ -68,7 +68,9 @@ impl Needs {
             | Collection::Node
             | Collection::Pods
             | Collection::Services
-            | Collection::RuntimeClasses => false,
+            | Collection::RuntimeClasses
+            | Collection::Devices
+            | Collection::DeviceModels => false,
         }
     }
 

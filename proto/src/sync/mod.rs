@@ -26,7 +26,7 @@ mod tests;
 /// The protocol versions this code speaks, inclusive.
 pub const PROTOCOL: std::ops::RangeInclusive<u32> = 1..=1;
 /// Every collection, in the order in which they are sent: what pods need goes before the pods.
-pub const COLLECTIONS: [Collection; 8] = [
+pub const COLLECTIONS: [Collection; 10] = [
     Collection::Settings,
     Collection::Node,
     Collection::Services,
@@ -35,6 +35,8 @@ pub const COLLECTIONS: [Collection; 8] = [
     Collection::Secrets,
     Collection::Tokens,
     Collection::Pods,
+    Collection::DeviceModels,
+    Collection::Devices,
 ];
 /// An edge that sent or heard nothing for this long sends a ping; the cloud answers, so that both sides hear something. Pings are most of
 /// what an idle link costs, about 300 bytes each with all headers; ten seconds are left for one to be lost and sent again.
@@ -157,7 +159,7 @@ pub struct Report {
 /// Whether of this kind only the newest report about an object counts.
 pub fn is_coalesced(kind: ReportKind) -> bool {
     match kind {
-        ReportKind::PodStatus | ReportKind::NodeStatus => true,
+        ReportKind::PodStatus | ReportKind::NodeStatus | ReportKind::DeviceStatus => true,
         ReportKind::Event | ReportKind::Unspecified => false,
     }
 }

@@ -228,7 +228,7 @@ impl Machine {
         let report = match kind {
             ReportKind::PodStatus => self.pod_report(uid),
             ReportKind::NodeStatus => Some(self.node_report(index)),
-            ReportKind::Event | ReportKind::Unspecified => None,
+            ReportKind::DeviceStatus | ReportKind::Event | ReportKind::Unspecified => None,
         };
         report.map(EdgeInput::Report)
     }
