@@ -43,6 +43,20 @@ pub struct Gone {
     shared: Shared,
 }
 
+/// How a stream came to be gone.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    /// It was let go of here.
+    #[error("the stream was let go of")]
+    Left,
+    /// The peer had finished its half before, in good order: all that it sent is there to be read.
+    #[error("{0}")]
+    Finished(io::Error),
+    /// It broke in the middle, and what was not read is lost.
+    #[error("{0}")]
+    Broken(io::Error),
+}
+
 /// A stream that the peer opened; dropping it resets the stream.
 #[derive(Debug)]
 pub struct Incoming {
@@ -242,8 +256,8 @@ impl Stream {
         self.id.class()
     }
 
-    /// Ends when the peer has reset the stream or the session is over, with that as an error, and when the stream is dropped. A stream
-    /// that the peer finished in good order is not gone. For who neither reads nor writes for a while; the last one that waits is woken.
+    /// Ends when the peer has reset the stream or the session is over, and when the stream is dropped. A stream
+    /// that the peer finished in good order is not gone before it is let go of, which its peer tells by a reset as well. For who neither reads nor writes for a while; the last one that waits is woken.
     pub fn gone(&self) -> Gone {
         Gone { id: self.id, shared: Arc::clone(&self.shared) }
     }
@@ -264,16 +278,16 @@ impl Incoming {
 }
 
 impl Future for Gone {
-    type Output = io::Error;
+    type Output = End;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Error> {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<End> {
         let mut state = lock(&self.shared);
         let State { pipes, ended, .. } = &mut *state;
         let Some(pipe) = pipes.get_mut(&self.id) else {
-            return Poll::Ready(io::Error::new(io::ErrorKind::NotConnected, "the stream was let go of"));
+            return Poll::Ready(End::Left);
         };
         if let Some(error) = pipe.error(ended.as_ref()) {
-            return Poll::Ready(error);
+            return Poll::Ready(if pipe.has_end { End::Finished(error) } else { End::Broken(error) });
         }
         pipe.watcher = Some(context.waker().clone());
         Poll::Pending

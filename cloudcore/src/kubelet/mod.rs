@@ -31,6 +31,7 @@ pub(crate) mod publish;
 mod relay;
 mod reviews;
 mod server;
+mod spdy;
 #[cfg(test)]
 mod tests;
 mod tls;

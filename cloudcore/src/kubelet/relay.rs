@@ -5,7 +5,7 @@
 
 use std::error::Error;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ use bytes::Bytes;
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{
-    AUTHORIZATION, CONNECTION, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    AUTHORIZATION, CONNECTION, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use hyper::upgrade::OnUpgrade;
 use hyper::{Request, Response, StatusCode, Uri, Version};
@@ -22,16 +22,25 @@ use hyper_util::rt::TokioIo;
 use skerry_proto::mux::Class;
 use skerry_proto::ops;
 use skerry_proto::streams::{Gone, StreamError, Streams};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
+use tracing::debug;
 
+use super::spdy::Frames;
 use crate::retry::chain;
 use crate::supervise::spawn;
 
 /// What a direction may hold, and so the longest head.
 pub(super) const BUFFER: usize = 64 << 10;
 /// What an upgraded direction holds.
-pub(super) const COPY_BUFFER: usize = 16 << 10;
+const COPY_BUFFER: usize = 16 << 10;
+/// How long both ends may take to have changed their protocol.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(10);
+/// What a client may have to say yet when the node has ended.
+const LINGER: Duration = Duration::from_secs(5);
+/// How long a node may take to begin an answer: a little more than its runtime may.
+const HEAD_PATIENCE: Duration = Duration::from_secs(130);
 /// A stream that broke says why at once.
 const CAUSE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -47,9 +56,11 @@ pub(super) struct Relayed {
 
 /// Both ends of what was upgraded.
 pub(super) struct Upgrades {
-    pub(super) client: OnUpgrade,
-    pub(super) node: OnUpgrade,
-    pub(super) exchange: Exchange,
+    client: OnUpgrade,
+    node: OnUpgrade,
+    /// It is exec's or attach's, in SPDY.
+    has_status: bool,
+    _exchange: Exchange,
 }
 
 /// The task that drives a stream; it ends with this.
@@ -68,6 +79,9 @@ pub(super) enum Failed {
     /// The node did not answer as it should.
     #[error("node {node} did not answer, {cause}")]
     Broken { node: String, cause: String },
+    /// The node has the request, and says nothing.
+    #[error("node {node} has a session with cloudcore and did not begin an answer within {} s", HEAD_PATIENCE.as_secs())]
+    Silent { node: String },
 }
 
 impl Failed {
@@ -75,6 +89,7 @@ impl Failed {
         match self {
             Self::Offline { .. } | Self::Busy { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken { .. } => StatusCode::BAD_GATEWAY,
+            Self::Silent { .. } => StatusCode::GATEWAY_TIMEOUT,
         }
     }
 }
@@ -85,9 +100,10 @@ impl Drop for Exchange {
     }
 }
 
-/// Asks the node, on a stream that whoever `watched` tells of it may watch. After a `101` both ends are to be copied into each other.
+/// Asks the node, on a stream that whoever `watched` tells of it may watch. After a `101` both ends are to be copied into each other. The
+/// request is for this `route` of a kubelet's.
 pub(super) async fn forward(
-    node: &str,
+    (node, route): (&str, &str),
     streams: &Streams,
     mut request: Request<Incoming>,
     watched: &watch::Sender<Option<Gone>>,
@@ -112,8 +128,20 @@ pub(super) async fn forward(
             let _ = ended.send(error);
         }
     }));
-    let answered = sender.send_request(outgoing(request, upgrade.as_ref())).await;
+    let answered = async {
+        let answered = sender.send_request(outgoing(request, upgrade.as_ref()));
+        match route {
+            // Its answer begins with the command's end.
+            "run" => Ok(answered.await),
+            _ => tokio::time::timeout(HEAD_PATIENCE, answered).await,
+        }
+    };
+    let answered = answered.await.map_err(|_| Failed::Silent { node: node.to_owned() })?;
     let mut response = match answered {
+        Ok(response) if response.status().is_redirection() && !stays_here(response.headers()) => {
+            let cause = "it sent whoever asked to somewhere else, which a node may not".to_owned();
+            return Err(Failed::Broken { node: node.to_owned(), cause });
+        }
         Ok(response) => response,
         Err(error) if error.source().is_some() => return Err(broken(&error)),
         // The stream broke before the request was on it; its own end says why.
@@ -134,7 +162,92 @@ pub(super) async fn forward(
     let switched = upgrade_of(response.headers());
     without_hop(response.headers_mut());
     with_upgrade(response.headers_mut(), switched.as_ref());
-    Ok((response.map(|_| Either::Left(Full::default())), Some(Upgrades { client, node, exchange })))
+    let spdy = switched.is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1"));
+    let has_status = spdy && matches!(route, "exec" | "attach");
+    let upgrades = Upgrades { client, node, has_status, _exchange: exchange };
+    Ok((response.map(|_| Either::Left(Full::default())), Some(upgrades)))
+}
+
+/// Whether a redirect is to another path below the same one: where the client's credentials may go.
+fn stays_here(headers: &HeaderMap) -> bool {
+    let Some(location) = headers.get(LOCATION) else { return true };
+    let Ok(location) = location.to_str() else { return false };
+    let path = location.split(['?', '#']).next().unwrap_or_default();
+    !path.starts_with('/') && !path.contains([':', '\\'])
+}
+
+/// Which end of a pair failed.
+enum Broke {
+    Reading(io::Error),
+    Writing(io::Error),
+}
+
+impl Upgrades {
+    /// Copies both ways until the node has ended, or the client is gone. A client whose command broke off is told so.
+    pub(super) async fn copy(self, name: &str) {
+        let Self { client, node, has_status, _exchange } = self;
+        let upgraded = tokio::time::timeout(UPGRADE_PATIENCE, async { tokio::try_join!(client, node) }).await;
+        let Ok(Ok((client, node))) = upgraded else { return };
+        let (from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
+        let (from_node, mut to_node) = tokio::io::split(TokioIo::new(node));
+        let mut frames = has_status.then(Frames::default);
+        let mut up = pin!(pump(from_client, &mut to_node, None));
+        let ended = {
+            let mut down = pin!(pump(from_node, &mut to_client, frames.as_mut()));
+            tokio::select! {
+                ended = &mut down => ended,
+                ended = &mut up => match ended {
+                    Err(Broke::Reading(error)) => return debug!(node = name, "the client of a stream is gone: {error}"),
+                    // What the node has said is still to be read; that it takes no more may be because it is done.
+                    Ok(()) | Err(Broke::Writing(_)) => down.await,
+                },
+            }
+        };
+        let cause = match ended {
+            Ok(()) => "the node ended it without a word on how it went".to_owned(),
+            Err(Broke::Reading(error)) => {
+                debug!(node = name, "a stream of the node's broke: {error}");
+                error.to_string()
+            }
+            Err(Broke::Writing(error)) => return debug!(node = name, "the client of a stream is gone: {error}"),
+        };
+        if let Some(farewell) = frames.and_then(|frames| frames.broken(&format!("node {name} broke off, {cause}")))
+            && to_client.write_all(&farewell).await.is_err()
+        {
+            return;
+        }
+        if to_client.shutdown().await.is_ok() {
+            // Whoever hangs up first loses what is on its way: that is to be the client.
+            let _ = tokio::time::timeout(LINGER, up).await;
+        }
+    }
+}
+
+/// Copies to the end; of frames whole ones.
+async fn pump(
+    from: impl AsyncRead,
+    to: &mut (impl AsyncWrite + Unpin),
+    mut frames: Option<&mut Frames>,
+) -> Result<(), Broke> {
+    let (mut from, mut buffer, mut framed) = (pin!(from), vec![0; COPY_BUFFER], Vec::new());
+    loop {
+        let bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
+        let data = match &mut frames {
+            _ if bytes == 0 => break,
+            Some(frames) => {
+                framed.clear();
+                frames.step(&buffer[..bytes], &mut framed);
+                &framed[..]
+            }
+            None => &buffer[..bytes],
+        };
+        to.write_all(data).await.map_err(Broke::Writing)?;
+        to.flush().await.map_err(Broke::Writing)?;
+    }
+    if frames.is_none() {
+        to.shutdown().await.map_err(Broke::Writing)?;
+    }
+    Ok(())
 }
 
 fn failure(node: &str, streams: &Streams, error: &(dyn Error + 'static)) -> Failed {
@@ -161,6 +274,7 @@ fn outgoing(request: Request<Incoming>, upgrade: Option<&HeaderValue>) -> Reques
     for credential in [AUTHORIZATION, PROXY_AUTHORIZATION, hyper::header::COOKIE, EXPECT] {
         head.headers.remove(credential);
     }
+    without_claims(&mut head.headers);
     head.headers.entry(HOST).or_insert(HeaderValue::from_static("kubelet"));
     match upgrade {
         Some(_) => with_upgrade(&mut head.headers, upgrade),
@@ -168,6 +282,24 @@ fn outgoing(request: Request<Incoming>, upgrade: Option<&HeaderValue>) -> Reques
         None => drop(head.headers.insert(CONNECTION, HeaderValue::from_static("close"))),
     }
     Request::from_parts(head, body)
+}
+
+/// Removes who the client is, or says to be: the box is told nothing of that, and has nobody's token.
+fn without_claims(headers: &mut HeaderMap) {
+    let claims =
+        |name: &&HeaderName| name.as_str().starts_with("impersonate-") || name.as_str().starts_with("x-remote-");
+    for name in headers.keys().filter(claims).cloned().collect::<Vec<_>>() {
+        headers.remove(name);
+    }
+    // The way of browsers to show a token (apiserver's `websocket.protocolAuthenticator`).
+    let bearer = |protocol: &&str| !protocol.starts_with("base64url.bearer.authorization.k8s.io.");
+    let protocols = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let rest: Vec<&str> = protocols.flat_map(|value| value.split(',')).map(str::trim).filter(bearer).collect();
+    let rest = HeaderValue::try_from(rest.join(", ")).ok().filter(|rest| !rest.is_empty());
+    match rest {
+        Some(rest) => drop(headers.insert(SEC_WEBSOCKET_PROTOCOL, rest)),
+        None => drop(headers.remove(SEC_WEBSOCKET_PROTOCOL)),
+    }
 }
 
 /// The protocol that is asked for, or switched to.
@@ -250,6 +382,26 @@ mod tests {
         without_hop(&mut got);
         assert_eq!(got.len(), 2);
         assert_eq!(got.get_all("x-stream-protocol-version").iter().count(), 2);
+    }
+
+    #[test]
+    fn a_redirect_stays_below_its_path() {
+        let stays = |location: &str| stays_here(&headers(&[("location", location)]));
+        assert!(stays_here(&HeaderMap::new()) && stays("containers/") && stays("a/?x=http://b"));
+        for away in ["http://evil/", "//evil/", "/logs/", "https:evil", "\\\\evil", "javascript:x"] {
+            assert!(!stays(away), "{away}");
+        }
+    }
+
+    #[test]
+    fn claims_and_tokens_stay_with_cloudcore() {
+        let mut got = headers(&[
+            ("impersonate-user", "admin"),
+            ("x-remote-group", "system:masters"),
+            ("sec-websocket-protocol", "v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.c2VjcmV0"),
+        ]);
+        without_claims(&mut got);
+        assert_eq!(got, headers(&[("sec-websocket-protocol", "v5.channel.k8s.io")]));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
-use skerry_proto::streams::{Gone, Streams};
+use skerry_proto::streams::{End, Gone, Streams};
 use skerry_proto::transport::TLS_BUFFER;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
@@ -33,7 +33,7 @@ use super::authn::{Authenticator, ClientAuthorities, Unauthenticated};
 use super::authz::{Attributes, Authoriser};
 use super::metrics::Metrics;
 use super::ports::{Door, Ports};
-use super::relay::{self, Answer, BUFFER, COPY_BUFFER, Upgrades};
+use super::relay::{self, Answer, BUFFER, Upgrades};
 use super::reviews::Reviews;
 use crate::front::places::{Place, Places};
 use crate::retry::{Backoff, chain};
@@ -50,6 +50,8 @@ const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(90);
 /// How long what came before a stream or its session was ended may take to get to a client.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// The same for a command's: without its status it would be taken for a success.
+const COMMAND_FAREWELL: Duration = Duration::from_secs(30);
 /// A peer that is gone without a word is noticed so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const PROBE: Duration = Duration::from_secs(10);
@@ -161,13 +163,16 @@ impl<R: Reviews> Server<R> {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     warn!(port = door.port, "cannot accept a connection: {error}");
-                    tokio::time::sleep(trouble.wait()).await;
-                    continue;
+                    tokio::select! {
+                        () = door.closed.cancelled() => return,
+                        () = tokio::time::sleep(trouble.wait()) => continue,
+                    }
                 }
             };
             trouble.reset();
             tokio::select! {
                 () = self.strangers.room() => {}
+                () = door.closed.cancelled() => return,
                 () = self.stop.cancelled() => break,
             }
             let of_node = Arc::clone(of_node.get_or_insert_with(|| Arc::new(Semaphore::new(MAX_OF_NODE))));
@@ -215,8 +220,8 @@ impl<R: Reviews> Server<R> {
         let upgrades = peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upgrades) = upgrades {
             tokio::select! {
-                () = copy(&peer.door, upgrades) => {}
-                () = peer.stream_gone() => {}
+                () = upgrades.copy(&peer.door.node.name) => {}
+                () = peer.stream_gone(COMMAND_FAREWELL) => {}
             }
         }
     }
@@ -253,7 +258,7 @@ impl<R: Reviews> Server<R> {
                 () = evicted => return false,
                 () = peer.known.notified() => stranger = None,
                 // A client that does not read would not hear of it.
-                () = peer.stream_gone() => return false,
+                () = peer.stream_gone(FAREWELL) => return false,
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -295,14 +300,14 @@ impl<R: Reviews> Server<R> {
             }
             Err(error) => return Err(self.unasked(&error)),
         };
-        peer.settle(&self.connections)?;
         match self.authoriser.allows(&user, node, wanted).await {
             Ok(true) => self.unasked.store(false, Ordering::Relaxed),
             Ok(false) => return Err(No { status: StatusCode::FORBIDDEN, message: wanted.forbidden(&user) }),
             Err(error) => return Err(self.unasked(&error)),
         }
+        peer.settle(&self.connections)?;
         let Some(streams) = (self.find)(node) else { return Err(self.offline(node)) };
-        match relay::forward(node, &streams, request, &peer.stream).await {
+        match relay::forward((node, wanted.route), &streams, request, &peer.stream).await {
             Ok((answer, upgrades)) => {
                 *peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner) = upgrades;
                 Ok(answer)
@@ -345,18 +350,18 @@ impl Drop for Listening {
 }
 
 impl Peer {
-    /// Waits until the stream that the request at hand is on has been broken off for some time, by the node or with its session.
-    async fn stream_gone(&self) {
+    /// Waits until the stream that the request at hand is on has been broken off for this long, by the node or with its session. One that
+    /// the node finished is no matter of time: what it said is let get to the client.
+    async fn stream_gone(&self, farewell: Duration) {
         let mut stream = self.stream.subscribe();
         loop {
             let gone = stream.borrow_and_update().clone();
             let gone = async {
                 let Some(gone) = gone else { return std::future::pending().await };
-                // Let go of here, it has served its purpose.
-                if gone.await.kind() == io::ErrorKind::NotConnected {
-                    return std::future::pending().await;
+                match gone.await {
+                    End::Left | End::Finished(_) => std::future::pending().await,
+                    End::Broken(_) => tokio::time::sleep(farewell).await,
                 }
-                tokio::time::sleep(FAREWELL).await;
             };
             tokio::select! {
                 () = gone => return,
@@ -382,19 +387,6 @@ impl Peer {
         }
         Ok(())
     }
-}
-
-/// Copies both ways until both are done, or one breaks.
-async fn copy(door: &Door, Upgrades { client, node, exchange }: Upgrades) {
-    let upgraded = tokio::time::timeout(HANDSHAKE_PATIENCE, async { tokio::try_join!(client, node) }).await;
-    let Ok(Ok((client, node))) = upgraded else { return };
-    let (mut client, mut node) = (TokioIo::new(client), TokioIo::new(node));
-    let copied = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut node, COPY_BUFFER, COPY_BUFFER).await;
-    match copied {
-        Ok((up, down)) => debug!(node = door.node.name, up, down, "a stream of the node's ended"),
-        Err(error) => debug!(node = door.node.name, "a stream of the node's broke: {error}"),
-    }
-    drop(exchange);
 }
 
 fn no(no: &No) -> Answer {

@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 use skerry_proto::mux::{Class, Side};
 use skerry_proto::ops;
 use skerry_proto::streams::{Carrier, Received, Services, Stream};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -37,6 +38,8 @@ use crate::secrets::fake::MemorySecrets;
 mod access;
 mod relaying;
 
+/// More than sockets and buffers hold, in bytes.
+const MUCH: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the apiserver says, and how often it was asked.
@@ -392,6 +395,15 @@ fn text(code: StatusCode, text: impl Into<Bytes>) -> Response<Body> {
     Response::builder().status(code).body(body).unwrap()
 }
 
+fn switching() -> Response<Body> {
+    let mut response = text(StatusCode::SWITCHING_PROTOCOLS, "");
+    let headers = response.headers_mut();
+    headers.insert("connection", "Upgrade".parse().unwrap());
+    headers.insert("upgrade", "SPDY/3.1".parse().unwrap());
+    headers.insert("x-stream-protocol-version", "v4.channel.k8s.io".parse().unwrap());
+    response
+}
+
 async fn kubelet(
     name: String,
     mut request: Request<Incoming>,
@@ -434,11 +446,28 @@ async fn kubelet(
             Response::new(StreamBody::new(parts).boxed())
         }
         "stats" => std::future::pending().await,
-        // Reads to the end, then says how much that was: what comes back needs the half that is still open.
-        "exec" => {
+        // Much, at once.
+        "configz" => text(StatusCode::OK, vec![b'z'; MUCH]),
+        // Somewhere else.
+        "pprof" => {
+            let mut response = text(StatusCode::FOUND, "");
+            response.headers_mut().insert("location", "https://elsewhere/".parse().unwrap());
+            response
+        }
+        // A command that says the first half of something, and no more: in SPDY, a frame of ten bytes of which five come.
+        "attach" => {
             let upgraded = hyper::upgrade::on(&mut request);
-            drop(supervise::spawn("test exec", async move {
-                use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+            drop(supervise::spawn("test attach", async move {
+                let mut io = TokioIo::new(upgraded.await.unwrap());
+                io.write_all(&[0, 0, 0, 3, 0, 0, 0, 10, b'h', b'e', b'l', b'l', b'o']).await.unwrap();
+                std::future::pending::<()>().await;
+            }));
+            switching()
+        }
+        // Reads to the end, then says how much that was: what comes back needs the half that is still open.
+        "exec" | "portForward" => {
+            let upgraded = hyper::upgrade::on(&mut request);
+            drop(supervise::spawn("test port-forward", async move {
                 let mut io = TokioIo::new(upgraded.await.unwrap());
                 io.write_all(b"ready").await.unwrap();
                 let mut got = Vec::new();
@@ -448,12 +477,7 @@ async fn kubelet(
                     io.shutdown().await.unwrap();
                 }
             }));
-            let mut response = text(StatusCode::SWITCHING_PROTOCOLS, "");
-            let headers = response.headers_mut();
-            headers.insert("connection", "Upgrade".parse().unwrap());
-            headers.insert("upgrade", "SPDY/3.1".parse().unwrap());
-            headers.insert("x-stream-protocol-version", "v4.channel.k8s.io".parse().unwrap());
-            response
+            switching()
         }
         _ => text(StatusCode::NOT_FOUND, "404 page not found"),
     })

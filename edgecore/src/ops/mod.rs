@@ -99,7 +99,7 @@ pub async fn serve(ops: Ops, requests: Requests, shutdown: CancellationToken) {
             tokio::select! {
                 () = ops.connection(incoming.stream) => {}
                 // Whatever is under way ends with who asked for it.
-                error = gone => debug!(%error, "a request ended before its answer"),
+                end = gone => debug!("a request ended before its answer: {end}"),
             }
             drop(place);
         });

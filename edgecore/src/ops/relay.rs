@@ -84,17 +84,18 @@ impl Relay {
     }
 }
 
-/// Copies both ways. The end of one direction is passed on, and the other goes on.
+/// Copies both ways. The end of one direction is passed on, and the other goes on; also when what is said to the process is not taken any
+/// more: how it ended is still to come.
 async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + AsyncWrite) -> io::Result<()> {
     let (from_client, to_client) = tokio::io::split(client);
     let (from_runtime, to_runtime) = tokio::io::split(runtime);
     let mut up = pin!(pump(from_client, to_runtime));
     let mut down = pin!(pump(from_runtime, to_client));
     tokio::select! {
-        ended = &mut up => {
-            ended?;
-            down.await
-        }
+        ended = &mut up => match ended {
+            Ok(()) => down.await,
+            Err(error) => tokio::time::timeout(LINGER, down).await.unwrap_or(Err(error)),
+        },
         ended = &mut down => {
             ended?;
             // The process is gone: who asked has read so, and hangs up.

@@ -1,5 +1,7 @@
 //! `/exec`, `/attach`, `/portForward` and `/run`: what is asked becomes a call of the runtime's.
 
+use std::time::Duration;
+
 use hyper::upgrade::Upgraded;
 use hyper::{Request, StatusCode};
 use k8s_openapi::api::core::v1::Pod;
@@ -10,7 +12,10 @@ use super::pods;
 use super::query::Query;
 use super::relay;
 use super::route::{ContainerPath, PodPath};
-use crate::runtime::cri::Stdio;
+use crate::runtime::cri::{Error, Stdio};
+
+/// What the runtime may take to say where a stream is to be had.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs a command, with its streams.
 pub(super) async fn exec<B>(
@@ -23,7 +28,7 @@ pub(super) async fn exec<B>(
     let (_, id) = pods::running(&ops.store, of).await?;
     must_upgrade(request)?;
     let command = query.all("command").map(str::to_owned).collect();
-    relay::open(request, &ops.cri.exec(&id, command, stdio).await?).await
+    relay::open(request, &promptly(ops.cri.exec(&id, command, stdio)).await?).await
 }
 
 /// Speaks to the container's own process, with a terminal if that has one.
@@ -38,7 +43,7 @@ pub(super) async fn attach<B>(
     must_upgrade(request)?;
     stdio.tty = has_terminal(&pod, &of.container);
     stdio.stderr &= !stdio.tty;
-    relay::open(request, &ops.cri.attach(&id, stdio).await?).await
+    relay::open(request, &promptly(ops.cri.attach(&id, stdio)).await?).await
 }
 
 /// Reaches ports of a pod.
@@ -55,9 +60,9 @@ pub(super) async fn port_forward<B>(
     }
     must_upgrade(request)?;
     let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-    let sandbox = ops.cri.ready_sandbox(uid).await?;
+    let sandbox = promptly(ops.cri.ready_sandbox(uid)).await?;
     let sandbox = sandbox.ok_or_else(|| Refusal::failed(format!("pod not found ({:?})", of.name)))?;
-    relay::open(request, &ops.cri.port_forward(&sandbox, ports).await?).await
+    relay::open(request, &promptly(ops.cri.port_forward(&sandbox, ports)).await?).await
 }
 
 /// Runs a command to its end, and answers with what it said.
@@ -71,6 +76,14 @@ pub(super) async fn run(ops: &Ops, of: &ContainerPath, query: &Query) -> Result<
         return Err(Refusal::failed(format!("command '{command}' exited with {}: {said}", done.exit_code)));
     }
     Ok(whole("application/json", done.output.into()))
+}
+
+/// Asks the runtime with somebody waiting: pods' workers have more patience.
+pub(super) async fn promptly<T>(call: impl Future<Output = Result<T, Error>>) -> Result<T, Refusal> {
+    match tokio::time::timeout(PATIENCE, call).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(Refusal::failed(format!("the container runtime says nothing within {} s", PATIENCE.as_secs()))),
+    }
 }
 
 /// Without a change of protocol there is nothing to stream on.

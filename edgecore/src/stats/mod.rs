@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use skerry_proto::cri;
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
 use self::cadvisor::Around;
@@ -59,8 +59,10 @@ pub struct Stats(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     context: Arc<Context>,
-    /// One pass at a time; others wait for their turn, as long as whoever asked does.
-    turn: Semaphore,
+    /// One pass over cgroups at a time; others wait for their turn, as long as whoever asked does.
+    turn: Arc<Semaphore>,
+    /// The same for summaries, which walk directories: nobody else waits for that.
+    summing: Arc<Semaphore>,
     sandbox_image: OnceCell<String>,
     kept: Mutex<Kept>,
     findings: Findings,
@@ -73,6 +75,17 @@ struct Kept {
     asked: Duration,
     /// A task is there that will drop it.
     expires: bool,
+}
+
+/// The right to measure, until the last that has it is done.
+#[derive(Clone, Debug)]
+struct Turn(#[expect(dead_code, reason = "held, not read")] Option<Arc<OwnedSemaphorePermit>>);
+
+impl Turn {
+    async fn of(turns: &Arc<Semaphore>) -> Self {
+        // It is never closed.
+        Self(Arc::clone(turns).acquire_owned().await.ok().map(Arc::new))
+    }
 }
 
 impl Kept {
@@ -91,7 +104,8 @@ impl Stats {
     pub fn new(context: Arc<Context>) -> Self {
         Self(Arc::new(Inner {
             context,
-            turn: Semaphore::new(1),
+            turn: Arc::new(Semaphore::new(1)),
+            summing: Arc::new(Semaphore::new(1)),
             sandbox_image: OnceCell::new(),
             kept: Mutex::default(),
             findings: Findings::default(),
@@ -100,11 +114,11 @@ impl Stats {
 
     /// The body of `/stats/summary`, JSON ([`SUMMARY_TYPE`]). The first in a while takes a tenth of a second more, for rates.
     pub async fn summary(&self, only_cpu_and_memory: bool) -> Bytes {
-        let _turn = self.0.turn.acquire().await;
+        let turn = Turn::of(&self.0.summing).await;
         let (listed, is_whole) = self.listed().await;
         self.remember();
         if self.0.kept().samples.is_empty() {
-            let first = self.take(listed.clone(), Wanted::cgroups(Depth::Cpu)).await;
+            let first = self.take(listed.clone(), Wanted::cgroups(Depth::Cpu), &turn).await;
             self.0.rate(first);
             tokio::time::sleep(BETWEEN).await;
         }
@@ -115,7 +129,7 @@ impl Stats {
             parts = Some(self.node_parts(&layers, image_fs.as_ref()).await);
             wanted = Wanted { depth: Depth::Full, network: true, disk: true, layers };
         }
-        let mut snapshot = self.0.rate(self.take(listed, wanted).await);
+        let mut snapshot = self.0.rate(self.take(listed, wanted, &turn).await);
         snapshot.is_lacking |= !is_whole;
         if snapshot.is_lacking {
             debug!("the summary lacks something");
@@ -128,20 +142,20 @@ impl Stats {
 
     /// The page `/metrics/resource`.
     pub async fn resource(&self) -> Bytes {
-        let _turn = self.0.turn.acquire().await;
+        let turn = Turn::of(&self.0.turn).await;
         let (listed, is_whole) = self.listed().await;
-        let mut snapshot = self.take(listed, Wanted::cgroups(Depth::Core)).await;
+        let mut snapshot = self.take(listed, Wanted::cgroups(Depth::Core), &turn).await;
         snapshot.is_lacking |= !is_whole;
         resource::page(&snapshot)
     }
 
     /// The page `/metrics/cadvisor`.
     pub async fn cadvisor(&self) -> Bytes {
-        let _turn = self.0.turn.acquire().await;
+        let turn = Turn::of(&self.0.turn).await;
         let ((listed, is_whole), (layers, image_fs), sandbox_image) =
             tokio::join!(self.listed(), self.stored(), self.sandbox_image());
         let wanted = Wanted { depth: Depth::All, network: true, disk: false, layers };
-        let mut snapshot = self.take(listed, wanted).await;
+        let mut snapshot = self.take(listed, wanted, &turn).await;
         snapshot.is_lacking |= !is_whole;
         let around = blocking(move || Around {
             machine: Machine::read(),
@@ -221,9 +235,11 @@ impl Stats {
         told.await.cloned().unwrap_or_default()
     }
 
-    async fn take(&self, listed: Vec<Listed>, wanted: Wanted) -> Snapshot {
-        let (inner, root) = (self.0.clone(), self.0.context.node().pods_root.clone());
+    async fn take(&self, listed: Vec<Listed>, wanted: Wanted, turn: &Turn) -> Snapshot {
+        let (inner, root, turn) = (self.0.clone(), self.0.context.node().pods_root.clone(), turn.clone());
         blocking(move || {
+            // Whoever asked may be gone before this ends.
+            let _turn = turn;
             let now = clock::monotonic();
             let volumes = |uid: &str, budget: &mut usize| disk::volumes(&root, uid, budget, now, &inner.findings);
             snapshot::take(&inner.context.cgroups, listed, &wanted, &volumes)

@@ -51,7 +51,7 @@ pub(super) struct Own {
     pub(super) own: Option<u64>,
 }
 
-/// The interfaces of the network namespace of a process, without loopback; `None` when it is gone.
+/// The interfaces of the network namespace of a process, without loopback and the near ends of pods' interfaces; `None` when it is gone.
 pub(super) fn interfaces(pid: &str) -> Option<Vec<Interface>> {
     Some(net_dev(&fs::read_to_string(format!("/proc/{pid}/net/dev")).ok()?))
 }
@@ -95,7 +95,9 @@ fn net_dev(text: &str) -> Vec<Interface> {
         let (received, sent) = (traffic(counters.get(..8)?)?, traffic(counters.get(8..)?)?);
         Some(Interface { name: name.trim().to_owned(), received, sent })
     });
-    lines.filter(|interface| interface.name != "lo").collect()
+    // As cadvisor: a hundred pods would be a hundred interfaces of random names.
+    let counts = |name: &str| name != "lo" && !["veth", "docker", "nerdctl"].iter().any(|near| name.starts_with(near));
+    lines.filter(|interface| counts(&interface.name)).collect()
 }
 
 fn meminfo(text: &str, vmstat: &str) -> Option<NodeMemory> {
@@ -159,7 +161,7 @@ mod tests {
             face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    \
             lo:     840      10    0    0    0     0          0         0      840      10    0    0    0     0       0          0\n  \
             eth0: 1296817   12345    1    2    0     0          0         0   654321    4321    3    4    0     0       0          0\n\
-            broken: 1 2\n";
+            veth81f2: 1 2 0 0 0 0 0 0 1 2 0 0 0 0 0 0\n            broken: 1 2\n";
         let found = net_dev(text);
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].name, "eth0");

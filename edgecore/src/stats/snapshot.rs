@@ -109,7 +109,10 @@ pub(super) fn list(index: Vec<(Collection, Entry)>, observed: Option<BTreeMap<St
             Some(Listed { uid: entry.uid, name, namespace, sandbox: seen.sandboxes.into_iter().next(), running })
         })
         .collect();
-    listed.sort_by(|a, b| (&a.namespace, &a.name, &a.uid).cmp(&(&b.namespace, &b.name, &b.uid)));
+    // Of one name the newest: the one before may still be ending, and a page can have each name once.
+    let made = |one: &Listed| one.sandbox.as_ref().map(|sandbox| sandbox.created_at);
+    listed.sort_by(|a, b| (&a.namespace, &a.name, made(b), &a.uid).cmp(&(&b.namespace, &b.name, made(a), &b.uid)));
+    listed.dedup_by(|later, first| later.namespace == first.namespace && later.name == first.name);
     listed
 }
 

@@ -1,7 +1,5 @@
 //! What becomes of requests that are let through.
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
 use super::*;
 
 #[tokio::test]
@@ -53,9 +51,11 @@ async fn bodies_go_both_ways_at_once() {
 }
 
 /// Sends the head of an upgrade; answers what comes until the end of the other head.
-async fn upgrade(stream: &mut TlsStream<TcpStream>) -> String {
-    let head = "POST /exec/ns/pod/c?command=cat HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
-                X-Stream-Protocol-Version: v4.channel.k8s.io\r\nContent-Length: 0\r\n\r\n";
+async fn upgrade(stream: &mut TlsStream<TcpStream>, path: &str) -> String {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
+         X-Stream-Protocol-Version: v4.channel.k8s.io\r\nContent-Length: 0\r\n\r\n"
+    );
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut got = Vec::new();
     while !got.ends_with(b"\r\n\r\n") {
@@ -69,7 +69,7 @@ async fn an_upgrade_carries_bytes_until_both_halves_are_closed() {
     let bed = Bed::start().await;
     let edge = bed.connect("box-1", 1);
     let mut stream = bed.tls(bed.port("box-1"), &bed.admin("box-1")).await.unwrap();
-    let head = upgrade(&mut stream).await;
+    let head = upgrade(&mut stream, "/portForward/ns/pod").await;
     assert!(head.starts_with("http/1.1 101 "), "{head}");
     for header in ["connection: upgrade", "upgrade: spdy/3.1", "x-stream-protocol-version: v4.channel.k8s.io"] {
         assert!(head.contains(header), "{header} is not in {head}");
@@ -91,6 +91,57 @@ async fn an_upgrade_carries_bytes_until_both_halves_are_closed() {
 }
 
 #[tokio::test]
+async fn a_command_that_breaks_off_is_no_success() {
+    let bed = Bed::start().await;
+    let (edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
+    let mut shell = bed.tls(bed.port("box-1"), &admin).await.unwrap();
+    upgrade(&mut shell, "/attach/ns/pod/c").await;
+    let mut frame = [0; 13];
+    shell.read_exact(&mut frame).await.unwrap();
+    assert_eq!(&frame, b"\0\0\0\x03\0\0\0\x05hello", "a piece with a head of its own");
+    edge.cut();
+    let mut rest = Vec::new();
+    tokio::time::timeout(PATIENCE, shell.read_to_end(&mut rest)).await.expect("it ends").unwrap();
+    let (head, status) = rest.split_at(8);
+    assert_eq!(head[..5], [0, 0, 0, 1, 1], "the error stream, and its end");
+    let status: Value = serde_json::from_slice(status).unwrap();
+    assert_eq!(status["status"], "Failure");
+    assert!(status["message"].as_str().unwrap().contains("node box-1 broke off"), "{status}");
+}
+
+#[tokio::test]
+async fn who_reads_slowly_gets_all_that_the_node_said() {
+    let bed = Bed::start().await;
+    let (edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
+    let mut slow = bed.tls(bed.port("box-1"), &admin).await.unwrap();
+    slow.write_all(b"GET /configz HTTP/1.1\r\nHost: node\r\n\r\n").await.unwrap();
+    let (mut piece, mut got) = (vec![0; 64 << 10], 0);
+    while got == 0 || edge.open() > 0 {
+        got += slow.read(&mut piece).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    // The node has finished and let go; what it said is still on its way.
+    assert!(got < MUCH, "nothing was left to be read");
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    while got < MUCH {
+        let read = slow.read(&mut piece).await.unwrap();
+        assert!(read > 0, "cut after {got} bytes");
+        got += read;
+    }
+    // The connection is good for another request.
+    slow.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n").await.unwrap();
+    tokio::time::timeout(PATIENCE, slow.read_u8()).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_node_sends_nobody_elsewhere() {
+    let bed = Bed::start().await;
+    let (_edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
+    let (code, said) = bed.get(bed.port("box-1"), &admin, "/pprof").await;
+    assert!(code == 502 && said.contains("somewhere else"), "{code}: {said}");
+}
+
+#[tokio::test]
 async fn what_is_under_way_ends_with_the_session() {
     let bed = Bed::start().await;
     let (edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
@@ -99,7 +150,7 @@ async fn what_is_under_way_ends_with_the_session() {
     let mut following = logs.get("/containerLogs/ns/pod/c?follow=true").await.into_body();
     assert_eq!(following.frame().await.unwrap().unwrap().into_data().unwrap(), "first line\n");
     let mut shell = bed.tls(port, &admin).await.unwrap();
-    upgrade(&mut shell).await;
+    upgrade(&mut shell, "/portForward/ns/pod").await;
     shell.read_exact(&mut [0; 5]).await.unwrap();
     let mut waiting = bed.client(port, &admin).await;
     let waiting = async { waiting.get("/stats/summary").await };
@@ -152,7 +203,7 @@ async fn who_leaves_ends_what_was_under_way() {
     let mut following = logs.get("/containerLogs/ns/pod/c?follow=true").await.into_body();
     following.frame().await.unwrap().unwrap();
     let mut shell = bed.tls(port, &admin).await.unwrap();
-    upgrade(&mut shell).await;
+    upgrade(&mut shell, "/portForward/ns/pod").await;
     let mut asking = bed.tls(port, &admin).await.unwrap();
     asking.write_all(b"GET /stats/summary HTTP/1.1\r\nHost: node\r\n\r\n").await.unwrap();
     until("both of them are under way", || edge.open() == 2).await;

@@ -17,6 +17,7 @@ use super::answer::{Answer, Refusal, pieces};
 use super::pods::{find, runtime_id};
 use super::query::Query;
 use super::route::ContainerPath;
+use super::streaming::promptly;
 use crate::clock;
 use crate::kubelet::context::blocking;
 use crate::kubelet::spec::Spec;
@@ -46,7 +47,7 @@ pub(super) async fn logs(ops: &Ops, of: &ContainerPath, query: &Query) -> Result
     let id = choose(name, pod.status.as_ref(), container, options.previous).map_err(Refusal::bad)?;
     let unavailable = |why: String| Refusal::bad(format!("unable to retrieve container logs for {id}: {why}"));
     let id = runtime_id(&id).to_owned();
-    let file = ops.cri.log_file(&id).await.map_err(|error| unavailable(error.to_string()))?;
+    let file = promptly(ops.cri.log_file(&id)).await.map_err(|refusal| unavailable(refusal.words))?;
     let file = file.ok_or_else(|| unavailable("the container is gone from the runtime".to_owned()))?;
     if file.path.is_empty() {
         return Err(unavailable("the runtime writes no log of it".to_owned()));
