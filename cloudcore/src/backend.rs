@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::sync::Arc;
 
 use skerry_proto::sync::{Collection, Entry, Object, Report, ReportKind};
 use skerry_proto::wire::Revision;
@@ -40,7 +41,7 @@ pub enum FeedEvent {
     /// Every change of this collection up to this revision shows in what was said.
     Reached(Collection, u64),
     /// The edge should hold this object.
-    Desired(Object),
+    Desired(Arc<Object>),
     /// The edge should hold this version, which it said it holds; there is no payload.
     Keep(Collection, Entry),
     /// The edge should no longer hold the object of this UID.

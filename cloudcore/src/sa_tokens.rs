@@ -67,7 +67,7 @@ impl TokenRequest {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
     /// This token.
-    Object(Object),
+    Object(Arc<Object>),
     /// What it has already.
     Keep(Entry),
 }
@@ -88,7 +88,7 @@ struct Held {
     /// Unix seconds; also the version.
     expires: i64,
     /// Absent when the edge has it and we never saw it.
-    object: Option<Object>,
+    object: Option<Arc<Object>>,
 }
 
 /// One node's tokens.
@@ -200,7 +200,7 @@ impl Tokens {
             let json = serde_json::to_vec(token).unwrap_or_default();
             row.held = Some(Held {
                 expires: token.expires,
-                object: Some(Object::with_version(Collection::Tokens, entry, &json)),
+                object: Some(Object::with_version(Collection::Tokens, entry, &json).into()),
             });
             row.attempts = 0;
             row.due = renewal(key, token.expires, now.as_second());

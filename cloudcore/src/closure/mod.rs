@@ -34,6 +34,7 @@ pub(crate) mod sanitise;
 mod session;
 #[cfg(test)]
 mod tests;
+mod told;
 
 /// The Service every pod learns of whatever its namespace.
 const KUBERNETES: &str = "default/kubernetes";
@@ -71,8 +72,8 @@ pub(crate) struct NodeInput {
     pub(crate) object: Object,
     /// Whether its pods stay while it is away.
     pub(crate) autonomous: bool,
-    /// status.capacity
-    pub(crate) capacity: Value,
+    /// status.capacity, as JSON.
+    pub(crate) capacity: Box<str>,
     /// What reports are held against.
     pub(crate) shown: NodeShown,
     /// The session that has it, as far as the Node says.
@@ -90,7 +91,7 @@ impl NodeInput {
             },
             resource_version: metadata["resourceVersion"].as_str().unwrap_or_default().into(),
             autonomous: metadata["annotations"][AUTONOMY_ANNOTATION].as_str() != Some("false"),
-            capacity: node["status"]["capacity"].clone(),
+            capacity: node["status"]["capacity"].to_string().into(),
             shown: NodeShown::of(&node),
             claim: metadata["annotations"][EPOCH_ANNOTATION]
                 .as_str()
@@ -115,7 +116,7 @@ pub(crate) struct NodeChange {
 /// All of it.
 #[derive(Debug)]
 pub(crate) struct Closures {
-    settings: Object,
+    settings: Arc<Object>,
     cluster_domain: String,
     /// Not to be looked for in the cluster.
     configured_dns: Vec<String>,
@@ -123,8 +124,8 @@ pub(crate) struct Closures {
     /// Which node has the pod of this key.
     bound: HashMap<String, Arc<str>>,
     slots: HashMap<Reference, Slot>,
-    services: BTreeMap<String, Object>,
-    runtime_classes: HashMap<String, Object>,
+    services: BTreeMap<String, Arc<Object>>,
+    runtime_classes: HashMap<String, Arc<Object>>,
     /// How many lists of pods have begun.
     lists: u64,
     ready: BTreeSet<Source>,
@@ -143,9 +144,9 @@ struct Node {
     uid: String,
     /// As the watch last showed it.
     resource_version: Box<str>,
-    object: Object,
+    object: Arc<Object>,
     autonomous: bool,
-    capacity: Value,
+    capacity: Box<str>,
     shown: NodeShown,
     /// The newest session that the Node names, whoever has it.
     claim: u64,
@@ -164,7 +165,7 @@ struct Node {
 
 #[derive(Debug)]
 struct Pod {
-    object: Object,
+    object: Arc<Object>,
     references: References,
     facts: PodFacts,
     /// The watch's list it was last seen in or after.
@@ -187,7 +188,7 @@ enum Known {
     /// Unknown, and asking failed: pods do not wait for it any longer.
     Failed,
     Absent,
-    Present(Object),
+    Present(Arc<Object>),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -272,8 +273,8 @@ impl Closures {
                     node.claim = claim;
                     self.subscribers.wake(&identity.name);
                 }
-                let object = object.succeeding(&node.object);
-                if node.object != object {
+                let object = objects::succeeding(object, Some(&node.object));
+                if !Arc::ptr_eq(&node.object, &object) {
                     node.object = object;
                     self.subscribers.mark(&identity.name, Collection::Node, &identity.name);
                 }
@@ -286,7 +287,7 @@ impl Closures {
         let node = Node {
             uid: identity.uid,
             resource_version,
-            object,
+            object: Arc::new(object),
             autonomous,
             capacity,
             shown,
@@ -391,8 +392,8 @@ impl Closures {
     }
 
     /// status.capacity of a node as the apiserver has it.
-    pub(crate) fn capacity(&self, name: &str) -> Option<&Value> {
-        self.nodes.get(name).map(|node| &node.capacity)
+    pub(crate) fn capacity(&self, name: &str) -> Option<Value> {
+        self.nodes.get(name).and_then(|node| serde_json::from_str(&node.capacity).ok())
     }
 
     /// What the apiserver shows of a node's status.
@@ -474,13 +475,13 @@ impl Closures {
 }
 
 /// The keys of a namespace's Services.
-fn services_in<'a>(services: &'a BTreeMap<String, Object>, namespace: &str) -> impl Iterator<Item = &'a String> {
+fn services_in<'a>(services: &'a BTreeMap<String, Arc<Object>>, namespace: &str) -> impl Iterator<Item = &'a String> {
     let prefix = format!("{namespace}/");
     services.range(prefix.clone()..).map(|(key, _)| key).take_while(move |key| key.starts_with(&prefix))
 }
 
-fn settings(cluster_domain: &str, cluster_dns: &[String]) -> Object {
+fn settings(cluster_domain: &str, cluster_dns: &[String]) -> Arc<Object> {
     let settings = Settings { cluster_dns: cluster_dns.to_vec(), cluster_domain: cluster_domain.to_owned() };
     let json = serde_json::to_vec(&settings).unwrap_or_default();
-    Object::new(Collection::Settings, session::SETTINGS.into(), session::SETTINGS.into(), &json)
+    Object::new(Collection::Settings, session::SETTINGS.into(), session::SETTINGS.into(), &json).into()
 }

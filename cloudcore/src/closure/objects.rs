@@ -1,6 +1,7 @@
 //! What pods refer to: Services and RuntimeClasses held whole, ConfigMaps and Secrets fetched while some node needs them.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use serde_json::Value;
 use skerry_proto::sync::{Collection, Object};
@@ -157,8 +158,8 @@ impl Closures {
                 let object = sanitise::object(reference.0, value);
                 slot.value = if object.is_deliverable() {
                     Known::Present(match &slot.value {
-                        Known::Present(before) => object.succeeding(before),
-                        Known::Unknown | Known::Failed | Known::Absent => object,
+                        Known::Present(before) => succeeding(object, Some(before)),
+                        Known::Unknown | Known::Failed | Known::Absent => object.into(),
                     })
                 } else {
                     warn!(collection = ?reference.0, key = reference.1, "too large to be sent to an edge node, which does without it");
@@ -225,11 +226,12 @@ impl Closures {
     }
 }
 
-/// An object in the place of the one that was known before, if any.
-pub(super) fn succeeding(object: Object, before: Option<&Object>) -> Object {
+/// An object in the place of the one that was known before, if any; that one itself when nothing changed.
+pub(super) fn succeeding(object: Object, before: Option<&Arc<Object>>) -> Arc<Object> {
     match before {
-        Some(before) => object.succeeding(before),
-        None => object,
+        Some(before) if before.entry == object.entry => Arc::clone(before),
+        Some(before) => object.succeeding(before).into(),
+        None => object.into(),
     }
 }
 

@@ -99,7 +99,7 @@ impl Closures {
     }
 
     /// All pods of a node, as the edge gets them, with what is known of them.
-    pub(crate) fn pods_of(&self, node: &str) -> Vec<(String, Object, PodFacts)> {
+    pub(crate) fn pods_of(&self, node: &str) -> Vec<(String, Arc<Object>, PodFacts)> {
         let pods = self.nodes.get(node).into_iter().flat_map(|node| &node.pods);
         pods.map(|(key, pod)| (key.clone(), pod.object.clone(), pod.facts.clone())).collect()
     }

@@ -11,6 +11,7 @@ use skerry_proto::sync::{COLLECTIONS, Collection, Entry, Object};
 use tokio::sync::Notify;
 
 use super::marks::Said;
+use super::told::{Telling, Told};
 use super::{Closures, KUBERNETES, Known, Node, Pod, Source, services_in};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::sa_tokens::Wanted;
@@ -28,7 +29,7 @@ pub(crate) struct Session {
     /// Another replica may have a session of this node still.
     claims: bool,
     wake: Arc<Notify>,
-    told: HashMap<(Collection, String), (String, u64)>,
+    told: Told,
     pub(super) said: Said,
     complete: BTreeSet<Collection>,
     /// Pods that wait for something they refer to.
@@ -139,7 +140,7 @@ impl Subscribers {
 
 /// What is true of one object for one node.
 enum Truth {
-    Is(Object),
+    Is(Arc<Object>),
     Kept(Entry),
     Not,
     /// Not to be told yet.
@@ -170,7 +171,7 @@ impl Closures {
             last_epoch,
             claims,
             wake,
-            told: HashMap::new(),
+            told: Told::default(),
             said: Said::default(),
             complete: BTreeSet::new(),
             held_back: BTreeSet::new(),
@@ -266,7 +267,7 @@ impl Closures {
         let Some(node) = self.nodes.get(session.node.name.as_str()) else { return events };
         if everything {
             changed.extend(self.keys(&session.node.name, node));
-            changed.extend(session.told.keys().cloned());
+            changed.extend(session.told.ids().map(|(collection, key)| (collection, key.to_owned())));
         }
         changed.extend(std::mem::take(&mut session.held_back).into_iter().map(|key| (Collection::Pods, key)));
 
@@ -275,21 +276,27 @@ impl Closures {
             let id = (collection, key);
             let (gone, here) =
                 if collection == Collection::Pods { (&mut pods_gone, &mut pods) } else { (&mut unneeded, &mut needed) };
-            let (entry, event) = match self.truth(session, node, &id) {
+            let (telling, event) = match self.truth(session, node, &id) {
                 Truth::NotYet => {
                     session.held_back.insert(id.1);
                     continue;
                 }
                 Truth::Not => {
-                    gone.extend(session.told.remove(&id).map(|(uid, _)| FeedEvent::Gone(collection, uid)));
+                    let told = session.told.remove((collection, &id.1));
+                    gone.extend(told.map(|told| FeedEvent::Gone(collection, told.entry().uid.clone())));
                     continue;
                 }
-                Truth::Is(object) => (object.entry.clone(), FeedEvent::Desired(object)),
-                Truth::Kept(entry) => (entry.clone(), FeedEvent::Keep(collection, entry)),
+                Truth::Is(object) => (Telling::Object(object.clone()), FeedEvent::Desired(object)),
+                Truth::Kept(entry) => {
+                    (Telling::Keep(collection, entry.clone().into()), FeedEvent::Keep(collection, entry))
+                }
             };
-            match session.told.insert(id, (entry.uid.clone(), entry.version)) {
-                Some((uid, version)) if uid == entry.uid && version == entry.version => continue,
-                Some((uid, _)) if uid != entry.uid => gone.push(FeedEvent::Gone(collection, uid)),
+            let (uid, version) = (telling.entry().uid.clone(), telling.entry().version);
+            match session.told.insert(telling) {
+                Some(told) if told.entry().uid != uid => {
+                    gone.push(FeedEvent::Gone(collection, told.entry().uid.clone()))
+                }
+                Some(told) if told.entry().version == version => continue,
                 _ => {}
             }
             here.push(event);

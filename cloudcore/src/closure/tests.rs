@@ -499,7 +499,8 @@ impl World {
             }
         }
         objects.extend(services.into_iter().map(|key| sanitise::object(Collection::Services, service(key))));
-        objects.push(settings("cluster.local", &["10.0.0.10".to_owned()]));
+        let settings = settings("cluster.local", &["10.0.0.10".to_owned()]);
+        objects.push(Object::clone(&settings));
         objects.into_iter().map(|object| ((object.collection, object.entry.uid.clone()), object.entry)).collect()
     }
 }
@@ -508,7 +509,7 @@ fn hear(edge: &mut Held, events: Vec<FeedEvent>) {
     for event in events {
         match event {
             FeedEvent::Desired(object) => {
-                edge.insert((object.collection, object.entry.uid.clone()), object.entry);
+                edge.insert((object.collection, object.entry.uid.clone()), object.entry.clone());
             }
             FeedEvent::Gone(collection, uid) => {
                 assert!(edge.remove(&(collection, uid)).is_some(), "told that something went that it never heard of");

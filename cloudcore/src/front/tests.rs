@@ -575,7 +575,7 @@ async fn a_session_carries_objects_down_and_reports_up() {
     assert!(welcome.epoch > 77 && welcome.agent == AGENT);
 
     let object = Object::new(Collection::Pods, "default/web".to_owned(), "u1".to_owned(), b"{\"kind\":\"Pod\"}");
-    let events = vec![FeedEvent::Desired(object.clone()), FeedEvent::Complete(Collection::Pods)];
+    let events = vec![FeedEvent::Desired(object.clone().into()), FeedEvent::Complete(Collection::Pods)];
     opened.events.send(events).await.unwrap();
     let upsert = loop {
         match edge.body().await {

@@ -388,7 +388,7 @@ impl Upstream {
         };
         let (capacity, shown, version) = {
             let closures = self.shared.closures();
-            (closures.capacity(&node.name).cloned(), closures.node_shown(&node.name), closures.node_version(node))
+            (closures.capacity(&node.name), closures.node_shown(&node.name), closures.node_version(node))
         };
         // The epoch is written once, on the Node as it was seen without it: one that comes late must not undo a newer session's.
         let unnamed = version.filter(|(_, named)| *named < queue.epoch).map(|(version, _)| (queue.epoch, version));

@@ -232,7 +232,7 @@ async fn serve(peer: &mut Peer, wanted: &[Object], reports: usize) -> (u64, Vec<
     let server_time = u64::try_from(clock::wall().as_millisecond()).unwrap();
     let (mut hub, mut outputs) = Hub::new(clock::monotonic(), &hello, epoch, server_time, "test");
     for object in wanted {
-        outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone())));
+        outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone().into())));
     }
     for collection in COLLECTIONS {
         outputs.extend(hub.step(clock::monotonic(), HubInput::Complete(collection)));
@@ -252,7 +252,7 @@ async fn serve(peer: &mut Peer, wanted: &[Object], reports: usize) -> (u64, Vec<
                 }
                 HubOutput::Inventory(collection, held) => {
                     for object in wanted.iter().filter(|object| object.collection == collection) {
-                        outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone())));
+                        outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone().into())));
                     }
                     drop(held);
                 }

@@ -117,12 +117,12 @@ fn session(edge: Edge) -> (Sequence, Sequence) {
 pub(super) fn words(n: usize, report: Option<u64>) -> Vec<HubInput> {
     let mut said = match n {
         0 => vec![HubInput::Newest(Collection::Pods, 9)],
-        1..5 => vec![HubInput::Desired(object(n, n * 400))],
+        1..5 => vec![HubInput::Desired(object(n, n * 400).into())],
         5 => crate::sync::COLLECTIONS.into_iter().map(HubInput::Complete).collect(),
         6 => vec![HubInput::Reached(Collection::Pods, 9)],
         7..9 => {
             let new = object(n - 5, 2000);
-            vec![HubInput::Desired(new.succeeding(&object(n - 5, (n - 5) * 400)))]
+            vec![HubInput::Desired(new.succeeding(&object(n - 5, (n - 5) * 400)).into())]
         }
         9 => vec![HubInput::Gone(Collection::Pods, "u1".to_owned())],
         _ => Vec::new(),

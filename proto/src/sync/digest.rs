@@ -15,14 +15,22 @@ pub struct Digest {
 impl Digest {
     /// Adds a row that was not there.
     pub fn insert(&mut self, row: &Entry) {
-        self.count += 1;
-        self.sum = self.sum.wrapping_add(hash(row));
+        self.add(&row.key, &row.uid, row.version);
     }
 
     /// Removes a row that was there.
     pub fn remove(&mut self, row: &Entry) {
+        self.subtract(&row.key, &row.uid, row.version);
+    }
+
+    pub(super) fn add(&mut self, key: &str, uid: &str, version: u64) {
+        self.count += 1;
+        self.sum = self.sum.wrapping_add(hash(key, uid, version));
+    }
+
+    pub(super) fn subtract(&mut self, key: &str, uid: &str, version: u64) {
         self.count -= 1;
-        self.sum = self.sum.wrapping_sub(hash(row));
+        self.sum = self.sum.wrapping_sub(hash(key, uid, version));
     }
 
     pub(super) fn to_wire(self, collection: Collection) -> wire::Digest {
@@ -36,12 +44,12 @@ impl Digest {
     }
 }
 
-fn hash(row: &Entry) -> u128 {
+fn hash(key: &str, uid: &str, version: u64) -> u128 {
     let mut hasher = xxhash_rust::xxh3::Xxh3::new();
-    for part in [row.key.as_bytes(), row.uid.as_bytes()] {
+    for part in [key.as_bytes(), uid.as_bytes()] {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part);
     }
-    hasher.update(&row.version.to_le_bytes());
+    hasher.update(&version.to_le_bytes());
     hasher.digest128()
 }

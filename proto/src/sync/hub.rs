@@ -6,11 +6,12 @@
 //! what was said is as new as what the edge has seen, from whatever replica; what agrees already is in sync without that.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
 
-use self::held::{Held, Knowledge, Row, Wanted, entry};
+use self::held::{Desired, Held, Knowledge};
 use super::revisions::Freshness;
 use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, MAX_REPORT, Object, PROTOCOL,
@@ -48,7 +49,7 @@ pub enum HubInput {
     /// Something else of the edge's: a part of a frame, data of a stream.
     Heard,
     /// The edge should hold this object; replaces an older version, also one not sent yet.
-    Desired(Object),
+    Desired(Arc<Object>),
     /// The edge should hold this version, which it holds already as far as the caller knows (from [`HubOutput::Inventory`]), so that no
     /// payload is at hand.
     Keep(Collection, Entry),
@@ -193,17 +194,14 @@ impl Hub {
                 self.last_heard = now;
                 return out;
             }
-            HubInput::Desired(object) => {
-                let Object { collection, entry, .. } = &object;
-                let (collection, entry) = (*collection, entry.clone());
-                let wanted = Wanted { version: entry.version, object: Some(object) };
-                self.want(collection, entry.uid, Some((entry.key, wanted)));
+            HubInput::Desired(object) => self.want(object.collection, Desired::Object(object)),
+            HubInput::Keep(collection, entry) => self.want(collection, Desired::Version(Box::new(entry))),
+            HubInput::Gone(collection, uid) => {
+                if let Some(order) = rank(collection) {
+                    self.collections[order].unwant(&uid);
+                    self.requeue(order, uid);
+                }
             }
-            HubInput::Keep(collection, entry) => {
-                let wanted = Wanted { version: entry.version, object: None };
-                self.want(collection, entry.uid, Some((entry.key, wanted)));
-            }
-            HubInput::Gone(collection, uid) => self.want(collection, uid, None),
             HubInput::Complete(collection) => {
                 if let Some(order) = rank(collection) {
                     self.collections[order].complete = true;
@@ -257,6 +255,10 @@ impl Hub {
                     self.in_flight_bytes -= first.bytes;
                     self.in_flight.pop_front();
                 }
+                if self.in_flight.is_empty() {
+                    // Most sessions are idle most of the time: they keep no room for what they once had on its way.
+                    self.in_flight = VecDeque::new();
+                }
                 Ok(())
             }
             Some(Body::Report(report)) => self.report(report, out),
@@ -304,33 +306,10 @@ impl Hub {
     }
 
     /// Notes what the edge should hold of one UID.
-    fn want(&mut self, collection: Collection, uid: String, wanted: Option<(String, Wanted)>) {
+    fn want(&mut self, collection: Collection, desired: Desired) {
         let Some(order) = rank(collection) else { return };
-        let held = &mut self.collections[order];
-        let row = held
-            .rows
-            .entry(uid.clone())
-            .or_insert_with(|| Box::new(Row { key: String::new(), wanted: None, held: None, held_key: None }));
-        if let Some(old) = row.wanted.take() {
-            held.wanted.remove(&entry(&row.key, &uid, old.version));
-        }
-        match wanted {
-            Some((key, wanted)) => {
-                if row.held.is_some() && row.held_key.is_none() && row.key != key {
-                    row.held_key = Some(std::mem::take(&mut row.key));
-                }
-                if row.held_key.as_ref() == Some(&key) {
-                    row.held_key = None;
-                }
-                row.key = key;
-                held.wanted.insert(&entry(&row.key, &uid, wanted.version));
-                row.wanted = Some(wanted);
-            }
-            None if row.held.is_none() => {
-                held.rows.remove(&uid);
-            }
-            None => {}
-        }
+        let uid = desired.uid().to_owned();
+        self.collections[order].want(desired);
         self.requeue(order, uid);
     }
 
@@ -358,16 +337,8 @@ impl Hub {
         if !ready {
             return;
         }
-        match held.rows.get(&upsert.uid).map(AsRef::as_ref) {
-            Some(Row { wanted: Some(wanted), held, held_key, .. }) => {
-                if *held != Some(wanted.version) || held_key.is_some() {
-                    self.dirty.insert(upsert);
-                }
-            }
-            Some(Row { wanted: None, held: Some(_), .. }) => {
-                self.dirty.insert(delete);
-            }
-            Some(Row { wanted: None, held: None, .. }) | None => {}
+        if let Some(row) = held.row(&upsert.uid).filter(|row| !row.agrees()) {
+            self.dirty.insert(if row.desired.version().is_some() { upsert } else { delete });
         }
     }
 
@@ -376,10 +347,7 @@ impl Hub {
         let held = &mut self.collections[order];
         if let Knowledge::Digest(digest) = held.knowledge {
             if digest == held.wanted {
-                for row in held.rows.values_mut() {
-                    row.held = row.wanted.as_ref().map(|wanted| wanted.version);
-                }
-                held.held = digest;
+                held.agree();
                 held.knowledge = Knowledge::Rows;
                 // Said once even if there is nothing to send: an edge with a new store learns from it that it may trust an empty list.
                 held.unchecked = COLLECTIONS[order] == Collection::Pods;
@@ -392,8 +360,7 @@ impl Hub {
             // What differs while it is behind may well agree once it is not.
             Knowledge::None | Knowledge::Digest(_) | Knowledge::Asked(_) => None,
             Knowledge::Rows => {
-                let uids: Vec<String> = held.rows.keys().cloned().collect();
-                for uid in uids {
+                for uid in held.uids() {
                     self.requeue(order, uid);
                 }
                 None
@@ -438,13 +405,7 @@ impl Hub {
             return Ok(());
         }
         held.knowledge = Knowledge::Rows;
-        held.held = Digest::default();
-        for row in held.rows.values_mut() {
-            (row.held, row.held_key) = (None, None);
-        }
-        for entry in &parts {
-            held.set_held(&entry.uid, Some(entry));
-        }
+        held.set_all_held(&parts);
         // What was sent after the edge took the inventory is on its way.
         for sent in self.in_flight.iter().filter(|sent| sent.seq > part.seq) {
             if let Some((at, uid, change)) = &sent.change
@@ -453,7 +414,7 @@ impl Hub {
                 held.set_held(uid, change.as_ref());
             }
         }
-        held.rows.retain(|_, row| row.wanted.is_some() || row.held.is_some());
+        held.forget_needless();
         out.push(HubOutput::Inventory(collection, parts));
         if self.collections[order].complete {
             out.extend(self.compare(order));
@@ -471,13 +432,13 @@ impl Hub {
             let Some(turn) = self.dirty.pop_first() else { break };
             let order = if turn.delete { COLLECTIONS.len() - turn.order } else { turn.order };
             let uid = turn.uid;
-            let Some(row) = self.collections[order].rows.get(&uid) else { continue };
-            let (frame, change) = match &row.wanted {
-                Some(Wanted { object: Some(object), .. }) => {
+            let Some(row) = self.collections[order].row(&uid) else { continue };
+            let (frame, change) = match &row.desired {
+                Desired::Object(object) => {
                     let mut upsert = wire::Upsert {
                         seq: self.sent_seq + 1,
                         collection: object.collection.into(),
-                        key: row.key.clone(),
+                        key: object.entry.key.clone(),
                         uid: uid.clone(),
                         version: object.entry.version,
                         revisions: self.freshness.untold(),
@@ -495,11 +456,11 @@ impl Hub {
                     }
                     (Body::Upsert(upsert), Some(object.entry.clone()))
                 }
-                Some(Wanted { object: None, .. }) => {
+                Desired::Version(_) => {
                     lacking.insert(order);
                     continue;
                 }
-                None => {
+                Desired::Nothing(_) => {
                     let (seq, collection) = (self.sent_seq + 1, COLLECTIONS[order].into());
                     let revisions = self.freshness.untold();
                     (Body::Delete(wire::Delete { seq, collection, uid: uid.clone(), revisions }), None)

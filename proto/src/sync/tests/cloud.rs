@@ -263,7 +263,7 @@ impl Replica {
         match self.cache.get(id).filter(|_| belongs) {
             Some(object) if told != Some(&object.entry) => {
                 session.told.insert(id.clone(), object.entry.clone());
-                session.untold.push_back(HubInput::Desired(object.clone()));
+                session.untold.push_back(HubInput::Desired(object.clone().into()));
             }
             None if told.is_some() => {
                 session.told.remove(id);
@@ -278,7 +278,7 @@ impl Replica {
         let Some(session) = self.session.as_mut().filter(|_| rank(collection) == Some(TOKENS)) else { return };
         for (id, entry) in session.told.range((TOKENS, String::new())..(PODS, String::new())) {
             if let Some(object) = self.cache.get(id).filter(|_| !held.contains(entry)) {
-                session.untold.push_back(HubInput::Desired(object.clone()));
+                session.untold.push_back(HubInput::Desired(object.clone().into()));
             }
         }
     }
@@ -299,7 +299,7 @@ impl Replica {
             objects.push(if id.0 == TOKENS && dice.one_in(2) {
                 HubInput::Keep(object.collection, object.entry.clone())
             } else {
-                HubInput::Desired(object.clone())
+                HubInput::Desired(object.clone().into())
             });
         }
         dice.shuffle(&mut objects);
