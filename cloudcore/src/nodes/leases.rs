@@ -1,15 +1,15 @@
 //! Leases: renewed for a node exactly as long as its newest session lives here.
 //!
 //! What that is good for: the node lifecycle controller takes a node for away whose lease it has not seen renewed for 40 s. Of two renewals
-//! the second begins 24 s after the first at the latest; it may fail, or be given up after [`PATIENCE`], and the one that follows at once be
-//! answered as late: that is [`WORST`], so one lost renewal shows nowhere. Two in a row may, with more than 2000 nodes: an apiserver that
-//! answers none is not asked more and more often. All this holds as long as the apiserver takes what is due: [`AT_ONCE`] at a time, so at
-//! 100 ms each some 13,000 nodes' leases.
+//! the second begins 24 s after the first at the latest; it may fail, or be given up after [`PATIENCE`], so may the one that follows at once,
+//! and the one after that, [`AGAIN`] later, be answered as late: that is [`WORST`], so two renewals lost in a row show nowhere. From the third
+//! on an apiserver that answers none is not asked more and more often. All this holds as long as the apiserver takes what is due:
+//! [`AT_ONCE`] at a time, so at 100 ms each some 13,000 nodes' leases.
 //!
 //! [`Wheel`] decides who is due; [`Leases::run`] carries it out. A session only ends the renewals of its own epoch, and stops renewing when
 //! the lease shows that a session of a higher epoch, at another replica, has taken over.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,11 +36,13 @@ const RENEW: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(24)];
 /// Renewals a second, of all nodes, that [`RENEW`] is stretched for.
 const RATE: u32 = 100;
 /// What one renewal may take before it counts as lost.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// After the second failure in a row, and each one more, stretched as [`RENEW`] is. After the first it is tried again at once.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// At most so long after the second failure in a row. After the first it is tried again at once.
+const AGAIN: Duration = Duration::from_secs(2);
+/// After the third failure in a row, and each one more, stretched as [`RENEW`] is.
 const RETRY: Duration = Duration::from_secs(2);
-/// The longest between two renewals of which one in between was lost.
-const WORST: Duration = RENEW[1].saturating_add(PATIENCE.saturating_mul(2));
+/// The longest between two renewals of which two in between were lost.
+const WORST: Duration = RENEW[1].saturating_add(PATIENCE.saturating_mul(3)).saturating_add(AGAIN);
 const _: () = assert!(WORST.as_secs() < DURATION_SECONDS.unsigned_abs());
 /// A renewal that is so late has the apiserver to itself: reports wait.
 const LATE: Duration = Duration::from_secs(3);
@@ -70,8 +72,8 @@ enum Renewed {
 struct Wheel {
     nodes: HashMap<String, Spoke>,
     due: BTreeSet<(Duration, String)>,
-    /// Whose last renewal was lost, and none before it: they go first.
-    lost: VecDeque<String>,
+    /// Whose last renewal was lost, or the last two: those that are due go first.
+    lost: BTreeSet<(Duration, String)>,
 }
 
 #[derive(Debug)]
@@ -103,15 +105,10 @@ impl Wheel {
 
     /// Takes the next one that is due; it is due again when [`Wheel::renewed`] says so.
     fn take(&mut self, now: Duration) -> Option<Renewal> {
-        let name = match self.lost.pop_front() {
-            Some(name) => name,
-            None => {
-                let (due, name) = self.due.first().filter(|(due, _)| *due <= now)?;
-                let key = (*due, name.clone());
-                self.due.remove(&key);
-                key.1
-            }
-        };
+        let is_due = |(due, _): &&(Duration, String)| *due <= now;
+        let from = if self.lost.first().filter(is_due).is_some() { &mut self.lost } else { &mut self.due };
+        from.first().filter(is_due)?;
+        let (_, name) = from.pop_first()?;
         let spoke = self.nodes.get(&name)?;
         let node = NodeIdentity { name, uid: spoke.uid.clone() };
         Some(Renewal { node, epoch: spoke.epoch, first: !spoke.written })
@@ -125,9 +122,12 @@ impl Wheel {
         };
         let wait = match how {
             Renewed::Epoch(epoch) if epoch > spoke.epoch => return self.remove(&renewal.node.name),
-            Renewed::Failed if spoke.failures == 0 => {
-                (spoke.failures, spoke.due) = (1, now);
-                return self.lost.push_back(renewal.node.name.clone());
+            Renewed::Failed if spoke.failures < 2 => {
+                let wait = if spoke.failures == 0 { Duration::ZERO } else { AGAIN.mul_f64(spread.mul_add(0.5, 0.5)) };
+                spoke.failures += 1;
+                spoke.due = now + wait;
+                self.lost.insert((spoke.due, renewal.node.name.clone()));
+                return;
             }
             // Those that begin together do not go on together.
             Renewed::Yes | Renewed::Epoch(_) if renewal.first => period.mul_f64(spread.mul_add(0.75, 0.25)),
@@ -158,15 +158,15 @@ impl Wheel {
     }
 
     fn next(&self) -> Option<Duration> {
-        // What is lost is due at once.
-        let lost = self.lost.front().and_then(|name| self.nodes.get(name)).map(|spoke| spoke.due);
-        lost.or_else(|| self.due.first().map(|(due, _)| *due))
+        let next = |queue: &BTreeSet<(Duration, String)>| queue.first().map(|(due, _)| *due);
+        next(&self.lost).into_iter().chain(next(&self.due)).min()
     }
 
     fn remove(&mut self, name: &str) {
         if let Some(spoke) = self.nodes.remove(name) {
-            self.due.remove(&(spoke.due, name.to_owned()));
-            self.lost.retain(|lost| lost != name);
+            let key = (spoke.due, name.to_owned());
+            self.due.remove(&key);
+            self.lost.remove(&key);
         }
     }
 }
@@ -341,7 +341,10 @@ mod tests {
         wheel.renewed(&renewal, Renewed::Failed, seconds(7), 1.0);
         assert_eq!(wheel.take(seconds(7)).as_ref(), Some(&renewal), "at once, and before all others that are due");
         wheel.renewed(&renewal, Renewed::Failed, seconds(7), 1.0);
-        assert!(wheel.nodes[&renewal.node.name].due > seconds(11), "what fails again is tried again more seldom too");
+        let first_of_others = wheel.take(seconds(9)).filter(|taken| *taken == renewal);
+        assert_eq!(first_of_others.as_ref(), Some(&renewal), "soon, and before all others again");
+        wheel.renewed(&renewal, Renewed::Failed, seconds(9), 1.0);
+        assert!(wheel.nodes[&renewal.node.name].due > seconds(13), "what fails again is tried again more seldom too");
     }
 
     #[test]
@@ -374,11 +377,14 @@ mod tests {
         wheel.renewed(&renewal, Renewed::Failed, seconds(1), 0.5);
         assert_eq!(wheel.next(), Some(seconds(1)), "once at once");
         assert_eq!(wheel.take(seconds(1)), Some(renewal.clone()));
-        wheel.renewed(&renewal, Renewed::Failed, seconds(1), 0.5);
-        assert_eq!((wheel.next(), wheel.take(seconds(2))), (Some(seconds(3)), None));
-        let renewal = wheel.take(seconds(3)).unwrap();
+        wheel.renewed(&renewal, Renewed::Failed, seconds(1), 1.0);
+        assert_eq!((wheel.next(), wheel.take(seconds(2))), (Some(seconds(3)), None), "then soon");
+        assert_eq!(wheel.take(seconds(3)), Some(renewal.clone()));
+        wheel.renewed(&renewal, Renewed::Failed, seconds(3), 0.5);
+        assert_eq!((wheel.next(), wheel.take(seconds(4))), (Some(seconds(5)), None), "then as all others");
+        let renewal = wheel.take(seconds(5)).unwrap();
         assert!(renewal.first);
-        wheel.renewed(&renewal, Renewed::Yes, seconds(3), 0.5);
+        wheel.renewed(&renewal, Renewed::Yes, seconds(5), 0.5);
         let renewal = wheel.take(seconds(20)).unwrap();
         wheel.renewed(&renewal, Renewed::Failed, seconds(20), 0.5);
         wheel.end("e", 3);
@@ -386,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_renewal_shows_nowhere_however_many_nodes_there_are() {
+    fn two_lost_renewals_show_nowhere_however_many_nodes_there_are() {
         let mut wheel = Wheel::default();
         let name = |number: u32| NodeIdentity { name: format!("e-{number}"), uid: "u".into() };
         for number in 0..10_000 {
@@ -403,8 +409,11 @@ mod tests {
         while wheel.take(due).is_some_and(|taken| taken.node != renewal.node) {}
         let given_up = due + PATIENCE;
         wheel.renewed(&renewal, Renewed::Failed, given_up, 1.0);
-        assert_eq!(wheel.take(given_up), Some(renewal));
-        assert!(given_up + PATIENCE - at <= WORST && WORST < seconds(40));
+        assert_eq!(wheel.take(given_up).as_ref(), Some(&renewal));
+        wheel.renewed(&renewal, Renewed::Failed, given_up + PATIENCE, 1.0);
+        let last = given_up + PATIENCE + AGAIN;
+        assert_eq!(wheel.take(last), Some(renewal));
+        assert!(last + PATIENCE - at <= WORST && WORST < seconds(40));
     }
 
     #[test]
