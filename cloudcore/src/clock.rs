@@ -10,6 +10,11 @@ pub fn wall() -> Timestamp {
     Timestamp::now()
 }
 
+/// [`wall`] as Unix milliseconds.
+pub fn wall_millis() -> u64 {
+    u64::try_from(wall().as_millisecond()).unwrap_or_default()
+}
+
 /// Time since the process first asked, which no one can set back.
 #[allow(clippy::disallowed_methods)]
 pub fn monotonic() -> Duration {

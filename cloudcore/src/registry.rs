@@ -12,8 +12,10 @@ use tokio::sync::oneshot;
 
 use crate::backend::NodeIdentity;
 
-/// Epochs beyond this are nobody's: it is 146 million years of milliseconds.
-const LAST_EPOCH: u64 = 1 << 62;
+/// How far an epoch may be ahead of the clock, in milliseconds: a century. Epochs are begun by the clock and rise by one where that is behind,
+/// so only a clock that was far off once, or somebody who writes what he likes, makes one that is further ahead. As the clock goes on
+/// faster than sessions begin, what may be now may always be followed by another.
+const MOST_AHEAD: u64 = 100 * 365 * 24 * 60 * 60 * 1000;
 
 /// Why a session has to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,10 @@ pub enum BeginError {
     #[error("this cloudcore serves as many nodes as it may")]
     Full,
     /// The edge says it has seen an epoch that cannot have been.
-    #[error("the epoch {0} cannot have been")]
+    #[error(
+        "the edge says that its last session had epoch {0}, which lies more than a century ahead of cloudcore's clock; set that clock right if \
+         it is wrong, else `edgecore reset` and joining again begin anew"
+    )]
     Epoch(u64),
 }
 
@@ -74,6 +79,11 @@ pub struct Place {
     sessions: Sessions,
 }
 
+/// Whether a session can have had this epoch. `now` is Unix milliseconds.
+pub(crate) fn is_possible(epoch: u64, now: u64) -> bool {
+    epoch <= now.saturating_add(MOST_AHEAD)
+}
+
 impl Sessions {
     /// At most so many.
     pub fn new(most: usize) -> Self {
@@ -82,12 +92,12 @@ impl Sessions {
 
     /// Begins a session and evicts the node's older one. `now` is Unix milliseconds.
     pub fn begin(&self, node: &NodeIdentity, last_epoch: u64, now: u64) -> Result<Place, BeginError> {
-        if last_epoch >= LAST_EPOCH {
-            return Err(BeginError::Epoch(last_epoch));
-        }
         let mut inner = self.lock();
         let inner = &mut *inner;
         inner.now = inner.now.max(now);
+        if !is_possible(last_epoch, inner.now) {
+            return Err(BeginError::Epoch(last_epoch));
+        }
         let held = inner.nodes.get(&node.name);
         let replaces = held.is_some_and(|held| held.session.is_some());
         if !replaces && inner.live >= self.most {
@@ -223,7 +233,11 @@ mod tests {
         assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 5002, "an edge that forgot");
         assert_eq!(sessions.begin(&a, 0, 9000).unwrap().epoch(), 9000);
         assert_eq!(sessions.begin(&node("b", "2"), 0, 100).unwrap().epoch(), 9000, "a clock that was set back");
-        assert_eq!(sessions.begin(&a, u64::MAX, 9000).unwrap_err(), BeginError::Epoch(u64::MAX));
+        for far in [9001 + MOST_AHEAD, 1 << 62, u64::MAX] {
+            assert_eq!(sessions.begin(&a, far, 9000).unwrap_err(), BeginError::Epoch(far));
+        }
+        let most = sessions.begin(&a, 9000 + MOST_AHEAD, 9000).unwrap().epoch();
+        assert_eq!(sessions.begin(&a, most, 9001).unwrap().epoch(), most + 1, "nobody is barred by where the bound is");
     }
 
     #[test]

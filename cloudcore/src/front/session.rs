@@ -155,10 +155,13 @@ where
             return Err(("certificate_too_old", Some(goodbye(Reason::Refused, too_old_message(certificate)))));
         }
     }
-    let place = match front.sessions.begin(node, hello.last_epoch.max(known), wall_millis()) {
+    let place = match front.sessions.begin(node, hello.last_epoch.max(known), clock::wall_millis()) {
         Ok(place) => place,
         Err(error @ BeginError::Full) => return Err(later("full", &error.to_string())),
-        Err(error @ BeginError::Epoch(_)) => return Err(protocol(&error.to_string())),
+        Err(error @ BeginError::Epoch(_)) => {
+            warn!(node = shown(node), "{error}");
+            return Err(("epoch", Some(goodbye(Reason::Refused, error.to_string()))));
+        }
     };
     match missed(&mut deletions, node) {
         Some(true) => Err(deleted(node)),
@@ -182,7 +185,7 @@ where
 {
     let seen = if restored { &[] } else { hello.revisions.as_slice() };
     let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch, seen);
-    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), wall_millis(), AGENT);
+    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), clock::wall_millis(), AGENT);
     if restored {
         outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
     }
@@ -281,8 +284,4 @@ fn later(result: &'static str, message: &str) -> Refused {
     let retry_after_ms = rand::rng().random_range(5_000..=15_000);
     let message = format!("{message}; nothing is lost, the node tries again by itself");
     (result, Some(Goodbye { retry_after_ms, ..goodbye(Reason::Overloaded, message) }))
-}
-
-fn wall_millis() -> u64 {
-    u64::try_from(clock::wall().as_millisecond()).unwrap_or_default()
 }

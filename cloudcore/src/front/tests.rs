@@ -664,7 +664,6 @@ async fn what_is_no_frame_ends_the_session_with_a_reason() {
         frame(Body::Ping(Ping { token: 1 })),
         Message::Binary(vec![0xff; 64].into()),
         Message::Text("hello".into()),
-        frame(hello("box-1", u64::MAX)),
         Message::Binary(vec![0; MAX_FRAME + 1].into()),
     ];
     for message in first {
@@ -681,6 +680,10 @@ async fn what_is_no_frame_ends_the_session_with_a_reason() {
         assert_eq!(edge.goodbye().await.0, Reason::Protocol, "{shown}");
         opened.events.closed().await;
     }
+    let mut ahead = cloud.connect(&identity).await;
+    ahead.send(hello("box-1", u64::MAX)).await;
+    let (reason, said) = ahead.goodbye().await;
+    assert!(reason == Reason::Refused && said.message.contains("edgecore reset"), "{said:?}");
     let mut old = cloud.connect(&identity).await;
     let Body::Hello(hello) = hello("box-1", 0) else { unreachable!() };
     old.send(Body::Hello(Hello { protocol_min: 90, protocol_max: 99, ..hello })).await;

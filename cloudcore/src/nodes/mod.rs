@@ -8,6 +8,7 @@ use skerry_proto::EDGE_LABEL;
 
 use crate::apiserver::{Apiserver, Kind, Verdict, verdict};
 use crate::backend::{BackendError, NodeCheck, NodeIdentity, RegisterError};
+use crate::{clock, registry};
 
 pub(crate) mod autonomy;
 pub(crate) mod labels;
@@ -102,9 +103,11 @@ pub(crate) async fn claim(
     api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await.map(|_| Claim::Ours)
 }
 
-/// The epoch that a Node or lease is marked with.
+/// The epoch that a Node or lease is marked with. What no session can have had, whoever wrote it, says nothing: or it would bar the node
+/// from every session to come.
 pub(crate) fn epoch_of(object: &DynamicObject) -> Option<u64> {
-    object.metadata.annotations.as_ref()?.get(EPOCH_ANNOTATION)?.parse().ok()
+    let epoch = object.metadata.annotations.as_ref()?.get(EPOCH_ANNOTATION)?.parse().ok()?;
+    registry::is_possible(epoch, clock::wall_millis()).then_some(epoch)
 }
 
 /// Gives a Node its label back: what carries it is ours to serve.
@@ -154,5 +157,17 @@ mod tests {
         assert!(taken.contains("kubectl delete node e") && !taken.contains("secret"), "{taken}");
         let worker = object(json!({"metadata": {"name": "e"}}));
         assert!(matches!(may_take_over("e", "me", &worker), Err(RegisterError::NotEdge(_))));
+    }
+
+    #[test]
+    fn an_epoch_that_cannot_have_been_says_nothing() {
+        let marked = |epoch: String| {
+            let node = json!({"metadata": {"name": "e", "annotations": {EPOCH_ANNOTATION: epoch}}});
+            epoch_of(&serde_json::from_value(node).unwrap())
+        };
+        assert_eq!(marked("1800000000000".to_owned()), Some(1_800_000_000_000));
+        for written in [(1_u64 << 62).to_string(), u64::MAX.to_string(), "-1".to_owned(), "soon".to_owned()] {
+            assert_eq!(marked(written), None);
+        }
     }
 }

@@ -17,14 +17,14 @@ use skerry_proto::sync::{Collection, decode};
 use tokio::sync::{Notify, broadcast};
 use tracing::{debug, error, info, warn};
 
-use self::stream::follow;
+pub(crate) use self::stream::follow;
 use crate::apiserver::{Apiserver, Kind, backoff};
 use crate::backend::NodeIdentity;
 use crate::backend_k8s::Shared;
 use crate::closure::{NodeInput, PodInput, Source, sanitise};
 use crate::kubelet::{Ports, Shown};
-use crate::nodes;
 use crate::nodes::autonomy::Autonomy;
+use crate::nodes::{self, EPOCH_ANNOTATION};
 use crate::retry::chain;
 use crate::upstream::Upstream;
 use crate::{clock, supervise};
@@ -151,7 +151,15 @@ impl Watches {
         if conditions.into_iter().flatten().any(|one| one["type"] == "Ready" && one["status"] == "Unknown") {
             self.upstream.node_hidden(&node.name_any());
         }
-        let input = NodeInput::of(Kind::Node.json(node));
+        let mut input = NodeInput::of(Kind::Node.json(node));
+        if input.claim != nodes::epoch_of(node).unwrap_or_default() {
+            warn!(
+                node = input.identity.name,
+                epoch = input.claim,
+                "the Node's annotation {EPOCH_ANNOTATION} names an epoch that cannot have been: it is disregarded, and written over by the node's next session"
+            );
+            input.claim = 0;
+        }
         let identity = input.identity.clone();
         let change = self.shared.closures().node_applied(input);
         self.ports.seen(&identity, &Shown::of(&node.data));
