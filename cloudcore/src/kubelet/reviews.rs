@@ -1,21 +1,17 @@
 //! What the apiserver is asked about whoever asks a kubelet: who a token is, who may do what, and which CA signs clients.
 
 use std::collections::BTreeMap;
-use std::pin::pin;
 use std::sync::Arc;
 
-use futures_util::StreamExt as _;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::Api;
-use kube::runtime::WatchStreamExt as _;
-use kube::runtime::watcher::{self, Event, watcher};
+use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::authn::ClientAuthorities;
 use crate::apiserver::{Apiserver, Kind};
 use crate::backend::BackendError;
-use crate::retry::chain;
+use crate::watch::{Sink, follow};
 
 /// Where an apiserver tells extensions what it trusts.
 const NAMESPACE: &str = "kube-system";
@@ -82,33 +78,37 @@ fn user_of(status: &Value) -> Option<User> {
 /// Keeps the CA of clients what the apiserver says it is, for ever.
 pub(crate) async fn follow_client_ca(client: kube::Client, api: Apiserver, authorities: Arc<ClientAuthorities>) {
     let maps: Api<ConfigMap> = Api::namespaced(client, NAMESPACE);
-    let config = watcher::Config::default().fields(&format!("metadata.name={CONFIG_MAP}")).timeout(60);
-    let mut stream = pin!(watcher(maps, config).default_backoff());
-    let (mut broken, mut seen) = (false, false);
-    while let Some(event) = stream.next().await {
-        match event {
-            Ok(Event::Init) => {
-                api.metrics().request("watch", Kind::ConfigMap.plural(), 200);
-                (broken, seen) = (false, false);
-            }
-            Ok(Event::InitApply(map) | Event::Apply(map)) => {
-                seen = true;
-                authorities.set(map.data.and_then(|mut data| data.remove(CLIENT_CA)).as_deref());
-            }
-            Ok(Event::InitDone) if !seen => {
-                debug!("there is no ConfigMap {NAMESPACE}/{CONFIG_MAP}: nobody is known by a certificate");
-                authorities.set(None);
-            }
-            Ok(Event::Delete(_) | Event::InitDone) => {}
-            Err(error) => {
-                api.metrics().request("watch", Kind::ConfigMap.plural(), 0);
-                if !std::mem::replace(&mut broken, true) {
-                    warn!(
-                        "cannot read the ConfigMap {NAMESPACE}/{CONFIG_MAP}, by whose CA kubectl logs and exec are let in: {}; trying again until it works",
-                        chain(&error)
-                    );
-                }
-            }
+    let this = ListParams::default().fields(&format!("metadata.name={CONFIG_MAP}"));
+    follow(&api, Kind::ConfigMap, maps, this, None, ClientCa { authorities, seen: false }).await;
+}
+
+/// Takes the CA out of the ConfigMap. One that is deleted leaves what it said: the apiserver writes it anew.
+struct ClientCa {
+    authorities: Arc<ClientAuthorities>,
+    /// The list under way shows it.
+    seen: bool,
+}
+
+impl Sink<ConfigMap> for ClientCa {
+    fn of(&self) -> &'static str {
+        " of kube-system/extension-apiserver-authentication, by whose CA kubectl logs and exec are let in,"
+    }
+
+    fn begin(&mut self) {
+        self.seen = false;
+    }
+
+    fn apply(&mut self, map: ConfigMap) {
+        self.seen = true;
+        self.authorities.set(map.data.and_then(|mut data| data.remove(CLIENT_CA)).as_deref());
+    }
+
+    fn delete(&mut self, _: ConfigMap) {}
+
+    fn complete(&mut self) {
+        if !self.seen {
+            debug!("there is no ConfigMap {NAMESPACE}/{CONFIG_MAP}: nobody is known by a certificate");
+            self.authorities.set(None);
         }
     }
 }

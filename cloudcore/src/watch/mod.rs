@@ -48,7 +48,12 @@ pub(crate) struct Watches {
 }
 
 /// What a stream's events do.
-trait Sink<K> {
+pub(crate) trait Sink<K> {
+    /// What is watched and why, where the kind alone does not say it; for messages, behind "the watch".
+    fn of(&self) -> &'static str {
+        ""
+    }
+
     /// A new list begins.
     fn begin(&mut self) {}
     /// An object is there.
@@ -60,8 +65,7 @@ trait Sink<K> {
 }
 
 /// How far a watch has come, for whoever compares that with what another replica knows.
-struct Progress {
-    api: Apiserver,
+pub(crate) struct Progress {
     shared: Arc<Shared>,
     source: Source,
     /// Some edge has seen more than this watch has come to.
@@ -86,18 +90,27 @@ impl Progress {
     }
 }
 
+/// Ends what [`Closures::confirming`](crate::closure::Closures::confirming) began, however whoever asks comes to an end.
+struct Confirming(Arc<Shared>);
+
+impl Drop for Confirming {
+    fn drop(&mut self) {
+        self.0.closures().confirmed();
+    }
+}
+
 impl Watches {
-    fn progress(&self, source: Source) -> Progress {
+    fn progress(&self, source: Source) -> Option<Progress> {
         let hurry = self.shared.closures().hurry(source);
-        Progress { api: self.api.clone(), shared: self.shared.clone(), source, hurry }
+        Some(Progress { shared: self.shared.clone(), source, hurry })
     }
 
     /// Edge nodes, for ever.
     pub(crate) async fn nodes(self) {
         let sink = Nodes { watches: self.clone(), seen: HashSet::new() };
         let progress = self.progress(Source::Nodes);
-        follow(Kind::Node, self.api.api(Kind::Node, ""), ListParams::default().labels(EDGE_LABEL), progress, sink)
-            .await;
+        let (nodes, edges) = (self.api.api(Kind::Node, ""), ListParams::default().labels(EDGE_LABEL));
+        follow(&self.api, Kind::Node, nodes, edges, progress, sink).await;
     }
 
     /// Pods that are bound, for ever. Which of them matter is known once the nodes are.
@@ -105,38 +118,40 @@ impl Watches {
         self.shared.until_ready(Source::Nodes).await;
         let sink = Pods { watches: self.clone(), list: 0, nodes: Vec::new() };
         let progress = self.progress(Source::Pods);
-        follow(Kind::Pod, self.api.api(Kind::Pod, ""), ListParams::default().fields("spec.nodeName!="), progress, sink)
-            .await;
+        let (pods, bound) = (self.api.api(Kind::Pod, ""), ListParams::default().fields("spec.nodeName!="));
+        follow(&self.api, Kind::Pod, pods, bound, progress, sink).await;
     }
 
     /// Services, for ever.
     pub(crate) async fn services(self) {
         let sink = Whole { shared: self.shared.clone(), kind: Kind::Service, seen: None };
         let progress = self.progress(Source::Services);
-        follow(Kind::Service, self.api.api(Kind::Service, ""), ListParams::default(), progress, sink).await;
+        let services = self.api.api(Kind::Service, "");
+        follow(&self.api, Kind::Service, services, ListParams::default(), progress, sink).await;
     }
 
     /// RuntimeClasses, for ever.
     pub(crate) async fn runtime_classes(self) {
         let sink = Whole { shared: self.shared.clone(), kind: Kind::RuntimeClass, seen: None };
         let progress = self.progress(Source::RuntimeClasses);
-        follow(Kind::RuntimeClass, self.api.api(Kind::RuntimeClass, ""), ListParams::default(), progress, sink).await;
+        let classes = self.api.api(Kind::RuntimeClass, "");
+        follow(&self.api, Kind::RuntimeClass, classes, ListParams::default(), progress, sink).await;
     }
 
     /// Metadata of ConfigMaps, for ever.
     pub(crate) async fn config_maps(self) {
-        let api = Api::<PartialObjectMeta<ConfigMap>>::all(self.client.clone());
+        let objects = Api::<PartialObjectMeta<ConfigMap>>::all(self.client.clone());
         let sink = Metadata::new(&self.shared, Collection::ConfigMaps, Source::ConfigMaps);
         let progress = self.progress(Source::ConfigMaps);
-        follow(Kind::ConfigMap, api, ListParams::default(), progress, sink).await;
+        follow(&self.api, Kind::ConfigMap, objects, ListParams::default(), progress, sink).await;
     }
 
     /// Metadata of Secrets, for ever.
     pub(crate) async fn secrets(self) {
-        let api = Api::<PartialObjectMeta<Secret>>::all(self.client.clone());
+        let objects = Api::<PartialObjectMeta<Secret>>::all(self.client.clone());
         let sink = Metadata::new(&self.shared, Collection::Secrets, Source::Secrets);
         let progress = self.progress(Source::Secrets);
-        follow(Kind::Secret, api, ListParams::default(), progress, sink).await;
+        follow(&self.api, Kind::Secret, objects, ListParams::default(), progress, sink).await;
     }
 
     /// What is asked for by name may be newer than what the watch has shown.
@@ -267,7 +282,7 @@ impl Watches {
     }
 
     /// Asks whether pods that a list did not show are really gone.
-    async fn confirm_pods(self, pods: Vec<(String, String)>, list: u64) {
+    async fn confirm_pods(self, pods: Vec<(String, String)>, list: u64, _until_then: Confirming) {
         let confirm = |(key, uid): (String, String)| {
             let watches = self.clone();
             async move {
@@ -293,7 +308,6 @@ impl Watches {
             }
         };
         futures_util::stream::iter(pods).map(confirm).buffer_unordered(CONFIRM_AT_ONCE).collect::<()>().await;
-        self.shared.closures().confirmed();
     }
 
     /// A node became autonomous: its pods are looked at as they were last seen.
@@ -379,14 +393,15 @@ impl Sink<DynamicObject> for Pods {
             }
             closures.source_ready(Source::Pods);
             let unseen = closures.pods_unseen(self.list);
-            if !unseen.is_empty() {
-                closures.confirming();
+            if unseen.is_empty() {
+                return;
             }
+            closures.confirming();
             unseen
         };
-        if !unseen.is_empty() {
-            supervise::spawn("confirm deletions of pods", self.watches.clone().confirm_pods(unseen, self.list));
-        }
+        let confirming = Confirming(self.watches.shared.clone());
+        let confirm = self.watches.clone().confirm_pods(unseen, self.list, confirming);
+        supervise::spawn("confirm deletions of pods", confirm);
     }
 }
 

@@ -14,10 +14,10 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
 use super::{Progress, Sink};
-use crate::apiserver::{Kind, backoff};
+use crate::apiserver::{Apiserver, Kind, backoff};
 use crate::retry::chain;
 
-/// The longest pause of a watch that keeps breaking. There are six of them however many nodes there are, and every edge waits for
+/// The longest pause of a watch that keeps breaking. There are a few of them however many nodes there are, and every edge waits for
 /// them after an outage: they need not be as patient as what nodes cause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Seconds a watch lasts before it is renewed.
@@ -34,22 +34,26 @@ const PART: u32 = 500;
 
 /// Why a list or watch has to be begun anew.
 enum Broken {
+    /// An edge has seen more than the watch tells: a list has to come before the changes that follow.
+    Overtaken,
     /// The changes from where it stood are not to be had any more: a list has to come before them.
     Expired,
     /// Something else; it goes on from where it stood.
     Failed(String, bool),
 }
 
-/// Follows what `api` shows of `selected`.
-pub(super) async fn follow<K>(
+/// Follows what `objects` shows of `selected`. Whoever compares replicas is told the `progress`.
+pub(crate) async fn follow<K>(
+    api: &Apiserver,
     kind: Kind,
-    api: Api<K>,
+    objects: Api<K>,
     selected: ListParams,
-    progress: Progress,
+    progress: Option<Progress>,
     mut sink: impl Sink<K> + Send,
 ) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
+    let progress = progress.as_ref();
     let mut from = None;
     let mut failures = 0;
     let mut listed = Instant::now();
@@ -57,25 +61,25 @@ pub(super) async fn follow<K>(
         let ended = match &mut from {
             None => {
                 listed = Instant::now();
-                list(&api, &selected, &progress, &mut sink).await.map(|revision| from = Some(revision))
+                list(&objects, &selected, progress, &mut sink).await.map(|revision| from = Some(revision))
             }
             Some(from) => tokio::select! {
-                ended = watch(&api, &selected, &progress, &mut sink, from) => ended,
-                () = overtaken(&progress, listed + LISTS_APART) => {
-                    debug!(resource = kind.plural(), "an edge has seen more than the watch tells: listing anew");
-                    from.clear();
-                    Ok(())
-                }
+                ended = watch(&objects, &selected, progress, &mut sink, from) => ended,
+                () = overtaken(progress, listed + LISTS_APART) => Err(Broken::Overtaken),
             },
         };
-        from = from.filter(|from| !from.is_empty());
-        let code = if ended.is_ok() { 200 } else { 0 };
-        progress.api.metrics().request("watch", kind.plural(), code);
+        let code = if matches!(ended, Ok(()) | Err(Broken::Overtaken)) { 200 } else { 0 };
+        api.metrics().request("watch", kind.plural(), code);
         match ended {
             Ok(()) => {
                 if std::mem::take(&mut failures) > 0 {
                     info!(resource = kind.plural(), "the watch works again");
                 }
+                continue;
+            }
+            Err(Broken::Overtaken) => {
+                debug!(resource = kind.plural(), "an edge has seen more than the watch tells: listing anew");
+                from = None;
                 continue;
             }
             Err(Broken::Expired) => {
@@ -85,7 +89,11 @@ pub(super) async fn follow<K>(
             Err(Broken::Failed(cause, forbidden)) => {
                 if failures == 0 {
                     let remedy = if forbidden { "; apply deploy/rbac.yaml" } else { "" };
-                    warn!(resource = kind.plural(), "the watch broke: {cause}; trying again until it works{remedy}");
+                    let of = sink.of();
+                    warn!(
+                        resource = kind.plural(),
+                        "the watch{of} broke: {cause}; trying again until it works{remedy}"
+                    );
                 }
                 failures += 1;
             }
@@ -96,9 +104,9 @@ pub(super) async fn follow<K>(
 
 /// The most recent state, never an older one from a cache; answers its revision.
 async fn list<K>(
-    api: &Api<K>,
+    objects: &Api<K>,
     selected: &ListParams,
-    progress: &Progress,
+    progress: Option<&Progress>,
     sink: &mut impl Sink<K>,
 ) -> Result<String, Broken>
 where
@@ -107,12 +115,15 @@ where
     let mut params = selected.clone().limit(PART);
     let mut begun = false;
     loop {
-        let part = timeout(LIST_PATIENCE, api.list(&params)).await.map_err(|_| silent())?.map_err(broken)?;
+        let part = timeout(LIST_PATIENCE, objects.list(&params)).await.map_err(|_| silent())?.map_err(broken)?;
         if !std::mem::replace(&mut begun, true) {
             sink.begin();
         }
-        let revision = part.metadata.resource_version.unwrap_or_default();
-        progress.shows(&revision);
+        let revision = part.metadata.resource_version.filter(|revision| !revision.is_empty());
+        let revision = revision.ok_or_else(|| Broken::Failed("a list says no revision".to_owned(), false))?;
+        if let Some(progress) = progress {
+            progress.shows(&revision);
+        }
         for mut object in part.items {
             object.managed_fields_mut().clear();
             sink.apply(object);
@@ -120,7 +131,9 @@ where
         params.continue_token = part.metadata.continue_.filter(|token| !token.is_empty());
         if params.continue_token.is_none() {
             sink.complete();
-            progress.reached(&revision);
+            if let Some(progress) = progress {
+                progress.reached(&revision);
+            }
             return Ok(revision);
         }
     }
@@ -128,9 +141,9 @@ where
 
 /// The changes from a revision on, which is moved on with them.
 async fn watch<K>(
-    api: &Api<K>,
+    objects: &Api<K>,
     selected: &ListParams,
-    progress: &Progress,
+    progress: Option<&Progress>,
     sink: &mut impl Sink<K>,
     from: &mut String,
 ) -> Result<(), Broken>
@@ -144,7 +157,7 @@ where
     };
     let params = params.timeout(WATCH_SECONDS);
     let dead = Instant::now() + Duration::from_secs(WATCH_SECONDS.into()) + GRACE;
-    let events = timeout(LIST_PATIENCE, api.watch(&params, from)).await.map_err(|_| silent())?.map_err(broken)?;
+    let events = timeout(LIST_PATIENCE, objects.watch(&params, from)).await.map_err(|_| silent())?.map_err(broken)?;
     let mut events = std::pin::pin!(events);
     loop {
         let event = match timeout_at(dead, events.next()).await {
@@ -156,22 +169,30 @@ where
             WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, false),
             WatchEvent::Deleted(object) => (object, true),
             WatchEvent::Bookmark(mark) => {
-                from.clone_from(&mark.metadata.resource_version);
-                progress.reached(from);
+                if let Some(progress) = progress {
+                    progress.reached(&mark.metadata.resource_version);
+                }
+                if !mark.metadata.resource_version.is_empty() {
+                    *from = mark.metadata.resource_version;
+                }
                 continue;
             }
             WatchEvent::Error(status) if status.code == 410 => return Err(Broken::Expired),
             WatchEvent::Error(status) => return Err(broken(kube::Error::Api(status))),
         };
         let revision = object.resource_version().unwrap_or_default();
-        progress.shows(&revision);
+        if let Some(progress) = progress {
+            progress.shows(&revision);
+        }
         object.managed_fields_mut().clear();
         if is_gone {
             sink.delete(object)
         } else {
             sink.apply(object)
         }
-        progress.reached(&revision);
+        if let Some(progress) = progress {
+            progress.reached(&revision);
+        }
         if !revision.is_empty() {
             *from = revision;
         }
@@ -180,7 +201,8 @@ where
 
 /// Waits until an edge has seen more than the watch tells even when it was given some time. Nothing changed since, then, or the watch
 /// hangs: a watch of what does not change tells no revision, a list does.
-async fn overtaken(progress: &Progress, not_before: Instant) {
+async fn overtaken(progress: Option<&Progress>, not_before: Instant) {
+    let Some(progress) = progress else { return std::future::pending().await };
     loop {
         progress.hurry.notified().await;
         tokio::time::sleep_until(not_before.max(Instant::now() + LAG)).await;
