@@ -79,13 +79,14 @@ impl Closures {
     pub(crate) fn reached(&mut self, source: Source, revision: &str) -> bool {
         let Ok(revision) = revision.parse() else { return true };
         self.marks.shows(source, revision);
+        let wanted = self.marks.wanted[source as usize];
         let reached = &mut self.marks.reached[source as usize];
-        let goes_up = revision >= *reached;
-        *reached = revision.max(*reached);
-        if goes_up {
+        let before = std::mem::replace(reached, revision.max(*reached));
+        // Beyond what any edge has seen nobody waits for more: every event comes by here, and thousands of sessions may be behind.
+        if before < wanted && before < revision {
             self.subscribers.wake_behind();
         }
-        goes_up
+        revision >= before
     }
 
     /// Until [`Closures::confirmed`], what is known may show something that is gone.
