@@ -229,7 +229,7 @@ impl Mux {
 
     /// What happened since it was asked last, one at a time.
     pub fn poll(&mut self) -> Option<Event> {
-        self.events.pop_front()
+        pop(&mut self.events)
     }
 
     /// The next frame to send; taken is sent. [`Event::Writable`] may follow from it.
@@ -291,11 +291,11 @@ impl Mux {
     }
 
     fn next_control(&mut self) -> Option<Frame> {
-        if let Some(frame) = self.urgent.pop_front() {
+        if let Some(frame) = pop(&mut self.urgent) {
             self.control_bytes -= frame.encoded_len();
             return Some(frame);
         }
-        match self.control.pop_front()? {
+        match pop(&mut self.control)? {
             Control::Whole(frame) => {
                 self.control_bytes -= frame.encoded_len();
                 Some(frame)
@@ -554,4 +554,13 @@ pub fn class_of(frame: &Frame) -> Option<Option<Class>> {
 
 fn shortened(reason: &str) -> String {
     reason[..reason.floor_char_boundary(MAX_REASON)].to_owned()
+}
+
+/// Takes the first. A queue that is empty keeps no room: a cloud has many sessions, and most are idle.
+fn pop<T>(queue: &mut VecDeque<T>) -> Option<T> {
+    let first = queue.pop_front();
+    if queue.is_empty() {
+        *queue = VecDeque::new();
+    }
+    first
 }

@@ -120,7 +120,7 @@ pub(crate) struct Closures {
     cluster_domain: String,
     /// Not to be looked for in the cluster.
     configured_dns: Vec<String>,
-    nodes: HashMap<Arc<str>, Node>,
+    nodes: HashMap<Arc<str>, Box<Node>>,
     /// Which node has the pod of this key.
     bound: HashMap<String, Arc<str>>,
     slots: HashMap<Reference, Slot>,
@@ -300,7 +300,7 @@ impl Closures {
             service_namespaces: HashMap::new(),
             tokens: Tokens::default(),
         };
-        self.nodes.insert(name.clone(), node);
+        self.nodes.insert(name.clone(), Box::new(node));
         self.subscribers.mark_all(&name);
         change
     }

@@ -13,8 +13,8 @@ pub(crate) type Reference = (Collection, String);
 /// Everything one pod refers to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct References {
-    /// ConfigMaps, Secrets and the RuntimeClass.
-    pub(crate) objects: BTreeSet<Reference>,
+    /// ConfigMaps, Secrets and the RuntimeClass; each once, sorted.
+    pub(crate) objects: Box<[Reference]>,
     /// The namespace whose Services become environment variables.
     pub(crate) service_namespace: Option<String>,
     /// Service account tokens to mint.
@@ -64,7 +64,7 @@ pub(crate) fn references(pod: &Value) -> References {
         objects.insert((Collection::RuntimeClasses, class.to_owned()));
     }
     let service_namespace = (spec["enableServiceLinks"].as_bool() != Some(false)).then(|| namespace.to_owned());
-    References { objects, service_namespace, tokens }
+    References { objects: objects.into_iter().collect(), service_namespace, tokens }
 }
 
 fn token_request(pod: &Value, namespace: &str, source: &Value) -> TokenRequest {

@@ -154,7 +154,8 @@ impl Closures {
         let uid = node.uid.clone();
         let subscriber =
             Subscriber { uid, epoch, wake: wake.clone(), changed: BTreeSet::new(), everything: true, behind: false };
-        self.subscribers.by_node.entry(node.name.clone()).or_default().push(subscriber);
+        // Hardly ever there is more than one.
+        self.subscribers.by_node.entry(node.name.clone()).or_insert_with(|| Vec::with_capacity(1)).push(subscriber);
         let known = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid);
         // One whose last session was here, as the edge and the Node know it, was nobody else's since.
         let claims = known.is_none_or(|known| {

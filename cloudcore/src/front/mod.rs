@@ -15,7 +15,7 @@ use skerry_proto::transport::{self, TLS_BUFFER, UNSENT};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 use self::places::{Place, Places};
 use crate::backend::{Backend, NodeCheck, NodeIdentity};
 use crate::metrics::Metrics;
-use crate::pki::{CaError, CurrentAuthority, ServerCertificate};
+use crate::pki::{CaError, CurrentAuthority, NodeCertificate, ServerCertificate};
 use crate::registry::Sessions;
 use crate::retry::{Backoff, chain};
 use crate::secrets::SecretStore;
@@ -55,6 +55,8 @@ const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A session's connection.
 type Wire = transport::Wire<http::Carried, Metrics>;
+/// A node that wants a session, and its place among those who have none yet.
+type Stranger = (Wire, NodeCertificate, OwnedSemaphorePermit);
 
 /// Everything that a connection may need.
 pub struct Front<B, S> {
@@ -133,7 +135,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             };
             trouble.reset();
             let (front, acceptor, silent) = (Arc::clone(&self), acceptor.clone(), silent.take());
-            connections.spawn(async move { front.connection(stream, acceptor, silent).await });
+            connections.spawn(front.connection(stream, acceptor, silent));
         }
         drop(listener);
         let cut = connections.drain(drain).await;
@@ -180,11 +182,19 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     }
 
     async fn connection(self: Arc<Self>, stream: TcpStream, acceptor: TlsAcceptor, silent: Place) {
+        // What it takes to get there is gone before the session begins, which lives long.
+        if let Some((wire, certificate, request)) = Box::pin(self.upgrade(stream, acceptor, silent)).await {
+            Box::pin(session::run(&self, wire, certificate, request)).await;
+        }
+    }
+
+    /// Serves what is asked for; a session if it is that.
+    async fn upgrade(self: &Arc<Self>, stream: TcpStream, acceptor: TlsAcceptor, silent: Place) -> Option<Stranger> {
         let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
         // Small frames go at once, and urgent ones soon; a failure only costs time.
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
-        let tls = match Box::pin(handshake(stream, acceptor, silent, &self.handshakes)).await {
+        let tls = match handshake(stream, acceptor, silent, &self.handshakes).await {
             Ok(mut tls) => {
                 tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
                 tls
@@ -192,20 +202,16 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             Err(what) => {
                 self.metrics.handshake_failed();
                 debug!(peer, "no TLS connection: {what}");
-                return;
+                return None;
             }
         };
         let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
             debug!(peer, "too many requests at once, the connection is closed");
-            return;
+            return None;
         };
         let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned();
-        // The requests' state is gone before the session begins, which lives long.
-        let upgraded = Box::pin(http::serve(Arc::clone(&self), tls, certificate, peer)).await;
-        if let Some((websocket, certificate)) = upgraded {
-            let wire = Wire::over_websocket(websocket, Side::Cloud, self.metrics.clone());
-            Box::pin(session::run(&self, wire, certificate, request)).await;
-        }
+        let (websocket, certificate) = http::serve(Arc::clone(self), tls, certificate, peer).await?;
+        Some((Wire::over_websocket(websocket, Side::Cloud, self.metrics.clone()), certificate, request))
     }
 }
 

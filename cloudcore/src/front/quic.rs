@@ -16,7 +16,7 @@ use tracing::{debug, info};
 
 use super::http;
 use super::places::Place;
-use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Wire, session, shake};
+use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Stranger, Wire, session, shake};
 use crate::backend::Backend;
 use crate::pki::CaError;
 use crate::secrets::SecretStore;
@@ -72,7 +72,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 () = self.handshakes.room(), if !waiting.is_empty() => {
                     if let Some(incoming) = waiting.pop_front() {
                         let (front, place) = (Arc::clone(&self), self.handshakes.take());
-                        connections.spawn(async move { front.quic_connection(incoming, place).await });
+                        connections.spawn(front.quic_connection(incoming, place));
                     }
                     continue;
                 }
@@ -102,6 +102,12 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     }
 
     async fn quic_connection(self: Arc<Self>, incoming: Incoming, place: Place) {
+        if let Some((wire, certificate, request)) = Box::pin(self.open(incoming, place)).await {
+            Box::pin(session::run(&self, wire, certificate, request)).await;
+        }
+    }
+
+    async fn open(self: &Arc<Self>, incoming: Incoming, place: Place) -> Option<Stranger> {
         let peer = incoming.remote_address();
         let handshake = async { incoming.accept()?.await };
         let connection = match shake(handshake, place).await {
@@ -109,13 +115,13 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             Err(what) => {
                 self.metrics.handshake_failed();
                 debug!(%peer, "no QUIC connection: {what}");
-                return;
+                return None;
             }
         };
         let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
             debug!(%peer, "too many requests at once, the connection is closed");
             connection.close(REFUSED, b"too many requests at once");
-            return;
+            return None;
         };
         let chain = connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
         let certificate = match http::node(chain.as_ref().and_then(|chain| chain.first())) {
@@ -123,18 +129,21 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             Err(no) => {
                 debug!(%peer, reason = no.reason, "refused: {}", no.message);
                 connection.close(REFUSED, no.message.as_bytes());
-                return;
+                return None;
             }
         };
         // A client that allows no streams would hold its place for ever.
         let opening = Wire::over_quic(connection, Side::Cloud, self.metrics.clone());
         let Ok(opened) = tokio::time::timeout(HANDSHAKE_PATIENCE, opening).await else {
             debug!(%peer, "no session: the client allows no streams");
-            return;
+            return None;
         };
         match opened {
-            Ok(wire) => Box::pin(session::run(&self, wire, certificate, request)).await,
-            Err(end) => debug!(%peer, "no session: {end}"),
+            Ok(wire) => Some((wire, certificate, request)),
+            Err(end) => {
+                debug!(%peer, "no session: {end}");
+                None
+            }
         }
     }
 }

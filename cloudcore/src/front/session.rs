@@ -55,15 +55,15 @@ pub(super) async fn run<B, S>(
     S: SecretStore,
 {
     let mut wire = wire.full_at(FULL);
-    let begun = begin(front, &mut wire, &certificate).await;
+    // Boxed, and so is the end: sessions are many and live long, and none is to keep the room that others need for a moment.
+    let begun = Box::pin(begin(front, &mut wire, &certificate)).await;
     let node = certificate.node;
     let Begun { hello, mut place, restored } = match begun {
         Ok(begun) => begun,
         Err((result, goodbye)) => {
             front.metrics.session_start(result);
             debug!(node = shown(&node), result, "no session");
-            finish(wire, goodbye).await;
-            return;
+            return Box::pin(finish(wire, goodbye)).await;
         }
     };
     drop(stranger);
@@ -71,7 +71,10 @@ pub(super) async fn run<B, S>(
     front.metrics.session_start("ok");
     let standing = front.metrics.session();
     info!(node = shown(&node), epoch, agent = hello.agent, "connected");
-    let goodbye = drive(front, &mut wire, &node, &hello, restored, &mut place).await;
+    let driven = start(front, &node, &hello, restored, epoch);
+    // It holds on to what the frame came in.
+    drop(hello);
+    let goodbye = drive(front, &mut wire, &node, driven, &mut place).await;
     drop(standing);
     info!(
         node = shown(&node),
@@ -80,7 +83,7 @@ pub(super) async fn run<B, S>(
         goodbye.as_ref().map_or("the connection ended", |said| &said.message)
     );
     drop(place);
-    finish(wire, goodbye).await;
+    Box::pin(finish(wire, goodbye)).await;
 }
 
 async fn finish(wire: Wire, goodbye: Option<Goodbye>) {
@@ -170,30 +173,52 @@ where
     }
 }
 
+/// What a session is about.
+struct Driven<F> {
+    feed: F,
+    hub: Hub,
+    /// What the hub wants done first.
+    outputs: Vec<HubOutput>,
+}
+
+fn start<B, S>(
+    front: &Front<B, S>,
+    node: &NodeIdentity,
+    hello: &Hello,
+    restored: bool,
+    epoch: u64,
+) -> Box<Driven<B::Feed>>
+where
+    B: Backend,
+    S: SecretStore,
+{
+    let seen = if restored { &[] } else { hello.revisions.as_slice() };
+    let feed = front.backend.open(node, epoch, hello.last_epoch, seen);
+    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, epoch, clock::wall_millis(), AGENT);
+    if restored {
+        outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
+    }
+    Box::new(Driven { feed, hub, outputs })
+}
+
 /// Runs the hub until the session ends; says what the edge should hear.
 async fn drive<B, S>(
     front: &Front<B, S>,
     wire: &mut Wire,
     node: &NodeIdentity,
-    hello: &Hello,
-    restored: bool,
+    mut driven: Box<Driven<B::Feed>>,
     place: &mut Place,
 ) -> Option<Goodbye>
 where
     B: Backend,
     S: SecretStore,
 {
-    let seen = if restored { &[] } else { hello.revisions.as_slice() };
-    let mut feed = front.backend.open(node, place.epoch(), hello.last_epoch, seen);
-    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, place.epoch(), clock::wall_millis(), AGENT);
-    if restored {
-        outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
-    }
+    let Driven { feed, hub, outputs } = &mut *driven;
     let catch_up = clock::monotonic() + CATCH_UP;
     // Whoever opens a stream on it now is sent behind the Welcome.
     place.offer(wire.streams());
     loop {
-        for output in outputs.drain(..) {
+        for output in std::mem::take(outputs) {
             match output {
                 HubOutput::Send(frame) => wire.push(frame),
                 HubOutput::Inventory(collection, entries) => feed.inventory(collection, entries),
@@ -215,10 +240,10 @@ where
             }),
             () = front.stop.cancelled() => return Some(goodbye(Reason::Shutdown, "cloudcore is going down")),
             event = wire.next(keeps_up) => match event {
-                Ok(Event::Frame(frame)) => outputs = hub.step(clock::monotonic(), HubInput::Frame(frame)),
-                Ok(Event::Heard) => outputs = hub.step(clock::monotonic(), HubInput::Heard),
+                Ok(Event::Frame(frame)) => *outputs = hub.step(clock::monotonic(), HubInput::Frame(frame)),
+                Ok(Event::Heard) => *outputs = hub.step(clock::monotonic(), HubInput::Heard),
                 Ok(Event::Opened(incoming)) => {
-                    outputs = hub.step(clock::monotonic(), HubInput::Heard);
+                    *outputs = hub.step(clock::monotonic(), HubInput::Heard);
                     front.services.deliver(incoming, |incoming| (node.clone(), incoming));
                 }
                 Ok(Event::Drained) => {}
@@ -233,7 +258,7 @@ where
                 let (_, said) = later("behind", "this replica of cloudcore has not seen what the node was told by another one");
                 return said;
             }
-            () = tokio::time::sleep(due) => outputs = hub.step(clock::monotonic(), HubInput::Timeout),
+            () = tokio::time::sleep(due) => *outputs = hub.step(clock::monotonic(), HubInput::Timeout),
             events = feed.next(), if keeps_up => for event in events {
                 let now = clock::monotonic();
                 outputs.extend(match event {

@@ -13,13 +13,13 @@ use futures_util::FutureExt as _;
 use kube::api::Patch;
 use skerry_proto::payload::{NodeReport, PodReport};
 use skerry_proto::sync::{Report, ReportKind};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
 use self::event::About;
 use self::pod::StatusFacts;
-use self::queue::{Next, State, WAITING, Waiting};
+use self::queue::{Next, State, Waiting};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
@@ -51,18 +51,17 @@ pub(crate) struct Upstream {
 pub(crate) struct Reports {
     upstream: Arc<Upstream>,
     queue: Arc<Queue>,
-    ended: mpsc::Receiver<(u64, String)>,
-    task: JoinHandle<()>,
+    /// Brings them to the apiserver while there are any: most sessions report nothing most of the time.
+    task: Option<JoinHandle<()>>,
 }
 
 struct Queue {
     node: NodeIdentity,
     epoch: u64,
     state: Mutex<State>,
-    wake: tokio::sync::Notify,
-    /// Something is to be reported once more.
-    wanted: tokio::sync::Notify,
-    ended: mpsc::Sender<(u64, String)>,
+    wake: Notify,
+    /// Something came to its end, or is to be reported once more.
+    news: Notify,
 }
 
 /// How an attempt ended.
@@ -98,25 +97,22 @@ impl Upstream {
 
     /// Begins a session. One that `claims` writes nothing before the Node says that it has it.
     pub(crate) fn open(self: &Arc<Self>, node: &NodeIdentity, epoch: u64, claims: bool) -> Reports {
-        let (sender, ended) = mpsc::channel(WAITING);
-        let queue = Arc::new(Queue {
-            node: node.clone(),
-            epoch,
-            state: Mutex::default(),
-            wake: tokio::sync::Notify::new(),
-            wanted: tokio::sync::Notify::new(),
-            ended: sender,
-        });
+        let (state, wake, news) = (Mutex::default(), Notify::new(), Notify::new());
+        let queue = Arc::new(Queue { node: node.clone(), epoch, state, wake, news });
         lock(&self.queues).insert(node.name.clone(), queue.clone());
-        let task = supervise::spawn("upstream", self.clone().drive(queue.clone(), claims));
-        Reports { upstream: self.clone(), queue, ended, task }
+        let mut reports = Reports { upstream: self.clone(), queue, task: None };
+        if claims {
+            lock(&reports.queue.state).begin();
+            reports.drive(true);
+        }
+        reports
     }
 
     /// The apiserver shows this state of a pod: if that hides what the pod's node says, the node is asked to report once more.
     pub(crate) fn pod_seen(&self, node: &str, facts: &PodFacts) {
         let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
         if lock(&queue.state).see(facts, clock::monotonic()) {
-            queue.wanted.notify_one();
+            queue.news.notify_one();
         }
     }
 
@@ -124,7 +120,7 @@ impl Upstream {
     pub(crate) fn node_hidden(&self, node: &str) {
         let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
         if lock(&queue.state).node_hidden(&queue.node.uid, clock::monotonic()) {
-            queue.wanted.notify_one();
+            queue.news.notify_one();
         }
     }
 
@@ -135,29 +131,22 @@ impl Upstream {
         }
     }
 
+    /// Ends when nothing waits any more.
     async fn drive(self: Arc<Self>, queue: Arc<Queue>, claims: bool) {
         if claims {
             Box::pin(self.claim(&queue)).await;
         }
         loop {
             let next = lock(&queue.state).next(clock::monotonic());
-            let ended = match next {
-                // Thousands of sessions have nothing to carry out: what it takes is there only while it lasts.
-                Next::Now(waiting) => Box::pin(self.carry_out(&queue, waiting)).await,
-                Next::In(wait) => {
-                    // A new report may be due before.
-                    let _ = tokio::time::timeout(wait, queue.wake.notified()).await;
-                    None
+            match next {
+                Next::Now(waiting) => {
+                    if let Some((id, refused)) = Box::pin(self.carry_out(&queue, waiting)).await {
+                        queue.end(id, refused);
+                    }
                 }
-                Next::Never => {
-                    queue.wake.notified().await;
-                    None
-                }
-            };
-            if let Some(ended) = ended
-                && queue.ended.send(ended).await.is_err()
-            {
-                return;
+                // A new report may be due before.
+                Next::In(wait) => drop(tokio::time::timeout(wait, queue.wake.notified()).await),
+                Next::Never => return,
             }
         }
     }
@@ -443,30 +432,39 @@ impl Upstream {
     }
 }
 
+impl Queue {
+    fn end(&self, id: u64, refused: String) {
+        lock(&self.state).end(id, refused);
+        self.news.notify_one();
+    }
+}
+
 impl Reports {
     /// Takes a report. An older one of the same thing that still waits is replaced, and counts as taken.
     pub(crate) fn push(&mut self, report: Report) {
-        let ended = {
+        let (ended, is_driven) = {
             let mut state = lock(&self.queue.state);
-            state.push(report)
+            (state.push(report), state.begin())
         };
         if let Some((kind, id, refused)) = ended {
             let result = if refused.is_empty() { "superseded" } else { "refused" };
             self.upstream.api.metrics().report(kind_name(kind), result);
-            // Room is certain unless the session stopped reading; then its end is near and the edge will say it again.
-            if self.queue.ended.try_send((id, refused)).is_err() {
-                warn!(node = self.queue.node.name, "a session does not read what became of its reports");
-            }
+            self.queue.end(id, refused);
         }
-        self.queue.wake.notify_one();
+        if is_driven {
+            self.queue.wake.notify_one();
+        } else {
+            self.drive(false);
+        }
     }
 
     /// A report that came to its end, or is wanted once more, if there is any.
     pub(crate) fn try_next(&mut self) -> Option<FeedEvent> {
-        if let Ok((id, refused)) = self.ended.try_recv() {
+        let mut state = lock(&self.queue.state);
+        if let Some((id, refused)) = state.ended() {
             return Some(FeedEvent::Reported { id, refused });
         }
-        lock(&self.queue.state).wanted().map(|(kind, uid)| FeedEvent::ReportWanted(kind, uid))
+        state.wanted().map(|(kind, uid)| FeedEvent::ReportWanted(kind, uid))
     }
 
     /// The next report that came to its end, or is wanted once more. Cancel safe.
@@ -475,18 +473,21 @@ impl Reports {
             if let Some(event) = self.try_next() {
                 return event;
             }
-            tokio::select! {
-                // The queue holds a sender for as long as this lives.
-                Some((id, refused)) = self.ended.recv() => return FeedEvent::Reported { id, refused },
-                () = self.queue.wanted.notified() => {}
-            }
+            self.queue.news.notified().await;
         }
+    }
+
+    fn drive(&mut self, claims: bool) {
+        let drive = self.upstream.clone().drive(self.queue.clone(), claims);
+        self.task = Some(supervise::spawn("upstream", drive));
     }
 }
 
 impl Drop for Reports {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
         let mut queues = lock(&self.upstream.queues);
         if queues.get(&self.queue.node.name).is_some_and(|queue| Arc::ptr_eq(queue, &self.queue)) {
             queues.remove(&self.queue.node.name);

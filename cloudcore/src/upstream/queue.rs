@@ -12,7 +12,7 @@ use super::pod::StatusFacts;
 use crate::closure::{PodFacts, version_less};
 
 /// Reports of different things that wait for one session; the edge's window is smaller.
-pub(super) const WAITING: usize = 256;
+const WAITING: usize = 256;
 /// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
 const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
@@ -26,6 +26,10 @@ pub(super) struct State {
     node: Allowance,
     /// What the edge is to report once more; each at most once, so no more than its pods and itself.
     wanted: VecDeque<(ReportKind, String)>,
+    /// Reports that came to their end, and why they were refused, if they were: no more than the edge may have on their way at once.
+    ended: VecDeque<(u64, String)>,
+    /// Somebody asks for what is next until there is nothing.
+    is_driven: bool,
 }
 
 /// A report to bring to the apiserver, and when its next try is.
@@ -64,18 +68,39 @@ struct Allowance {
 }
 
 impl State {
-    /// Hands out the first job that is due.
+    /// Whoever asks for what is next is about to. Answers whether somebody does already.
+    pub(super) fn begin(&mut self) -> bool {
+        std::mem::replace(&mut self.is_driven, true)
+    }
+
+    /// A report came to its end.
+    pub(super) fn end(&mut self, id: u64, refused: String) {
+        self.ended.push_back((id, refused));
+    }
+
+    /// The next one that did.
+    pub(super) fn ended(&mut self) -> Option<(u64, String)> {
+        let first = self.ended.pop_front();
+        if self.ended.is_empty() {
+            // Sessions are many, and most report little: what is empty keeps no room.
+            self.ended = VecDeque::new();
+        }
+        first
+    }
+
+    /// Hands out the first job that is due. With [`Next::Never`] whoever asks is done: [`State::begin`] says when it is to ask again.
     pub(super) fn next(&mut self, now: Duration) -> Next {
         if let Some(waiting) =
             self.waiting.iter().position(|waiting| waiting.due <= now).and_then(|at| self.waiting.remove(at))
         {
             return Next::Now(waiting);
         }
-        self.waiting
-            .iter()
-            .map(|waiting| waiting.due)
-            .min()
-            .map_or(Next::Never, |due| Next::In(due.saturating_sub(now)))
+        if let Some(due) = self.waiting.iter().map(|waiting| waiting.due).min() {
+            return Next::In(due.saturating_sub(now));
+        }
+        self.waiting = VecDeque::new();
+        self.is_driven = false;
+        Next::Never
     }
 
     /// Queues a report. Answers one that ended by it.
@@ -266,6 +291,22 @@ mod tests {
         assert!(state.see(&marked, Duration::ZERO));
         assert_eq!(state.wanted(), Some((ReportKind::PodStatus, "a".to_owned())));
         assert_eq!(state.wanted(), None);
+    }
+
+    #[test]
+    fn somebody_asks_for_as_long_as_anything_waits() {
+        let mut state = State::default();
+        let (at, later) = (Duration::from_secs(100), Duration::from_secs(103));
+        state.push(report(1, "a"));
+        assert!(!state.begin(), "nobody does yet");
+        let Next::Now(first) = state.next(at) else { panic!("it is due") };
+        assert!(state.begin(), "it is being carried out");
+        assert!(state.again(first, later));
+        assert_eq!(state.next(at), Next::In(Duration::from_secs(3)));
+        assert!(state.begin(), "it is to be tried again");
+        assert!(matches!(state.next(later), Next::Now(_)));
+        assert_eq!(state.next(later), Next::Never);
+        assert!(!state.begin(), "what comes now needs somebody anew");
     }
 
     #[test]

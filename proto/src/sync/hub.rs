@@ -35,7 +35,8 @@ pub struct Hub {
     acked_seq: u64,
     in_flight: VecDeque<InFlight>,
     in_flight_bytes: usize,
-    reports: BTreeSet<u64>,
+    /// Those that are not answered yet, at most [`REPORT_WINDOW`].
+    reports: Vec<u64>,
     last_heard: Duration,
     in_sync: bool,
     closed: bool,
@@ -125,7 +126,7 @@ impl Hub {
             acked_seq: 0,
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
-            reports: BTreeSet::new(),
+            reports: Vec::new(),
             last_heard: now,
             in_sync: false,
             closed: false,
@@ -220,7 +221,7 @@ impl Hub {
             }
             HubInput::Restored => self.catch_up(Freshness::disregard, &mut out),
             HubInput::Reported { id, refused } => {
-                if self.reports.remove(&id) {
+                if self.forget_report(id) {
                     out.push(send(Body::ReportAck(wire::ReportAck { id, refused })));
                 }
             }
@@ -290,19 +291,25 @@ impl Hub {
         if self.reports.len() >= REPORT_WINDOW {
             return Err(format!("more than {REPORT_WINDOW} reports at once"));
         }
-        if !self.reports.insert(report.id) {
+        if self.reports.contains(&report.id) {
             return Err(format!("report {} sent twice", report.id));
         }
         let kind = report.kind();
         if kind == ReportKind::Unspecified {
-            self.reports.remove(&report.id);
             let refused = "a kind of report that this cloudcore does not know".to_owned();
             out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
             return Ok(());
         }
+        self.reports.push(report.id);
         let wire::Report { id, namespace, name, uid, .. } = report;
         out.push(HubOutput::Report(Report { id, kind, namespace, name, uid, payload: payload.into() }));
         Ok(())
+    }
+
+    /// Answers whether the report was one that was not answered yet.
+    fn forget_report(&mut self, id: u64) -> bool {
+        let at = self.reports.iter().position(|waiting| *waiting == id);
+        at.map(|at| self.reports.swap_remove(at)).is_some()
     }
 
     /// Notes what the edge should hold of one UID.
@@ -475,6 +482,8 @@ impl Hub {
             out.push(HubOutput::Inventory(COLLECTIONS[order], self.collections[order].held_entries()));
         }
         if self.dirty.is_empty() {
+            // An empty set keeps the room of a few.
+            self.dirty = BTreeSet::new();
             for (order, collection) in COLLECTIONS.into_iter().enumerate() {
                 let held = &mut self.collections[order];
                 if std::mem::take(&mut held.unchecked) {
