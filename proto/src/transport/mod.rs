@@ -24,6 +24,7 @@ use crate::mux::{Side, Waiting};
 use crate::streams::{Carrier, Incoming, Received, Streams};
 use crate::wire::{Frame, Goodbye, frame::Body};
 
+mod congestion;
 mod quic;
 #[cfg(test)]
 mod tests;

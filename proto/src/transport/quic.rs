@@ -16,7 +16,7 @@ use quinn::{
     WriteError, rustls,
 };
 
-use super::{BURST, End, Meter, malformed};
+use super::{BURST, End, Meter, congestion, malformed};
 use crate::frame;
 use crate::mux::{CUT, Class, class_of};
 use crate::streams::Carrier;
@@ -68,7 +68,7 @@ fn transport() -> Arc<quinn::TransportConfig> {
         .stream_receive_window(VarInt::from_u32(CLASS_WINDOW))
         // Neither may bind before the windows of all classes do: a full lower class would keep a higher one from sending.
         .receive_window(VarInt::from_u32(CLASS_WINDOW * LANE_COUNT as u32))
-        .send_window(2 * u64::from(CLASS_WINDOW) * LANE_COUNT as u64)
+        .congestion_controller_factory(Arc::new(congestion::Config::default()))
         .datagram_receive_buffer_size(None)
         // The session's own pings keep NATs awake.
         .keep_alive_interval(None)
@@ -134,7 +134,7 @@ impl Quic {
         meter: &impl Meter,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), End>> {
-        let (mut sent, mut blocked) = (0, false);
+        let (mut sent, mut blocked, mut is_bounded) = (0, false, false);
         for (lane, class) in self.outgoing[places.clone()].iter_mut().zip(&LANES[places]) {
             loop {
                 if lane.unsent.is_empty() {
@@ -146,6 +146,9 @@ impl Quic {
                     lane.unsent = frame.encode_length_delimited_to_vec().into();
                     meter.sent(lane.unsent.len());
                     sent += 1;
+                }
+                if !std::mem::replace(&mut is_bounded, true) {
+                    bound(&self.connection);
                 }
                 match Pin::new(&mut lane.stream).poll_write(context, &lane.unsent) {
                     Poll::Ready(Ok(taken)) => lane.unsent.advance(taken),
@@ -266,6 +269,16 @@ impl Incoming {
         let bytes = self.unread.split_to(length).freeze();
         frame::decode(bytes).map(|frame| Some((frame, head + length))).map_err(|error| malformed(&error))
     }
+}
+
+/// Lets QUIC take no more than it may send now: while something waits that congestion control does not let go, it acknowledges nothing, and
+/// two sides that both wait so wait until a timer of theirs ends it. What is urgent is also in front of whatever has not been handed over.
+fn bound(connection: &Connection) {
+    let path = connection.stats().path;
+    let mtu = u64::from(path.current_mtu);
+    // It wants room for a whole datagram, and counts what a datagram has beside data.
+    let room = path.cwnd.saturating_sub(mtu) / 16 * 15;
+    connection.set_send_window(room.max(mtu));
 }
 
 /// The longest frame of a lane, in bytes.
