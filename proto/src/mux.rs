@@ -5,6 +5,10 @@
 //! is reset; no more is on its way than the receiver gave credit for; what waits to be sent is bounded for each stream and each class.
 //! Control frames are not bounded here: who makes them looks at [`Mux::waiting`].
 //!
+//! The credit of a stream grows with what the line carries: a ping goes when its reader has taken something after new credit, and if that was
+//! half a window by the time the answer is here, the window is what holds the sender up, and is doubled (gRPC finds its windows so). A reader
+//! that is slow has taken less. This needs no clock.
+//!
 //! It does no IO and reads no clock: [`Mux::receive`] takes what came, [`Mux::poll`] says what that means, [`Mux::next_frame`] is what
 //! to send next. A transport with an order for each class takes each from [`Mux::next_frame_of`] instead: what is said of a stream is in
 //! the order of its class.
@@ -39,6 +43,12 @@ pub const MAX_REASON: usize = 256;
 pub const STREAM_BUFFER: usize = 64 << 10;
 /// What all streams of one class may have waiting to be sent, in bytes.
 pub const CLASS_BUFFER: usize = 1 << 20;
+/// What a stream may have on its way and unread at the most, in bytes: at a round trip of 100 ms that is 10 MB/s.
+pub const MAX_WINDOW: usize = 1 << 20;
+/// What the windows of all streams of a session may have grown by, in bytes; beyond it they do not grow.
+pub const MAX_GROWTH: usize = 4 << 20;
+/// Tells our own pings from those of whoever sends control frames.
+const PROBE: u64 = 1 << 63;
 
 /// One side's end of a session's streams.
 #[derive(Debug)]
@@ -53,6 +63,13 @@ pub struct Mux {
     assembly: Option<BytesMut>,
     streams: BTreeMap<StreamId, Stream>,
     classes: [Lane; Class::ALL.len()],
+    /// What windows have grown by.
+    growth: usize,
+    /// The token of the ping whose answer is awaited: a round trip in which what is read of each stream is counted.
+    probe: Option<u64>,
+    probes: u64,
+    /// The peer's ping that is to be answered. It has one at a time too.
+    answer: Option<u64>,
     events: VecDeque<Event>,
 }
 
@@ -121,6 +138,10 @@ impl Mux {
             assembly: None,
             streams: BTreeMap::new(),
             classes: Default::default(),
+            growth: 0,
+            probe: None,
+            probes: 0,
+            answer: None,
             events: VecDeque::new(),
         }
     }
@@ -202,7 +223,16 @@ impl Mux {
     /// So many bytes of [`Event::Data`] are done with: the peer may send as many more.
     pub fn consumed(&mut self, id: StreamId, bytes: usize) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        stream.owed = stream.class.window().min(stream.owed + bytes);
+        stream.unread -= bytes.min(stream.unread);
+        if stream.measure && self.probe.is_none() {
+            self.streams.values_mut().for_each(|stream| stream.taken = 0);
+            self.probes += 1;
+            let token = PROBE | self.probes;
+            self.probe = Some(token);
+            self.control(Frame { body: Some(Body::Ping(wire::Ping { token })) });
+        }
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        stream.taken += bytes;
         if stream.owes() {
             self.chore(id);
         }
@@ -216,6 +246,14 @@ impl Mux {
             Some(Body::StreamCredit(credit)) => self.credit(&credit),
             Some(Body::StreamReset(reset)) => self.was_reset(&reset),
             Some(Body::ControlPart(part)) => self.part(&part),
+            Some(Body::Ping(ping)) if ping.token & PROBE != 0 => {
+                self.answer = Some(ping.token);
+                Ok(())
+            }
+            Some(Body::Pong(pong)) if pong.token & PROBE != 0 => {
+                self.measured(pong.token);
+                Ok(())
+            }
             body => {
                 let overtakes = matches!(body, None | Some(Body::Ping(_) | Body::Pong(_) | Body::Goodbye(_)));
                 if self.assembly.is_some() && !overtakes {
@@ -283,14 +321,18 @@ impl Mux {
         }
         self.control.clear();
         self.urgent.clear();
+        self.answer = None;
         self.control_bytes = 0;
     }
 
     fn is_control_empty(&self) -> bool {
-        self.control.is_empty() && self.urgent.is_empty()
+        self.control.is_empty() && self.urgent.is_empty() && self.answer.is_none()
     }
 
     fn next_control(&mut self) -> Option<Frame> {
+        if let Some(token) = self.answer.take() {
+            return Some(Frame { body: Some(Body::Pong(wire::Pong { token })) });
+        }
         if let Some(frame) = pop(&mut self.urgent) {
             self.control_bytes -= frame.encoded_len();
             return Some(frame);
@@ -323,10 +365,42 @@ impl Mux {
             self.remove_if_over(id);
             return Some(Body::StreamReset(wire::StreamReset { id: id.into(), reason }));
         }
-        let bytes = std::mem::take(&mut stream.owed);
+        let bytes = stream.owed();
         stream.window += bytes;
+        stream.measure = true;
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         Some(Body::StreamCredit(wire::StreamCredit { id: id.into(), bytes }))
+    }
+
+    /// A round trip is over: windows are fitted to what was read in it.
+    fn measured(&mut self, token: u64) {
+        if self.probe.take_if(|probe| *probe == token).is_none() {
+            return;
+        }
+        let mut owing = Vec::new();
+        for (id, stream) in self.streams.iter_mut().filter(|(_, stream)| stream.measure) {
+            stream.measure = false;
+            if stream.taken * 2 >= stream.limit {
+                let more = stream.limit.min(MAX_WINDOW - stream.limit).min(MAX_GROWTH - self.growth);
+                self.growth += more;
+                stream.limit += more;
+                stream.measure = more > 0;
+            } else if stream.taken * 4 >= stream.limit {
+                // It may have begun in the middle of what came at once: once more, from the beginning of what comes next.
+                stream.measure = true;
+            } else if stream.taken * 8 < stream.limit {
+                // Not what the peer was told of already.
+                let less = (stream.limit / 2).min(stream.limit - stream.class.window()).min(stream.owed());
+                self.growth -= less;
+                stream.limit -= less;
+            }
+            if stream.owes() {
+                owing.push(*id);
+            }
+        }
+        for id in owing {
+            self.chore(id);
+        }
     }
 
     fn next_of(&mut self, class: Class) -> Option<Body> {
@@ -416,6 +490,7 @@ impl Mux {
             return Err(Violation::Overrun { id, bytes: data.len(), credit: stream.window });
         }
         stream.window -= data.len();
+        stream.unread += data.len();
         stream.ended = fin;
         // On its way when we reset, or when the reader left.
         if stream.reset == Reset::No && stream.abandoned.is_none() {
@@ -435,7 +510,7 @@ impl Mux {
         // It may have crossed the end.
         let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
         let bytes = usize::try_from(credit.bytes).unwrap_or(usize::MAX);
-        if bytes > stream.class.window() - stream.credit {
+        if bytes > MAX_WINDOW - stream.credit {
             return Err(Violation::Credit(id, credit.bytes));
         }
         stream.credit += bytes;
@@ -530,6 +605,7 @@ impl Mux {
     fn remove(&mut self, id: StreamId) {
         self.drop_buffer(id);
         if let Some(stream) = self.streams.remove(&id) {
+            self.growth -= stream.limit - stream.class.window();
             if stream.has_chore {
                 self.classes[id.class().index()].chores.retain(|other| *other != id);
             }

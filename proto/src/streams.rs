@@ -5,14 +5,14 @@
 //! session. Backpressure goes from end to end: a write waits for room in the sender's buffer, that for the reader's credit. When the
 //! session ends, so does every stream, with an error that says so; a stream that is dropped unfinished is reset.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 
@@ -108,7 +108,8 @@ struct State {
 /// A stream as its owner sees it.
 #[derive(Debug, Default)]
 struct Pipe {
-    unread: VecDeque<Bytes>,
+    /// In one piece: many small ones would take more memory than the credit for them says.
+    unread: BytesMut,
     has_end: bool,
     is_shut: bool,
     reset: Option<Arc<str>>,
@@ -181,7 +182,7 @@ impl Carrier {
                 }
                 Event::Data(id, data) => {
                     if let Some(pipe) = state.pipes.get_mut(&id) {
-                        pipe.unread.push_back(data);
+                        pipe.unread.extend_from_slice(&data);
                         woken.extend(pipe.reader.take());
                     }
                 }
@@ -196,7 +197,7 @@ impl Carrier {
                     pipe.reset = Some(reason.into());
                     // Whoever reads what is whole is let finish.
                     if !pipe.has_end {
-                        pipe.unread.clear();
+                        pipe.unread = BytesMut::new();
                     }
                     woken.extend(pipe.waiting());
                 }
@@ -299,19 +300,12 @@ impl AsyncRead for Stream {
         let mut state = lock(&self.shared);
         let State { mux, pipes, ended, .. } = &mut *state;
         let Some(pipe) = pipes.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
-        let mut read = 0;
-        while let Some(first) = pipe.unread.front_mut()
-            && buffer.remaining() > 0
-        {
-            let bytes = first.len().min(buffer.remaining());
-            buffer.put_slice(&first[..bytes]);
-            first.advance(bytes);
-            read += bytes;
-            if first.is_empty() {
-                pipe.unread.pop_front();
-            }
-        }
+        let read = pipe.unread.len().min(buffer.remaining());
         if read > 0 {
+            buffer.put_slice(&pipe.unread.split_to(read));
+            if pipe.unread.is_empty() {
+                pipe.unread = BytesMut::new();
+            }
             mux.consumed(self.id, read);
             unlock_and_send(state);
             return Poll::Ready(Ok(()));

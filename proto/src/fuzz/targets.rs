@@ -10,7 +10,7 @@ use super::alloc::peak;
 use super::corpus;
 use crate::delta;
 use crate::frame;
-use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_STREAMS, Mux, Side};
+use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_STREAMS, Mux, Side};
 use crate::payload::{JoinRequest, JoinResponse, NodeReport, PodReport, Refusal, Settings, Token};
 use crate::sync::{
     Collection, Edge, EdgeInput, EdgeOutput, Encoding, Entry, Hub, HubInput, HubOutput, MAX_FRAME, MAX_INVENTORY,
@@ -150,7 +150,7 @@ pub(super) fn mux(heard: &[Vec<u8>]) {
         }
         assert!(mux.streams() <= 2 * MAX_STREAMS);
         assert!(mux.waiting().streams.iter().all(|bytes| *bytes <= CLASS_BUFFER));
-        assert!(unread <= MAX_STREAMS * 2 * (64 << 10));
+        assert!(unread <= MAX_STREAMS * 2 * (64 << 10) + MAX_GROWTH);
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can be wrong with streams: on our side, and on the peer's.
 
-use super::{MAX_HEADER, MAX_STREAMS, StreamId};
+use super::{MAX_HEADER, MAX_STREAMS, MAX_WINDOW, StreamId};
 use crate::sync::MAX_FRAME;
 
 /// Why a stream cannot be opened.
@@ -51,8 +51,8 @@ pub enum Violation {
         /// What might have come.
         credit: usize,
     },
-    /// More credit than there was data.
-    #[error("credit of {1} bytes for stream {0}, which is more than was sent")]
+    /// More credit at a time than [`MAX_WINDOW`].
+    #[error("credit of {1} bytes for stream {0}, which makes more than {MAX_WINDOW}")]
     Credit(StreamId, u32),
     /// A control frame between the parts of another.
     #[error("a control frame between the parts of another")]

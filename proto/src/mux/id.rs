@@ -48,7 +48,7 @@ impl Class {
     /// From the highest to the lowest.
     pub const ALL: [Self; 3] = [Self::Api, Self::Ops, Self::Device];
 
-    /// What a stream of it may have on its way and unread, in bytes. Both sides have to know the same.
+    /// What a stream of it may have on its way and unread at first, in bytes. Both sides have to know the same.
     pub fn window(self) -> usize {
         match self {
             Self::Api | Self::Ops | Self::Device => 64 << 10,

@@ -19,8 +19,14 @@ pub(super) struct Stream {
     pub(super) is_ready: bool,
     /// What the peer may send.
     pub(super) window: usize,
-    /// What was consumed and the peer has not been told of.
-    pub(super) owed: usize,
+    /// What came and was not consumed.
+    pub(super) unread: usize,
+    /// What may be on its way and unread together.
+    pub(super) limit: usize,
+    /// It is to be fitted to what is read within a round trip.
+    pub(super) measure: bool,
+    /// What was read since the last round trip of that kind began.
+    pub(super) taken: usize,
     /// It is in the queue of chores.
     pub(super) has_chore: bool,
     /// The peer sends nothing more.
@@ -57,7 +63,10 @@ impl Stream {
             starved: false,
             is_ready: false,
             window: class.window(),
-            owed: 0,
+            unread: 0,
+            limit: class.window(),
+            measure: false,
+            taken: 0,
             has_chore: false,
             ended: false,
             abandoned: None,
@@ -75,9 +84,14 @@ impl Stream {
         self.reset == Reset::No && (self.header.is_some() || has_data || has_end)
     }
 
+    /// What more the peer may send, and has not been told of.
+    pub(super) fn owed(&self) -> usize {
+        self.limit.saturating_sub(self.window + self.unread)
+    }
+
     /// Half a window at a time: credit for every few bytes would cost more than the bytes.
     pub(super) fn owes(&self) -> bool {
-        self.reset == Reset::No && !self.ended && self.owed * 2 >= self.class.window()
+        self.reset == Reset::No && !self.ended && self.owed() * 2 >= self.limit
     }
 
     /// Neither side has anything more to say of it.

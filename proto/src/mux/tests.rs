@@ -113,7 +113,7 @@ impl Pair {
                 actor.mux.control(frame);
             }
             (3, _) => {
-                let frame = ping(self.random.random());
+                let frame = ping(self.random.random::<u64>() & !PROBE);
                 actor.sent_pings.push_back(frame.clone());
                 actor.mux.control(frame);
             }
@@ -198,7 +198,10 @@ impl Pair {
             chores(mux) <= mux.streams()
                 && mux.classes.iter().map(|lane| lane.ready.len()).sum::<usize>() <= mux.streams()
         );
-        assert!(streams.iter().all(|(id, ends)| ends.unconsumed <= id.class().window()));
+        assert!(streams.values().all(|ends| ends.unconsumed <= MAX_WINDOW));
+        assert!(mux.streams.values().all(|stream| stream.window + stream.unread <= stream.limit));
+        let growth: usize = mux.streams.values().map(|stream| stream.limit - stream.class.window()).sum();
+        assert!(growth == mux.growth && growth <= MAX_GROWTH);
     }
 
     /// Puts one frame on the line, and makes sure that it was the right one.
@@ -396,6 +399,7 @@ fn part(bytes: Vec<u8>, last: bool) -> Frame {
 #[test]
 fn who_breaks_the_rules_is_told_which() {
     const WINDOW: usize = 64 << 10;
+    const MORE: u32 = (1 << 20) - (64 << 10);
     let (_, id) = edge_with_stream();
     let other = u32::from(id) + 8;
     let cases: Vec<(&str, Vec<Frame>, Violation)> = vec![
@@ -416,7 +420,7 @@ fn who_breaks_the_rules_is_told_which() {
         ("behind a reset", vec![reset(id), data(id, 1, false)], Violation::Ended(id)),
         ("no data", vec![data(id, 0, false)], Violation::Empty(id)),
         ("overrun", vec![data(id, WINDOW, false), data(id, 1, false)], Violation::Overrun { id, bytes: 1, credit: 0 }),
-        ("credit", vec![credit(id, 1)], Violation::Credit(id, 1)),
+        ("credit", vec![credit(id, MORE), credit(id, 1)], Violation::Credit(id, 1)),
         ("within parts", vec![part(vec![0; 9], false), control(1)], Violation::Interleaved),
         ("parts without end", vec![part(vec![0; MAX_FRAME], false), part(vec![0], false)], Violation::TooLarge),
         ("parts of nothing", vec![part(vec![0xff; 9], true)], Violation::Malformed),
@@ -513,6 +517,129 @@ fn streams_of_a_class_take_turns_and_end_with_the_session() {
     cloud.control(ping(1));
     assert_eq!(cloud.next_frame(), Some(ping(1)));
     assert_eq!((cloud.next_frame(), cloud.waiting()), (None, Waiting::default()));
+}
+
+/// A line on which everything takes `delay` steps, with streams from the cloud that always have more, and their readers on the edge.
+struct Line {
+    cloud: Mux,
+    edge: Mux,
+    delay: usize,
+    /// What goes each way, and when it arrives.
+    down: VecDeque<(usize, Frame)>,
+    up: VecDeque<(usize, Frame)>,
+    /// For each stream, what its reader takes in one step at the most, what it has not taken, and what it took.
+    readers: BTreeMap<StreamId, [usize; 3]>,
+    now: usize,
+}
+
+impl Line {
+    fn new(delay: usize, readers: &[usize]) -> Self {
+        let mut cloud = Mux::new(Side::Cloud);
+        let readers = readers.iter().map(|takes| (cloud.open(Class::Ops, Bytes::new()).unwrap(), [*takes, 0, 0]));
+        let readers = readers.collect();
+        let (edge, down, up) = (Mux::new(Side::Edge), VecDeque::new(), VecDeque::new());
+        Self { cloud, edge, delay, down, up, readers, now: 0 }
+    }
+
+    /// Goes on for so many steps, on a line that takes so many bytes in each.
+    fn run(&mut self, steps: usize, bandwidth: isize) {
+        let mut room = 0_isize;
+        for _ in 0..steps {
+            self.now += 1;
+            while self.down.front().is_some_and(|(at, _)| *at <= self.now) {
+                self.edge.receive(self.down.pop_front().unwrap().1).unwrap();
+            }
+            while self.up.front().is_some_and(|(at, _)| *at <= self.now) {
+                self.cloud.receive(self.up.pop_front().unwrap().1).unwrap();
+            }
+            while let Some(event) = self.edge.poll() {
+                if let Event::Data(id, data) = event {
+                    self.readers.get_mut(&id).unwrap()[1] += data.len();
+                }
+            }
+            let mut unread = 0;
+            for (id, [takes, waits, took]) in &mut self.readers {
+                let bytes = (*takes).min(*waits);
+                (*waits, *took) = (*waits - bytes, *took + bytes);
+                self.edge.consumed(*id, bytes);
+                unread += *waits;
+            }
+            assert!(unread <= self.readers.len() * (64 << 10) + MAX_GROWTH);
+            room = bandwidth.saturating_add(room.min(0));
+            while room > 0 {
+                for id in self.readers.keys() {
+                    self.cloud.write(*id, &[1; STREAM_BUFFER]);
+                }
+                let Some(frame) = self.cloud.next_frame() else { break };
+                room = room.saturating_sub_unsigned(frame.encoded_len());
+                self.down.push_back((self.now + self.delay, frame));
+            }
+            while let Some(frame) = self.edge.next_frame() {
+                self.up.push_back((self.now + self.delay, frame));
+            }
+            while self.cloud.poll().is_some() {}
+        }
+    }
+
+    /// What all readers took.
+    fn took(&self) -> usize {
+        self.readers.values().map(|[_, _, took]| took).sum()
+    }
+
+    /// What each round trip brought since `before`.
+    fn each_round_trip(&self, before: (usize, usize)) -> usize {
+        (self.took() - before.1) * 2 * self.delay / (self.now - before.0)
+    }
+}
+
+#[test]
+fn a_window_grows_with_what_the_line_carries() {
+    for delay in [2, 10, 50] {
+        let mut line = Line::new(delay, &[usize::MAX]);
+        line.run(100 * delay, isize::MAX);
+        let before = (line.now, line.took());
+        line.run(100 * delay, isize::MAX);
+        let carried = line.each_round_trip(before);
+        assert!(carried > MAX_WINDOW * 9 / 10, "{carried} bytes for each round trip of {} steps", 2 * delay);
+        // The line carries no more than that: nor has the window to be larger.
+        let mut line = Line::new(delay, &[usize::MAX]);
+        let bandwidth = (100 << 10) / (2 * isize::try_from(delay).unwrap());
+        line.run(200 * delay, bandwidth);
+        assert!(line.edge.growth < 512 << 10, "{} too many", line.edge.growth);
+        let before = (line.now, line.took());
+        line.run(100 * delay, bandwidth);
+        assert!(line.each_round_trip(before) > 90 << 10, "{}", line.each_round_trip(before));
+    }
+}
+
+#[test]
+fn who_reads_slowly_is_not_sent_more_to_hold() {
+    for takes in [1, 100, 1000] {
+        let mut line = Line::new(10, &[takes]);
+        line.run(2000, isize::MAX);
+        assert_eq!(line.edge.growth, 0, "a reader of {takes} bytes in each of 20 steps");
+        // One that was quick, and is slow: what it is sent more is given back.
+        let id = *line.readers.keys().next().unwrap();
+        line.readers.get_mut(&id).unwrap()[0] = usize::MAX;
+        line.run(2000, isize::MAX);
+        assert_eq!(line.edge.growth, MAX_WINDOW - (64 << 10));
+        line.readers.get_mut(&id).unwrap()[0] = 1000;
+        line.run(20_000, isize::MAX);
+        assert!(line.edge.growth < MAX_WINDOW / 2, "{}", line.edge.growth);
+    }
+}
+
+#[test]
+fn all_windows_together_are_bounded_and_given_back() {
+    let mut line = Line::new(10, &[usize::MAX; 20]);
+    line.run(2000, isize::MAX);
+    assert_eq!(line.edge.growth, MAX_GROWTH);
+    for id in line.readers.keys() {
+        line.cloud.reset(*id, "enough");
+    }
+    line.readers.clear();
+    line.run(100, isize::MAX);
+    assert_eq!((line.edge.growth, line.edge.streams()), (0, 0));
 }
 
 proptest! {

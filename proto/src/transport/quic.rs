@@ -18,7 +18,7 @@ use quinn::{
 
 use super::{BURST, End, Meter, congestion, malformed};
 use crate::frame;
-use crate::mux::{CUT, Class, class_of};
+use crate::mux::{CUT, Class, MAX_WINDOW, class_of};
 use crate::streams::Carrier;
 use crate::sync::MAX_FRAME;
 use crate::wire::Frame;
@@ -26,8 +26,9 @@ use crate::wire::Frame;
 /// The protocol as TLS negotiates it (RFC 7301).
 pub const ALPN: &[u8] = b"skerry/1";
 
-/// What one class may have on its way and unacknowledged, in bytes; what it reaches at a round trip of 600 ms is 430 KB/s.
-const CLASS_WINDOW: u32 = 256 << 10;
+/// What one class may have on its way and unread, in bytes: what one stream may.
+#[expect(clippy::cast_possible_truncation, reason = "a megabyte")]
+const CLASS_WINDOW: u32 = MAX_WINDOW as u32;
 /// Longer than a session that hears nothing lives: it is the session that ends then, and says so.
 const IDLE: Duration = Duration::from_secs(60);
 /// Bytes that are read at once.
