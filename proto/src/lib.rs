@@ -7,6 +7,7 @@ pub mod delta;
 pub mod device;
 #[cfg(test)]
 mod dice;
+mod dictionary;
 pub mod frame;
 #[cfg(test)]
 mod fuzz;

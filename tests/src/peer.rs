@@ -243,6 +243,7 @@ pub fn hello(node: &str) -> wire::Hello {
             .collect(),
         agent: "tests".to_owned(),
         revisions: Vec::new(),
+        ..wire::Hello::default()
     }
 }
 

@@ -365,7 +365,7 @@ fn hello(name: &str, last_epoch: u64) -> Body {
         last_epoch,
         digests: Vec::new(),
         agent: "edgecore 0.0.0".to_owned(),
-        revisions: Vec::new(),
+        ..Hello::default()
     })
 }
 

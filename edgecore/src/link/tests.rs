@@ -364,12 +364,7 @@ async fn what_is_no_frame_ends_the_session_and_the_next_one_stands() {
         let hello = hello(&mut peer).await;
         send(
             &mut peer,
-            Body::Welcome(wire::Welcome {
-                protocol: 1,
-                epoch: hello.last_epoch + 1,
-                server_time: 0,
-                agent: String::new(),
-            }),
+            Body::Welcome(wire::Welcome { protocol: 1, epoch: hello.last_epoch + 1, ..wire::Welcome::default() }),
         )
         .await;
         bed.state(|state| matches!(state, LinkState::Online { .. })).await;

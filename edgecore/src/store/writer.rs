@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
 use skerry_proto::delta;
-use skerry_proto::sync::{Collection, Delta, Encoding, Entry, Object, Op, Report, ReportKind, encode, fingerprint};
+use skerry_proto::sync::{
+    Collection, Delta, Encoding, Entry, Object, Op, Report, ReportKind, decode, encode, fingerprint,
+};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tracing::{error, warn};
 
@@ -364,6 +366,12 @@ fn upsert(connection: &Connection, sealer: Option<&Sealer>, object: &Object) -> 
     let (encoding, payload) = match encoding {
         Encoding::Raw => encode(payload),
         Encoding::Zstd => (Encoding::Zstd, payload.clone()),
+        // What is stored outlives the dictionary. The link decompresses what it has received.
+        Encoding::ZstdDictionary => {
+            let json = decode(*encoding, payload)
+                .map_err(|failed| rusqlite::Error::ToSqlConversionFailure(Box::new(failed)))?;
+            encode(&json)
+        }
     };
     let payload = if schema::is_sealed(*collection) {
         let sealed =

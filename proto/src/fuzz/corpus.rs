@@ -6,6 +6,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::delta;
+use crate::dictionary;
 use crate::mux::{Class, Mux, Side};
 use crate::sync::{
     Collection, Edge, EdgeInput, EdgeOutput, Encoding, Entry, Hub, HubInput, HubOutput, Object, Report, ReportKind,
@@ -162,13 +163,15 @@ pub(super) fn streams() -> Vec<Sequence> {
 pub(super) fn payloads() -> Vec<Vec<u8>> {
     let texts =
         [b"{}".to_vec(), b"some text ".repeat(100), vec![b'a'; 1 << 20], vec![b'a'; crate::sync::MAX_OBJECT + 1]];
-    let encoded = |text: Vec<u8>| {
-        let (encoding, payload) = encode(&text);
-        let mut bytes = vec![u8::from(encoding == Encoding::Zstd)];
+    let bytes = |(encoding, payload): (Encoding, Bytes)| {
+        let mut bytes = vec![u8::try_from(encoding as i32).unwrap()];
         bytes.extend_from_slice(&payload);
         bytes
     };
-    texts.into_iter().map(encoded).collect()
+    let with_dictionary = json().into_iter().map(|text| text.repeat(4)).chain([vec![b'a'; 60_000]]);
+    let with_dictionary =
+        with_dictionary.map(|text| (Encoding::ZstdDictionary, dictionary::compress(&text).unwrap().into()));
+    texts.iter().map(|text| encode(text)).chain(with_dictionary).map(bytes).collect()
 }
 
 /// The length of a text, the text, and a delta of it.

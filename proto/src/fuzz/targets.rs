@@ -156,7 +156,7 @@ pub(super) fn mux(heard: &[Vec<u8>]) {
 
 pub(super) fn payload(bytes: &[u8]) {
     let Some((encoding, payload)) = bytes.split_first() else { return };
-    let encoding = if encoding & 1 == 1 { Encoding::Zstd } else { Encoding::Raw };
+    let encoding = Encoding::try_from(i32::from(*encoding) % 3).unwrap();
     let (decoded, most) = peak(|| decode(encoding, payload));
     assert!(most <= MAX_OBJECT + WORKSPACE, "{most} bytes for a payload of {}", payload.len());
     if let Ok(decoded) = decoded {

@@ -568,7 +568,7 @@ impl Line {
             room = bandwidth.saturating_add(room.min(0));
             while room > 0 {
                 for id in self.readers.keys() {
-                    self.cloud.write(*id, &[1; STREAM_BUFFER]);
+                    self.cloud.write(*id, &[1; CUT]);
                 }
                 let Some(frame) = self.cloud.next_frame() else { break };
                 room = room.saturating_sub_unsigned(frame.encoded_len());
@@ -596,9 +596,9 @@ impl Line {
 fn a_window_grows_with_what_the_line_carries() {
     for delay in [2, 10, 50] {
         let mut line = Line::new(delay, &[usize::MAX]);
-        line.run(100 * delay, isize::MAX);
+        line.run(40 * delay, isize::MAX);
         let before = (line.now, line.took());
-        line.run(100 * delay, isize::MAX);
+        line.run(40 * delay, isize::MAX);
         let carried = line.each_round_trip(before);
         assert!(carried > MAX_WINDOW * 9 / 10, "{carried} bytes for each round trip of {} steps", 2 * delay);
         // The line carries no more than that: nor has the window to be larger.
@@ -616,12 +616,12 @@ fn a_window_grows_with_what_the_line_carries() {
 fn who_reads_slowly_is_not_sent_more_to_hold() {
     for takes in [1, 100, 1000] {
         let mut line = Line::new(10, &[takes]);
-        line.run(2000, isize::MAX);
+        line.run(600, isize::MAX);
         assert_eq!(line.edge.growth, 0, "a reader of {takes} bytes in each of 20 steps");
         // One that was quick, and is slow: what it is sent more is given back.
         let id = *line.readers.keys().next().unwrap();
         line.readers.get_mut(&id).unwrap()[0] = usize::MAX;
-        line.run(2000, isize::MAX);
+        line.run(600, isize::MAX);
         assert_eq!(line.edge.growth, MAX_WINDOW - (64 << 10));
         line.readers.get_mut(&id).unwrap()[0] = 1000;
         line.run(20_000, isize::MAX);
@@ -632,7 +632,7 @@ fn who_reads_slowly_is_not_sent_more_to_hold() {
 #[test]
 fn all_windows_together_are_bounded_and_given_back() {
     let mut line = Line::new(10, &[usize::MAX; 20]);
-    line.run(2000, isize::MAX);
+    line.run(600, isize::MAX);
     assert_eq!(line.edge.growth, MAX_GROWTH);
     for id in line.readers.keys() {
         line.cloud.reset(*id, "enough");

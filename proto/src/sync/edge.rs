@@ -12,6 +12,7 @@ use super::{
     ANSWER_DUE, COLLECTIONS, DEAD_AFTER, DOUBT_PACE, Delta, Digest, Encoding, Entry, INVENTORY_PART, MAX_NAME, Object,
     PING_AFTER, PROTOCOL, REPORT_WINDOW, Report, decode, encode, rank,
 };
+use crate::dictionary;
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
 /// Durable changes that are acknowledged at the latest, though more of them are on their way to the disk.
@@ -123,6 +124,8 @@ struct Rows {
 #[derive(Debug)]
 struct Session {
     established: bool,
+    /// The cloud has the dictionary.
+    dictionary: bool,
     /// The last sequence number applied.
     seq: u64,
     acked: u64,
@@ -255,6 +258,7 @@ impl Edge {
         }
         self.session = Some(Session {
             established: false,
+            dictionary: false,
             seq: 0,
             acked: 0,
             pending: VecDeque::new(),
@@ -275,6 +279,7 @@ impl Edge {
             last_epoch: self.last_epoch,
             digests: digests.map(|(collection, rows)| rows.digest.to_wire(collection)).collect(),
             agent: self.agent.clone(),
+            dictionaries: vec![dictionary::ID],
             revisions: self
                 .revisions()
                 .map(|(collection, newest)| wire::Revision { collection: collection.into(), newest })
@@ -314,6 +319,7 @@ impl Edge {
                     return Err(format!("epoch {} is not newer than {}", welcome.epoch, self.last_epoch));
                 }
                 session.established = true;
+                session.dictionary = welcome.dictionaries.contains(&dictionary::ID);
                 self.last_epoch = welcome.epoch;
                 out.push(EdgeOutput::Established { epoch: welcome.epoch, server_time: welcome.server_time });
                 Ok(())
@@ -473,13 +479,15 @@ impl Edge {
 
     /// Sends as many reports as may be on their way at once.
     fn drain(&mut self, out: &mut Vec<EdgeOutput>) {
-        if !self.session.as_ref().is_some_and(|session| session.established) {
-            return;
-        }
+        let Some(session) = self.session.as_ref().filter(|session| session.established) else { return };
         while self.sent.len() < REPORT_WINDOW
             && let Some(report) = self.queued.pop_front()
         {
-            let (encoding, payload) = encode(&report.payload);
+            let small = if session.dictionary { dictionary::compress_once(&report.payload) } else { None };
+            let (encoding, payload) = match small {
+                Some(small) => (Encoding::ZstdDictionary, small.into()),
+                None => encode(&report.payload),
+            };
             out.push(send(Body::Report(wire::Report {
                 id: report.id,
                 kind: report.kind.into(),

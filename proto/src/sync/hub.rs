@@ -17,6 +17,7 @@ use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, MAX_REPORT, Object, PROTOCOL,
     REPORT_WINDOW, Report, decode, decoded_size, rank,
 };
+use crate::dictionary;
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
 mod held;
@@ -37,6 +38,8 @@ pub struct Hub {
     in_flight_bytes: usize,
     /// Those that are not answered yet, at most [`REPORT_WINDOW`].
     reports: Vec<u64>,
+    /// The edge has the dictionary.
+    dictionary: bool,
     last_heard: Duration,
     in_sync: bool,
     closed: bool,
@@ -127,6 +130,7 @@ impl Hub {
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
             reports: Vec::new(),
+            dictionary: hello.dictionaries.contains(&dictionary::ID),
             last_heard: now,
             in_sync: false,
             closed: false,
@@ -150,7 +154,8 @@ impl Hub {
             }
         }
         let protocol = hello.protocol_max.min(*PROTOCOL.end());
-        let welcome = wire::Welcome { protocol, epoch, server_time, agent: agent.to_owned() };
+        let dictionaries = vec![dictionary::ID];
+        let welcome = wire::Welcome { protocol, epoch, server_time, agent: agent.to_owned(), dictionaries };
         (hub, vec![send(Body::Welcome(welcome))])
     }
 
@@ -457,8 +462,9 @@ impl Hub {
                             (upsert.base, upsert.delta) = (delta.base, delta.payload.clone());
                         }
                         Some(_) | None => {
-                            upsert.set_encoding(object.encoding);
-                            upsert.full = object.payload.clone();
+                            let (encoding, full) = object.whole(self.dictionary);
+                            upsert.set_encoding(encoding);
+                            upsert.full = full;
                         }
                     }
                     (Body::Upsert(upsert), Some(object.entry.clone()))

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::delta;
+use crate::{delta, dictionary};
 
 pub use self::digest::Digest;
 pub use self::edge::{Edge, EdgeInput, EdgeOutput, Op};
@@ -134,8 +134,22 @@ impl Object {
 
     /// Makes an object whose version has another meaning than its content (a token's).
     pub fn with_version(collection: Collection, entry: Entry, json: &[u8]) -> Self {
-        let (encoding, payload) = encode(json);
+        let (encoding, payload) = match dictionary::compress(json) {
+            // As in `encode`.
+            Some(small) => (Encoding::ZstdDictionary, small.into_boxed_slice().into()),
+            None => encode(json),
+        };
         Self { collection, entry, encoding, payload, delta: None }
+    }
+
+    /// All of it, as an edge can read it that has the dictionary or has it not.
+    fn whole(&self, dictionary: bool) -> (Encoding, Bytes) {
+        if dictionary || self.encoding != Encoding::ZstdDictionary {
+            return (self.encoding, self.payload.clone());
+        }
+        // It was made here.
+        decode(self.encoding, &self.payload)
+            .map_or_else(|_| (self.encoding, self.payload.clone()), |json| encode(&json))
     }
 }
 
@@ -174,7 +188,7 @@ pub fn fingerprint(json: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64(json)
 }
 
-/// Compresses what is worth it (over 512 bytes).
+/// Compresses what is worth it (over 512 bytes), without the dictionary.
 pub fn encode(json: &[u8]) -> (Encoding, Bytes) {
     if json.len() > 512
         && let Ok(small) = zstd::bulk::compress(json, 3)
@@ -190,16 +204,17 @@ pub fn encode(json: &[u8]) -> (Encoding, Bytes) {
 fn decoded_size(encoding: Encoding, payload: &[u8]) -> Option<usize> {
     match encoding {
         Encoding::Raw => Some(payload.len()),
-        Encoding::Zstd => zstd::bulk::Decompressor::upper_bound(payload),
+        Encoding::Zstd | Encoding::ZstdDictionary => zstd::bulk::Decompressor::upper_bound(payload),
     }
 }
 
-/// Undoes [`encode`], refusing more than [`MAX_OBJECT`] bytes.
+/// Undoes what either side makes of JSON, refusing more than [`MAX_OBJECT`] bytes.
 pub fn decode(encoding: Encoding, payload: &[u8]) -> Result<Vec<u8>, DecodeError> {
     match encoding {
         Encoding::Raw if payload.len() > MAX_OBJECT => Err(DecodeError::TooLarge),
         Encoding::Raw => Ok(payload.to_vec()),
         Encoding::Zstd => zstd::bulk::decompress(payload, MAX_OBJECT).map_err(DecodeError::Zstd),
+        Encoding::ZstdDictionary => dictionary::decompress(payload, MAX_OBJECT).map_err(DecodeError::Zstd),
     }
 }
 

@@ -211,7 +211,7 @@ fn a_doubt_is_settled_soon() {
     assert!(edge.step(seconds(0), EdgeInput::Doubt).is_empty(), "there is nothing to doubt");
     edge.step(seconds(0), EdgeInput::Connected);
     assert!(edge.step(seconds(0), EdgeInput::Doubt).is_empty(), "before the Welcome the cloud takes no ping");
-    let welcome = wire::Welcome { protocol: 1, epoch: 1, server_time: 0, agent: String::new() };
+    let welcome = wire::Welcome { protocol: 1, epoch: 1, ..Default::default() };
     edge.step(seconds(1), EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) }));
     assert!(is_ping(&edge.step(seconds(10), EdgeInput::Doubt)));
     assert_eq!(edge.next_timeout(), Some(seconds(10) + ANSWER_DUE));
@@ -221,6 +221,57 @@ fn a_doubt_is_settled_soon() {
     assert!(is_ping(&edge.step(seconds(10) + DOUBT_PACE, EdgeInput::Doubt)));
     let out = edge.step(seconds(10) + DOUBT_PACE + ANSWER_DUE, EdgeInput::Timeout);
     assert!(matches!(out.as_slice(), [EdgeOutput::Close(None)]), "{out:?}");
+}
+
+#[test]
+fn the_dictionary_is_used_where_both_have_it() {
+    let text = serde_json::to_vec(&"kubernetes.io/hostname".repeat(40)).unwrap();
+    let object = Object::new(Collection::Pods, "ns/a".into(), "u".into(), &text);
+    assert_eq!(object.encoding, Encoding::ZstdDictionary);
+    for (dictionaries, has) in [(vec![], false), (vec![dictionary::ID + 1], false), (vec![7, dictionary::ID], true)] {
+        let hello =
+            wire::Hello { protocol_min: 1, protocol_max: 1, dictionaries: dictionaries.clone(), ..Default::default() };
+        let (mut hub, out) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+        let [HubOutput::Send(Frame { body: Some(Body::Welcome(welcome)) })] = out.as_slice() else { panic!("{out:?}") };
+        assert_eq!(welcome.dictionaries, [dictionary::ID]);
+        let mut out = hub.step(Duration::ZERO, HubInput::Desired(object.clone()));
+        for collection in COLLECTIONS {
+            out.extend(hub.step(Duration::ZERO, HubInput::Complete(collection)));
+        }
+        out.extend(hub.step(
+            Duration::ZERO,
+            HubInput::Frame(Frame {
+                body: Some(Body::Inventory(wire::Inventory {
+                    collection: Collection::Pods.into(),
+                    last: true,
+                    ..Default::default()
+                })),
+            }),
+        ));
+        let upsert = out.into_iter().find_map(|output| match output {
+            HubOutput::Send(Frame { body: Some(Body::Upsert(upsert)) }) => Some(upsert),
+            _ => None,
+        });
+        let upsert = upsert.unwrap();
+        assert_eq!(upsert.encoding(), if has { Encoding::ZstdDictionary } else { Encoding::Zstd });
+        assert_eq!(decode(upsert.encoding(), &upsert.full).unwrap(), text);
+        // And the other way.
+        let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+        let hello = edge.step(Duration::ZERO, EdgeInput::Connected);
+        let [EdgeOutput::Send(Frame { body: Some(Body::Hello(hello)) })] = hello.as_slice() else {
+            panic!("{hello:?}")
+        };
+        assert_eq!(hello.dictionaries, [dictionary::ID]);
+        let (namespace, name, uid) = (String::new(), "n".to_owned(), "u".to_owned());
+        let payload = text.clone().into();
+        let report = Report { id: 1, kind: ReportKind::NodeStatus, namespace, name, uid, payload };
+        edge.step(Duration::ZERO, EdgeInput::Report(report));
+        let welcome = wire::Welcome { protocol: 1, epoch: 1, dictionaries, ..Default::default() };
+        let out = edge.step(Duration::ZERO, EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) }));
+        let Some(EdgeOutput::Send(Frame { body: Some(Body::Report(report)) })) = out.last() else { panic!("{out:?}") };
+        assert_eq!(report.encoding(), if has { Encoding::ZstdDictionary } else { Encoding::Zstd });
+        assert_eq!(decode(report.encoding(), &report.payload).unwrap(), text);
+    }
 }
 
 #[test]
