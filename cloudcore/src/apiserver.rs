@@ -18,6 +18,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
+use skerry_proto::device;
 
 use crate::retry::pause;
 
@@ -44,6 +45,12 @@ pub(crate) enum Kind {
     TokenReview,
     /// authorization.k8s.io/v1 SubjectAccessReview, which is only created.
     SubjectAccessReview,
+    /// devices.kubeedge.io/v1beta1 Device.
+    Device,
+    /// devices.kubeedge.io/v1beta1 DeviceModel.
+    DeviceModel,
+    /// devices.kubeedge.io/v1beta1 DeviceStatus.
+    DeviceStatus,
 }
 
 impl Kind {
@@ -60,6 +67,9 @@ impl Kind {
             Self::Lease => ApiResource::erase::<Lease>(&()),
             Self::TokenReview => ApiResource::erase::<TokenReview>(&()),
             Self::SubjectAccessReview => ApiResource::erase::<SubjectAccessReview>(&()),
+            Self::Device => self.of_devices("Device"),
+            Self::DeviceModel => self.of_devices("DeviceModel"),
+            Self::DeviceStatus => self.of_devices("DeviceStatus"),
         }
     }
 
@@ -76,7 +86,16 @@ impl Kind {
             Self::Lease => "leases",
             Self::TokenReview => "tokenreviews",
             Self::SubjectAccessReview => "subjectaccessreviews",
+            Self::Device => "devices",
+            Self::DeviceModel => "devicemodels",
+            Self::DeviceStatus => "devicestatuses",
         }
+    }
+
+    fn of_devices(self, kind: &str) -> ApiResource {
+        let (group, version) = (device::GROUP.to_owned(), device::VERSION.to_owned());
+        let api_version = format!("{group}/{version}");
+        ApiResource { group, version, api_version, kind: kind.to_owned(), plural: self.plural().to_owned() }
     }
 
     /// The object as plain JSON, with the apiVersion and kind that lists leave out.

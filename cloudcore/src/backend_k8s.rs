@@ -19,11 +19,12 @@ use tokio_util::sync::CancellationToken;
 use crate::apiserver::{Apiserver, Kind, Metrics};
 use crate::backend::{Backend, BackendError, Feed, FeedEvent, NodeCheck, NodeIdentity, RegisterError};
 use crate::closure::{Closures, Session, Source};
+use crate::devices::{crds, review};
 use crate::kubelet::{self, Kubelets, Ports};
 use crate::nodes::autonomy::Autonomy;
 use crate::nodes::leases::Leases;
 use crate::upstream::{Reports, Upstream};
-use crate::watch::{Watches, fetch};
+use crate::watch::{Watches, devices, fetch};
 use crate::{clock, nodes, sa_tokens, supervise};
 
 /// Deletions of Nodes a slow listener may fall behind; it must then check its own node.
@@ -71,14 +72,24 @@ impl Shared {
         &self.token_wake
     }
 
+    /// Whether the apiserver serves devices.
+    pub(crate) fn devices_served(&self, is_served: bool) {
+        self.closures().devices_served(is_served);
+    }
+
     /// Waits for the first list of a source.
     pub(crate) async fn until_ready(&self, source: Source) {
+        self.until(|closures| closures.is_ready(source)).await;
+    }
+
+    /// Waits for something that [`Closures::ready_wake`] tells of.
+    pub(crate) async fn until(&self, holds: impl Fn(&Closures) -> bool) {
         let wake = self.closures().ready_wake();
         loop {
             // Registered before the look, so that nothing is missed between the two.
             let mut ready = std::pin::pin!(wake.notified());
             ready.as_mut().enable();
-            if self.closures().is_ready(source) {
+            if holds(&self.closures()) {
                 return;
             }
             ready.await;
@@ -155,6 +166,20 @@ pub async fn connect(
         watch("watch runtime classes", |watches| Box::pin(watches.runtime_classes())),
         watch("watch config maps", |watches| Box::pin(watches.config_maps())),
         watch("watch secrets", |watches| Box::pin(watches.secrets())),
+        watch("watch devices", |watches| Box::pin(watches.devices())),
+        watch("watch device models", |watches| Box::pin(watches.device_models())),
+        supervise::keep("fetch devices", {
+            let (api, shared) = (api.clone(), shared.clone());
+            move || devices::fetch(api.clone(), shared.clone())
+        }),
+        supervise::keep("device CRDs", {
+            let (client, shared) = (client.clone(), shared.clone());
+            move || crds::run(client.clone(), shared.clone())
+        }),
+        supervise::keep("device reviews", {
+            let (api, shared) = (api.clone(), shared.clone());
+            move || review::run(api.clone(), shared.clone())
+        }),
         supervise::keep("fetch", {
             let (api, shared) = (api.clone(), shared.clone());
             move || fetch::run(api.clone(), shared.clone())

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod clock;
 mod closure;
 pub mod config;
+mod devices;
 pub mod front;
 pub mod kubelet;
 pub mod log;

@@ -13,6 +13,7 @@ pub const VERSION: &str = "v1beta1";
 
 /// Spec of a DeviceModel: what devices of a kind can do.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceModelSpec {
     /// What can be read or written.
@@ -28,6 +29,7 @@ pub struct DeviceModelSpec {
 
 /// One property of a model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ModelProperty {
     /// Unique in the model.
@@ -58,6 +60,7 @@ pub struct ModelProperty {
 
 /// What the values of a property are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "UPPERCASE")]
 pub enum PropertyType {
     /// A whole number of 64 bits.
@@ -79,6 +82,7 @@ pub enum PropertyType {
 
 /// Whether a property can be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum AccessMode {
     /// It can.
     ReadWrite,
@@ -89,6 +93,7 @@ pub enum AccessMode {
 
 /// Spec of a Device.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceSpec {
     /// The DeviceModel, in the same namespace.
@@ -113,6 +118,7 @@ pub struct DeviceSpec {
 
 /// A DeviceModel by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ModelReference {
     /// Its name.
     #[serde(default)]
@@ -121,6 +127,7 @@ pub struct ModelReference {
 
 /// How often a device's state goes to the cloud.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct StateReport {
     /// Whether it goes at all.
@@ -133,6 +140,7 @@ pub struct StateReport {
 
 /// One property of a device.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceProperty {
     /// That of the model.
@@ -165,6 +173,7 @@ fn is_zero(number: &i64) -> bool {
 
 /// The name of a protocol and what it needs to know: of a device, or of one property.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ProtocolConfig {
     /// `modbus`, `opcua`, …
@@ -177,6 +186,7 @@ pub struct ProtocolConfig {
 
 /// A method of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceMethod {
     /// Unique in the device.
@@ -192,6 +202,7 @@ pub struct DeviceMethod {
 
 /// Where the values of a property go besides DeviceStatus.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct PushMethod {
     /// POST.
@@ -213,6 +224,7 @@ pub struct PushMethod {
 
 /// `http://hostName:port/requestPath`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct PushHttp {
     /// With or without `http://`.
@@ -227,6 +239,7 @@ pub struct PushHttp {
 
 /// A broker and a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct PushMqtt {
     /// `mqtt://127.0.0.1:1883`.
@@ -242,6 +255,7 @@ pub struct PushMqtt {
 
 /// An OTLP collector.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct PushOtel {
     /// `https://localhost:4318/v1/metrics`.
@@ -251,6 +265,7 @@ pub struct PushOtel {
 
 /// A database, by kind. Skerry's own mappers write to InfluxDB; the others are passed on to mappers that know them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct DbMethod {
     /// InfluxDB 2.
@@ -269,6 +284,7 @@ pub struct DbMethod {
 
 /// Where and as what.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct Influxdb2 {
     /// Where.
@@ -281,6 +297,7 @@ pub struct Influxdb2 {
 
 /// An InfluxDB's bucket. The token comes from the mapper's environment, `TOKEN`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct Influxdb2Client {
     /// `http://127.0.0.1:8086`.
@@ -293,6 +310,7 @@ pub struct Influxdb2Client {
 
 /// A point of line protocol.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct Influxdb2Data {
     /// Measurement.
@@ -305,6 +323,7 @@ pub struct Influxdb2Data {
 
 /// A Redis.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct Redis {
     /// Where.
@@ -314,6 +333,7 @@ pub struct Redis {
 
 /// A Redis.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct RedisClient {
     /// Host and port.
@@ -328,6 +348,7 @@ pub struct RedisClient {
 
 /// A TDengine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct TdEngine {
     /// Where.
@@ -337,6 +358,7 @@ pub struct TdEngine {
 
 /// A TDengine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct TdEngineClient {
     /// Host and port.
@@ -347,6 +369,7 @@ pub struct TdEngineClient {
 
 /// A MySQL.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct MySql {
     /// Where.
@@ -356,6 +379,7 @@ pub struct MySql {
 
 /// A MySQL.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct MySqlClient {
     /// Host and port.
@@ -368,6 +392,7 @@ pub struct MySqlClient {
 
 /// `status` of a DeviceStatus, which has the name of its Device and is owned by it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceStatusStatus {
     /// One for each property that has anything to say.
@@ -386,6 +411,7 @@ pub struct DeviceStatusStatus {
 
 /// One property, as it is and as it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Twin {
     /// The property.
@@ -401,6 +427,7 @@ pub struct Twin {
 
 /// A value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TwinProperty {
     /// As text.
     #[serde(default)]
@@ -415,4 +442,70 @@ pub struct TwinProperty {
 pub struct DeviceReport {
     /// The whole of it.
     pub status: DeviceStatusStatus,
+}
+
+impl ModelProperty {
+    /// Whether this value may be written, and if not, why.
+    pub fn takes(&self, value: &str) -> Result<(), String> {
+        if self.access_mode == AccessMode::ReadOnly {
+            return Err("the model says ReadOnly".to_owned());
+        }
+        let (kind, number) = match self.kind {
+            PropertyType::String | PropertyType::Bytes => return Ok(()),
+            PropertyType::Stream => return Err("a STREAM has no value".to_owned()),
+            PropertyType::Boolean if matches!(value, "true" | "false") => return Ok(()),
+            PropertyType::Boolean => return Err("it is not BOOLEAN: true or false".to_owned()),
+            #[expect(clippy::cast_precision_loss, reason = "bounds are compared as the apiserver compares them")]
+            PropertyType::Int => ("INT", value.parse::<i64>().ok().map(|number| number as f64)),
+            PropertyType::Float => ("FLOAT", value.parse::<f32>().ok().map(f64::from)),
+            PropertyType::Double => ("DOUBLE", value.parse::<f64>().ok()),
+        };
+        let Some(number) = number.filter(|number| number.is_finite()) else { return Err(format!("it is not {kind}")) };
+        if self.minimum.parse::<f64>().is_ok_and(|minimum| number < minimum) {
+            return Err(format!("the least is {}", self.minimum));
+        }
+        if self.maximum.parse::<f64>().is_ok_and(|maximum| number > maximum) {
+            return Err(format!("the most is {}", self.maximum));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_property_takes_what_its_type_and_bounds_allow() {
+        let takes = |kind, minimum: &str, maximum: &str, value: &str| {
+            let (minimum, maximum) = (minimum.to_owned(), maximum.to_owned());
+            let access_mode = AccessMode::ReadWrite;
+            ModelProperty { kind, access_mode, minimum, maximum, ..ModelProperty::default() }.takes(value)
+        };
+        for (kind, value) in [
+            (PropertyType::Int, "-9223372036854775808"),
+            (PropertyType::Float, "1.5e3"),
+            (PropertyType::Double, "-0.1"),
+            (PropertyType::Boolean, "true"),
+            (PropertyType::String, ""),
+            (PropertyType::Bytes, "AA=="),
+        ] {
+            assert_eq!(takes(kind, "", "", value), Ok(()), "{kind:?} {value}");
+        }
+        for (kind, value) in [
+            (PropertyType::Int, "1.0"),
+            (PropertyType::Int, "9223372036854775808"),
+            (PropertyType::Float, "NaN"),
+            (PropertyType::Double, "inf"),
+            (PropertyType::Boolean, "1"),
+            (PropertyType::Stream, "x"),
+        ] {
+            assert!(takes(kind, "", "", value).is_err(), "{kind:?} {value}");
+        }
+        assert_eq!(takes(PropertyType::Int, "-5", "5", "5"), Ok(()));
+        assert_eq!(takes(PropertyType::Int, "-5", "5", "-6"), Err("the least is -5".to_owned()));
+        assert_eq!(takes(PropertyType::Float, "-5", "5.5", "5.6"), Err("the most is 5.5".to_owned()));
+        let read_only = ModelProperty::default();
+        assert!(read_only.takes("x").is_err());
+    }
 }

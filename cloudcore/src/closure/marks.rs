@@ -7,12 +7,20 @@ use skerry_proto::sync::Collection;
 use skerry_proto::wire::Revision;
 use tokio::sync::Notify;
 
-use super::{Closures, SOURCES, Session, Source};
+use super::{Closures, DEVICE_SOURCES, SOURCES, Session, Source};
 use crate::backend::FeedEvent;
 
 /// Every source, in the order of its number.
-const ALL: [Source; SOURCES] =
-    [Source::Nodes, Source::Pods, Source::Services, Source::RuntimeClasses, Source::ConfigMaps, Source::Secrets];
+const ALL: [Source; SOURCES] = [
+    Source::Nodes,
+    Source::Pods,
+    Source::Services,
+    Source::RuntimeClasses,
+    Source::ConfigMaps,
+    Source::Secrets,
+    Source::Devices,
+    Source::DeviceModels,
+];
 
 /// A revision for each source; 0: none is known.
 type Revisions = [u64; SOURCES];
@@ -62,6 +70,8 @@ impl Source {
             Self::RuntimeClasses => Collection::RuntimeClasses,
             Self::ConfigMaps => Collection::ConfigMaps,
             Self::Secrets => Collection::Secrets,
+            Self::Devices => Collection::Devices,
+            Self::DeviceModels => Collection::DeviceModels,
         }
     }
 }
@@ -154,14 +164,22 @@ impl Closures {
         events.splice(0..0, before);
         if let Some(least) = session.said.least
             && is_settled
-            && least.iter().zip(&self.marks.reached).all(|(least, reached)| least <= reached)
+            && ALL.into_iter().all(|source| self.counts_as_reached(source, &least) >= least[source as usize])
         {
             session.said.least = None;
             self.subscribers.set_behind(session, false);
-            let marks = ALL.into_iter().map(|source| (source, self.marks.reached[source as usize]));
+            let marks = ALL.into_iter().map(|source| (source, self.counts_as_reached(source, &least)));
             let marks = marks.filter(|(_, reached)| *reached > 0);
             events.extend(marks.map(|(source, reached)| FeedEvent::Reached(source.collection(), reached)));
         }
+    }
+
+    /// How far a source has come. Where devices are not served their collections are not complete, so that nothing is sent or taken away by
+    /// what is not known: then the others need not wait for them.
+    fn counts_as_reached(&self, source: Source, least: &Revisions) -> u64 {
+        let reached = self.marks.reached[source as usize];
+        let is_absent = DEVICE_SOURCES.contains(&source) && !self.is_ready(source) && self.devices.is_unserved();
+        if is_absent { reached.max(least[source as usize]) } else { reached }
     }
 
     /// Whether all that the watches told shows in what this session said.
@@ -170,6 +188,7 @@ impl Closures {
         self.marks.confirming == 0
             && session.begun
             && session.held_back.is_empty()
+            && self.devices.all_here(&session.node.name)
             && known.is_some_and(|known| known.references.keys().all(|reference| !self.is_being_fetched(reference)))
     }
 }

@@ -14,6 +14,8 @@ use skerry_proto::payload::{Settings, Token};
 use skerry_proto::sync::{Collection, Object};
 use tokio::sync::Notify;
 
+use self::devices::Devices;
+pub(crate) use self::devices::{DeviceFacts, DeviceInput};
 use self::marks::Marks;
 pub(crate) use self::pod::{PodFacts, PodInput, version_less};
 pub(crate) use self::references::Reference;
@@ -25,6 +27,7 @@ use crate::nodes::{Claim, EPOCH_ANNOTATION};
 use crate::sa_tokens::{TokenRequest, Tokens};
 use crate::upstream::node::NodeShown;
 
+pub(crate) mod devices;
 mod marks;
 mod objects;
 mod pod;
@@ -56,10 +59,16 @@ pub(crate) enum Source {
     ConfigMaps,
     /// Metadata of Secrets.
     Secrets,
+    /// Devices, which the apiserver need not serve.
+    Devices,
+    /// DeviceModels, likewise.
+    DeviceModels,
 }
 
 /// How many sources there are.
-const SOURCES: usize = 6;
+const SOURCES: usize = 8;
+/// Those that need not be there.
+const DEVICE_SOURCES: [Source; 2] = [Source::Devices, Source::DeviceModels];
 
 /// An edge node of the apiserver's.
 #[derive(Clone, Debug)]
@@ -126,6 +135,7 @@ pub(crate) struct Closures {
     slots: HashMap<Reference, Slot>,
     services: BTreeMap<String, Arc<Object>>,
     runtime_classes: HashMap<String, Arc<Object>>,
+    devices: Devices,
     /// How many lists of pods have begun.
     lists: u64,
     ready: BTreeSet<Source>,
@@ -213,6 +223,7 @@ impl Closures {
             slots: HashMap::new(),
             services: BTreeMap::new(),
             runtime_classes: HashMap::new(),
+            devices: Devices::default(),
             lists: 0,
             ready: BTreeSet::new(),
             ready_wake: Arc::default(),
@@ -240,9 +251,10 @@ impl Closures {
         self.ready_wake.clone()
     }
 
-    /// Whether every source is.
+    /// Whether every source is that has to be there.
     pub(crate) fn ready(&self) -> bool {
-        self.ready.len() == SOURCES
+        let needed = self.ready.iter().filter(|source| !DEVICE_SOURCES.contains(source));
+        needed.count() == SOURCES - DEVICE_SOURCES.len()
     }
 
     /// Whether a source is.
@@ -301,6 +313,7 @@ impl Closures {
             tokens: Tokens::default(),
         };
         self.nodes.insert(name.clone(), Box::new(node));
+        self.fetch_devices_of(&name);
         self.subscribers.mark_all(&name);
         change
     }
@@ -315,6 +328,7 @@ impl Closures {
         for key in pods {
             self.unbind(name, &key);
         }
+        self.drop_devices_of(name);
         self.nodes.remove(name).map(|node| NodeIdentity { name: name.to_owned(), uid: node.uid })
     }
 
@@ -440,7 +454,8 @@ impl Closures {
     }
 
     /// How many objects are held, by collection.
-    pub(crate) fn counts(&self) -> [(Collection, usize); 7] {
+    pub(crate) fn counts(&self) -> [(Collection, usize); 9] {
+        let (devices, models) = self.devices.counts();
         let present = |collection| {
             self.slots
                 .iter()
@@ -454,6 +469,8 @@ impl Closures {
             (Collection::Secrets, present(Collection::Secrets)),
             (Collection::Services, self.services.len()),
             (Collection::RuntimeClasses, self.runtime_classes.len()),
+            (Collection::Devices, devices),
+            (Collection::DeviceModels, models),
             (Collection::Tokens, self.nodes.values().map(|node| node.tokens.held()).sum()),
         ]
     }

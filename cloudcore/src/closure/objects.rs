@@ -204,7 +204,7 @@ impl Closures {
         }
     }
 
-    fn mark_referring(&mut self, reference: &Reference) {
+    pub(super) fn mark_referring(&mut self, reference: &Reference) {
         for (name, node) in &self.nodes {
             if node.references.contains_key(reference) {
                 self.subscribers.mark(name, reference.0, &reference.1);

@@ -181,7 +181,7 @@ impl Closures {
 }
 
 /// Counts one down. Answers whether it was the last.
-fn release<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) -> bool {
+pub(super) fn release<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) -> bool {
     match counts.get_mut(key) {
         Some(count) if *count > 1 => {
             *count -= 1;

@@ -28,6 +28,10 @@ pub(crate) fn object(collection: Collection, mut value: Value) -> Object {
         for noise in ["managedFields", "resourceVersion", "selfLink"] {
             metadata.remove(noise);
         }
+        if matches!(collection, Collection::Devices | Collection::DeviceModels) {
+            // Their status is no subresource, so that it counts: reports would come back to the edge that made them.
+            metadata.remove("generation");
+        }
         if let Some(annotations) = metadata.get_mut("annotations").and_then(Value::as_object_mut) {
             annotations.remove(LAST_APPLIED);
             if collection == Collection::Node {

@@ -243,7 +243,7 @@ impl Closures {
         self.slots.get(id).is_some_and(|slot| what(&slot.value))
     }
 
-    /// What a session has to say now: what pods need before the pods, pods that went before those that come, and what nobody needs any
+    /// What a session has to say now: what pods and devices need before them, pods that went before those that come, and what nobody needs any
     /// more last.
     pub(crate) fn drain(&mut self, session: &mut Session) -> Vec<FeedEvent> {
         let mut events = Vec::new();
@@ -275,8 +275,8 @@ impl Closures {
         let (mut needed, mut pods_gone, mut pods, mut unneeded) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (collection, key) in changed {
             let id = (collection, key);
-            let (gone, here) =
-                if collection == Collection::Pods { (&mut pods_gone, &mut pods) } else { (&mut unneeded, &mut needed) };
+            let refers = matches!(collection, Collection::Pods | Collection::Devices);
+            let (gone, here) = if refers { (&mut pods_gone, &mut pods) } else { (&mut unneeded, &mut needed) };
             let (telling, event) = match self.truth(session, node, &id) {
                 Truth::NotYet => {
                     session.held_back.insert(id.1);
@@ -354,7 +354,9 @@ impl Closures {
                 Some(pod) if !self.may_start(node, pod) => return Truth::NotYet,
                 pod => pod.map(|pod| &pod.object),
             },
-            Collection::Devices | Collection::DeviceModels | Collection::Unspecified => None,
+            Collection::Devices => self.devices.of(&session.node.name, key),
+            Collection::DeviceModels => self.model_of(node, key),
+            Collection::Unspecified => None,
         };
         found.cloned().map_or(Truth::Not, Truth::Is)
     }
@@ -377,7 +379,9 @@ impl Closures {
         let pods = session.begun;
         match collection {
             Collection::Settings => !self.configured_dns.is_empty() || ready(Source::Services),
-            Collection::Node | Collection::Devices | Collection::DeviceModels => true,
+            Collection::Node => true,
+            Collection::Devices => self.devices_complete(&session.node.name),
+            Collection::DeviceModels => self.models_complete(&session.node.name),
             Collection::Services => pods && ready(Source::Services),
             Collection::RuntimeClasses => pods && ready(Source::RuntimeClasses),
             Collection::ConfigMaps | Collection::Secrets => {
@@ -412,6 +416,7 @@ impl Closures {
             keys.extend(services_in(&self.services, namespace).map(|key| (Collection::Services, key.clone())));
         }
         keys.extend(node.tokens.keys().map(|key| (Collection::Tokens, key.clone())));
+        keys.extend(self.devices.keys(name).map(|key| (Collection::Devices, key.to_string())));
         keys.extend(node.pods.keys().map(|key| (Collection::Pods, key.clone())));
         keys
     }

@@ -18,7 +18,7 @@ const MAX_ANSWERS: usize = 64 << 10;
 const AT_ONCE: usize = 64;
 
 /// What a path is, for metrics and authorisation: by its first part.
-const ROUTES: [(&str, &[&str]); 14] = [
+const ROUTES: [(&str, &[&str]); 15] = [
     ("pods", &["pods", "proxy"]),
     ("runningpods", &["pods", "proxy"]),
     ("healthz", &["healthz", "proxy"]),
@@ -33,6 +33,7 @@ const ROUTES: [(&str, &[&str]); 14] = [
     ("exec", PROXY),
     ("attach", PROXY),
     ("portForward", PROXY),
+    ("devices", PROXY),
 ];
 const PROXY: &[&str] = &["proxy"];
 

@@ -108,10 +108,11 @@ pub(super) async fn forward(
     mut request: Request<Incoming>,
     watched: &watch::Sender<Option<Gone>>,
 ) -> Result<(Answer, Option<Upgrades>), Failed> {
-    let stream = streams.open(Class::Ops, Bytes::from_static(ops::KUBELET)).map_err(|error| match error {
-        StreamError::Ended(cause) => Failed::Offline { node: node.to_owned(), cause: cause.to_string() },
-        StreamError::Refused(error) => Failed::Busy { node: node.to_owned(), cause: error.to_string() },
-    })?;
+    let stream =
+        streams.open(class(request.uri().path()), Bytes::from_static(ops::KUBELET)).map_err(|error| match error {
+            StreamError::Ended(cause) => Failed::Offline { node: node.to_owned(), cause: cause.to_string() },
+            StreamError::Refused(error) => Failed::Busy { node: node.to_owned(), cause: error.to_string() },
+        })?;
     watched.send_replace(Some(stream.gone()));
     let client = hyper::upgrade::on(&mut request);
     let upgrade = upgrade_of(request.headers());
@@ -248,6 +249,14 @@ async fn pump(
         to.shutdown().await.map_err(Broke::Writing)?;
     }
     Ok(())
+}
+
+/// Telemetry of devices yields to everything else on the link.
+fn class(path: &str) -> Class {
+    match path.trim_end_matches('/') {
+        "/devices/values" | "/metrics/devices" => Class::Device,
+        _ => Class::Ops,
+    }
 }
 
 fn failure(node: &str, streams: &Streams, error: &(dyn Error + 'static)) -> Failed {
@@ -390,6 +399,15 @@ mod tests {
         assert!(stays_here(&HeaderMap::new()) && stays("containers/") && stays("a/?x=http://b"));
         for away in ["http://evil/", "//evil/", "/logs/", "https:evil", "\\\\evil", "javascript:x"] {
             assert!(!stays(away), "{away}");
+        }
+    }
+
+    #[test]
+    fn telemetry_yields() {
+        assert_eq!(class("/devices/values"), Class::Device);
+        assert_eq!(class("/metrics/devices"), Class::Device);
+        for path in ["/devices", "/devices/n/values", "/metrics", "/metrics/cadvisor", "/"] {
+            assert_eq!(class(path), Class::Ops, "{path}");
         }
     }
 

@@ -18,6 +18,13 @@ pub(crate) enum About {
         /// Its UID.
         uid: String,
     },
+    /// A device, which must be one of the node's.
+    Device {
+        /// Its name; its namespace is the event's.
+        name: String,
+        /// Its UID.
+        uid: String,
+    },
 }
 
 /// An event to create.
@@ -46,14 +53,17 @@ pub(crate) fn outgoing(node: &str, report: &Report) -> Result<Outgoing, String> 
     let about = match involved["kind"].as_str() {
         Some("Node") if object != node => return Err(format!("node {node} may not report events of node {object}")),
         Some("Node") => About::Node,
-        Some("Pod") if object_namespace != namespace || namespace.is_empty() => {
-            return Err("the event's namespace is not its pod's".into());
-        }
-        Some("Pod") if object.is_empty() || involved["uid"].as_str().is_none_or(str::is_empty) => {
-            return Err("the event does not say which pod it is about".into());
-        }
-        Some("Pod") => {
-            About::Pod { name: object.to_owned(), uid: involved["uid"].as_str().unwrap_or_default().to_owned() }
+        Some(kind @ ("Pod" | "Device")) => {
+            let uid = involved["uid"].as_str().unwrap_or_default();
+            let what = kind.to_lowercase();
+            if object_namespace != namespace || namespace.is_empty() {
+                return Err(format!("the event's namespace is not its {what}'s"));
+            }
+            if object.is_empty() || uid.is_empty() {
+                return Err(format!("the event does not say which {what} it is about"));
+            }
+            let (name, uid) = (object.to_owned(), uid.to_owned());
+            if kind == "Pod" { About::Pod { name, uid } } else { About::Device { name, uid } }
         }
         other => return Err(format!("a node may not report events of a {}", other.unwrap_or("nothing"))),
     };

@@ -2,10 +2,11 @@
 //!
 //! One queue a session, bounded and coalesced by what is reported; one request at a time for a node, a bounded number for all, first come
 //! first served, so that no node starves another. A report ends when the apiserver took it or refused it for good; anything else is tried
-//! again for as long as the session lives, and holds nothing else up. A node may report for itself and for its own pods: everything else is refused, logged and counted.
+//! again for as long as the session lives, and holds nothing else up. A node may report for itself, for its own pods and its own devices: everything else is refused, logged and counted.
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ use crate::nodes::leases::Leases;
 use crate::retry::chain;
 use crate::{clock, nodes, supervise};
 
+mod device;
 mod event;
 pub(crate) mod node;
 pub(crate) mod pod;
@@ -45,6 +47,8 @@ pub(crate) struct Upstream {
     leases: Arc<Leases>,
     permits: Semaphore,
     queues: Mutex<HashMap<String, Arc<Queue>>>,
+    /// Somebody else's CRD: a Device shows no state, however often it is written.
+    states_are_lost: AtomicBool,
 }
 
 /// One session's reports. Dropping it ends what is under way.
@@ -92,7 +96,15 @@ impl Outcome {
 impl Upstream {
     /// `leases` go first.
     pub(crate) fn new(api: Apiserver, shared: Arc<Shared>, leases: Arc<Leases>) -> Arc<Self> {
-        Arc::new(Self { api, shared, leases, permits: Semaphore::new(AT_ONCE), queues: Mutex::default() })
+        let permits = Semaphore::new(AT_ONCE);
+        Arc::new(Self {
+            api,
+            shared,
+            leases,
+            permits,
+            queues: Mutex::default(),
+            states_are_lost: AtomicBool::new(false),
+        })
     }
 
     /// Begins a session. One that `claims` writes nothing before the Node says that it has it.
@@ -243,7 +255,8 @@ impl Upstream {
             ReportKind::PodStatus => self.pod_status(queue, report).await,
             ReportKind::NodeStatus => self.node_status(queue, report).await,
             ReportKind::Event => self.event(&queue.node, report).await,
-            ReportKind::DeviceStatus | ReportKind::Unspecified => {
+            ReportKind::DeviceStatus => self.device_status(queue, report).await,
+            ReportKind::Unspecified => {
                 Outcome::Refused("cloudcore does not know this kind of report: update it".into())
             }
         }
@@ -406,9 +419,12 @@ impl Upstream {
             Ok(event) => event,
             Err(reason) => return Outcome::Refused(reason),
         };
-        if let About::Pod { name, uid } = &event.about
-            && let Err(outcome) = self.own_pod(node, &event.namespace, name, uid).await
-        {
+        let outcome = match &event.about {
+            About::Node => None,
+            About::Pod { name, uid } => self.own_pod(node, &event.namespace, name, uid).await.err(),
+            About::Device { name, uid } => self.own_device(node, &event.namespace, name, uid).await.err(),
+        };
+        if let Some(outcome) = outcome {
             return outcome;
         }
         let error = match self.api.create(Kind::Event, &event.namespace, event.body.clone()).await {

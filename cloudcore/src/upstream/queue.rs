@@ -16,6 +16,9 @@ const WAITING: usize = 256;
 /// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
 const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
+/// What a session's devices may have written: so often, and so many at once.
+const DEVICE_PACE: Duration = Duration::from_millis(200);
+const DEVICE_BURST: u32 = 5;
 
 /// One session's queue.
 #[derive(Default)]
@@ -24,6 +27,8 @@ pub(super) struct State {
     /// By UID.
     pods: HashMap<String, Pod>,
     node: Allowance,
+    /// When the next thing would be due that devices have written, if each came in its time.
+    devices: Duration,
     /// What the edge is to report once more; each at most once, so no more than its pods and itself.
     wanted: VecDeque<(ReportKind, String)>,
     /// Reports that came to their end, and why they were refused, if they were: no more than the edge may have on their way at once.
@@ -90,17 +95,30 @@ impl State {
 
     /// Hands out the first job that is due. With [`Next::Never`] whoever asks is done: [`State::begin`] says when it is to ask again.
     pub(super) fn next(&mut self, now: Duration) -> Next {
-        if let Some(waiting) =
-            self.waiting.iter().position(|waiting| waiting.due <= now).and_then(|at| self.waiting.remove(at))
-        {
+        // What devices report may wait for its pace; the others pass it by.
+        let paced = self.devices.saturating_sub(DEVICE_PACE * (DEVICE_BURST - 1));
+        let due = |waiting: &Waiting| match waiting.report.kind {
+            ReportKind::DeviceStatus => waiting.due.max(paced),
+            _ => waiting.due,
+        };
+        let at = self.waiting.iter().position(|waiting| due(waiting) <= now);
+        if let Some(waiting) = at.and_then(|at| self.waiting.remove(at)) {
+            if waiting.report.kind == ReportKind::DeviceStatus {
+                self.device_written(now);
+            }
             return Next::Now(waiting);
         }
-        if let Some(due) = self.waiting.iter().map(|waiting| waiting.due).min() {
+        if let Some(due) = self.waiting.iter().map(due).min() {
             return Next::In(due.saturating_sub(now));
         }
         self.waiting = VecDeque::new();
         self.is_driven = false;
         Next::Never
+    }
+
+    /// A device has something written.
+    pub(super) fn device_written(&mut self, now: Duration) {
+        self.devices = self.devices.max(now) + DEVICE_PACE;
     }
 
     /// Queues a report. Answers one that ended by it.
@@ -248,6 +266,29 @@ mod tests {
         assert!(!state.again(first, later), "a newer one came while it was tried");
         assert!(matches!(state.next(at), Next::Now(Waiting { report, .. }) if report.id == 3));
         assert_eq!(state.next(at), Next::Never);
+    }
+
+    #[test]
+    fn what_devices_report_is_paced_and_holds_nothing_else_up() {
+        let mut state = State::default();
+        let device = |id: u64| Report { kind: ReportKind::DeviceStatus, ..report(id, &format!("d{id}")) };
+        let at = |millis: u64| Duration::from_secs(100) + Duration::from_millis(millis);
+        (0..20).for_each(|id| drop(state.push(device(id))));
+        let mut taken = |millis: u64| {
+            let mut ids = Vec::new();
+            while let Next::Now(waiting) = state.next(at(millis)) {
+                ids.push(waiting.report.id);
+            }
+            (ids, state.next(at(millis)))
+        };
+        assert_eq!(taken(0), (vec![0, 1, 2, 3, 4], Next::In(Duration::from_millis(200))));
+        assert_eq!(taken(199).0, [0; 0]);
+        assert_eq!(taken(1000).0, [5, 6, 7, 8, 9], "five a second");
+        state.push(report(99, "pod"));
+        assert!(matches!(state.next(at(1000)), Next::Now(Waiting { report, .. }) if report.id == 99));
+        state.push(Report { id: 100, ..device(10) });
+        let order: Vec<u64> = state.waiting.iter().map(|waiting| waiting.report.id).collect();
+        assert_eq!((order.len(), order.last()), (10, Some(&100)), "the newest state only");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Watches: what the apiserver says goes into the closures, from six [`stream`]s that never end.
+//! Watches: what the apiserver says goes into the closures, from [`stream`]s that never end.
 //!
 //! Nothing is taken for gone because a list did not show it: a pod or Node that a new list lacks is asked for by name first. ConfigMaps and
 //! Secrets are watched by their metadata only; [`fetch`] gets those that are needed.
@@ -29,6 +29,7 @@ use crate::retry::chain;
 use crate::upstream::Upstream;
 use crate::{clock, supervise};
 
+pub(crate) mod devices;
 pub(crate) mod fetch;
 mod stream;
 

@@ -13,7 +13,7 @@ use skerry_tests::peer::{self, Identity, Session, hello};
 use crate::world::{World, story};
 
 /// The hostile node's name.
-const NODE: &str = "hostile";
+pub(crate) const NODE: &str = "hostile";
 
 #[test]
 fn it_cannot_read_what_other_nodes_use() -> Result<()> {
@@ -202,7 +202,7 @@ fn no_certificate_no_session() -> Result<()> {
 }
 
 /// Joins as the hostile node, past the relay.
-fn enter(world: &World) -> Result<(SocketAddr, Identity)> {
+pub(crate) fn enter(world: &World) -> Result<(SocketAddr, Identity)> {
     let token = world.cloud.new_token(&[])?.token;
     match peer::join(world.cloud.address(), &token, NODE, "machine-of-the-hostile-one")? {
         Ok(identity) => Ok((world.cloud.address(), identity)),
@@ -215,7 +215,7 @@ fn welcome(session: &mut Session) -> Result<()> {
 }
 
 /// Plays an edge with an empty store until the cloud has sent all; what it was sent.
-fn answer_until_quiet(session: &mut Session) -> Result<Vec<wire::Upsert>> {
+pub(crate) fn answer_until_quiet(session: &mut Session) -> Result<Vec<wire::Upsert>> {
     let mut seen = Vec::new();
     welcome(session)?;
     while let Ok(Some(body)) = session.receive(3) {

@@ -7,6 +7,7 @@
 mod apifaults;
 mod badinput;
 mod crashes;
+mod devices;
 mod hostile;
 mod join;
 mod linkcut;
