@@ -72,11 +72,6 @@ impl Shared {
         &self.token_wake
     }
 
-    /// Whether the apiserver serves devices.
-    pub(crate) fn devices_served(&self, is_served: bool) {
-        self.closures().devices_served(is_served);
-    }
-
     /// Waits for the first list of a source.
     pub(crate) async fn until_ready(&self, source: Source) {
         self.until(|closures| closures.is_ready(source)).await;

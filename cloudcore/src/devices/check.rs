@@ -46,7 +46,7 @@ mod tests {
 
     use super::*;
 
-    fn found(properties: Value) -> Option<String> {
+    fn found(properties: &Value) -> Option<String> {
         let device = json!({"deviceModelRef": {"name": "m"}, "protocol": {"protocolName": "modbus"}, "properties": properties, "methods": [
             {"name": "stop", "propertyNames": ["speed", "brake"]},
         ]});
@@ -61,12 +61,12 @@ mod tests {
     #[test]
     fn a_device_that_fits_has_no_problem() {
         let properties = json!([{"name": "speed", "desired": {"value": "7"}}, {"name": "heat", "desired": {"value": ""}}, {"name": "brake"}]);
-        assert_eq!(found(properties), None);
+        assert_eq!(found(&properties), None);
     }
 
     #[test]
     fn all_that_does_not_fit_is_named() {
-        let problem = found(json!([
+        let problem = found(&json!([
             {"name": "speed", "desired": {"value": "101"}}, {"name": "heat", "desired": {"value": "1"}}, {"name": "sped"},
         ]));
         insta::assert_snapshot!(problem.unwrap(), @r#"desired value "101" of property speed: the most is 100; desired value "1" of property heat: the model says ReadOnly; property sped is not in the DeviceModel m; method stop names property brake, which the device does not have"#);
@@ -83,6 +83,6 @@ mod tests {
     #[test]
     fn a_text_ends_somewhere() {
         let many: Vec<Value> = (0..500).map(|number| json!({"name": format!("é{number}")})).collect();
-        assert!(found(many.into()).unwrap().len() <= LONGEST);
+        assert!(found(&many.into()).unwrap().len() <= LONGEST);
     }
 }

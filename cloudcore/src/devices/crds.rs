@@ -53,8 +53,9 @@ pub(crate) async fn run(client: kube::Client, shared: Arc<Shared>) {
     let mut told = None;
     loop {
         let mut outcome = served(&client).await;
-        // What is served may still be an older revision of ours: looked at once.
-        if !installed && outcome.is_ok() {
+        let mut remedy = "kubectl apply --server-side -f deploy/devices.yaml".to_owned();
+        // What is served may still be an older revision of ours. Once looked at, what is removed was removed on purpose.
+        if !installed && let Ok(is_served) = outcome {
             match install(&client).await {
                 Ok(changed) => {
                     installed = true;
@@ -62,35 +63,26 @@ pub(crate) async fn run(client: kube::Client, shared: Arc<Shared>) {
                         outcome = settled(&client).await;
                     }
                 }
-                Err(cause) if outcome == Ok(true) => {
+                Err(cause) if is_served => {
                     debug!("cannot look whether the CRDs of devices are current: {cause}");
                     installed = true;
                 }
-                Err(cause) => outcome = Err(cause),
+                Err(cause) => remedy = format!("{remedy}, or deploy/rbac.yaml so that cloudcore may: {cause}"),
             }
-        }
-        let is_served = outcome == Ok(true);
-        match (&outcome, told) {
-            (Ok(true), Some(true)) => {}
-            (Ok(true), _) => info!("devices are served: {GROUP}/{VERSION}"),
-            (Ok(false), Some(false)) | (Err(_), Some(false)) => {}
-            (Ok(false), _) => {
-                // They were removed on purpose, or are somebody else's.
-                warn!(
-                    "the apiserver does not serve {GROUP}/{VERSION}: no devices until it does; kubectl apply --server-side -f deploy/devices.yaml"
-                );
-            }
-            (Err(cause), _) => warn!(
-                "the CRDs of devices cannot be installed: {cause}; no devices until they are there: kubectl apply --server-side -f \
-                 deploy/devices.yaml, or deploy/rbac.yaml, so that cloudcore may"
-            ),
         }
         // One that does not answer says nothing about what it serves.
-        if outcome.is_ok() || told.is_none() {
+        if let Ok(is_served) = outcome
+            && told != Some(is_served)
+        {
+            if is_served {
+                info!("devices are served: {GROUP}/{VERSION}");
+            } else {
+                warn!("the apiserver does not serve {GROUP}/{VERSION}, no devices until it does: {remedy}");
+            }
             told = Some(is_served);
-            shared.devices_served(is_served);
+            shared.closures().devices_served(is_served);
         }
-        tokio::time::sleep(if is_served { ROUND } else { SHORT_ROUND }).await;
+        tokio::time::sleep(if told == Some(true) { ROUND } else { SHORT_ROUND }).await;
     }
 }
 

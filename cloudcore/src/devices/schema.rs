@@ -47,13 +47,13 @@ fn definitions() -> [Value; 3] {
     let model = definition(
         "DeviceModel",
         "devicemodels",
-        object(model_spec(), None, &["spec"]),
+        &object(model_spec(), None, &["spec"]),
         &[column("Protocol", "string", ".spec.protocol")],
     );
     let mut device = definition(
         "Device",
         "devices",
-        object(device_spec(), Some(device_status()), &["spec"]),
+        &object(device_spec(), Some(device_status()), &["spec"]),
         &[
             column("Node", "string", ".spec.nodeName"),
             column("Model", "string", ".spec.deviceModelRef.name"),
@@ -70,13 +70,13 @@ fn definitions() -> [Value; 3] {
     let status = definition(
         "DeviceStatus",
         "devicestatuses",
-        object(spec, Some(status()), &[]),
+        &object(spec, Some(status()), &[]),
         &[column("State", "string", ".status.state"), column("Last seen", "date", ".status.lastOnlineTime"), twins],
     );
     [model, device, status]
 }
 
-fn definition(kind: &str, plural: &str, schema: Value, columns: &[Value]) -> Value {
+fn definition(kind: &str, plural: &str, schema: &Value, columns: &[Value]) -> Value {
     let mut columns = columns.to_vec();
     columns.push(column("Age", "date", ".metadata.creationTimestamp"));
     json!({
