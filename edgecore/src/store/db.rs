@@ -42,6 +42,13 @@ impl Db {
         self.objects(&format!("{COLUMNS} WHERE collection = ?1 ORDER BY uid"), params![collection as i32])
     }
 
+    /// A damaged row is passed over, and those after it come all the same.
+    pub(super) fn page(&mut self, collection: Collection, after: &str, count: usize) -> rusqlite::Result<Vec<Row>> {
+        let query = format!("{COLUMNS} WHERE collection = ?1 AND uid > ?2 ORDER BY uid LIMIT ?3");
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        self.objects(&query, params![collection as i32, after, count])
+    }
+
     pub(super) fn named(&mut self, collection: Collection, key: &str) -> rusqlite::Result<Vec<Row>> {
         self.objects(
             &format!("{COLUMNS} WHERE collection = ?1 AND key = ?2 ORDER BY uid"),

@@ -282,6 +282,12 @@ impl Store {
         self.read("read a collection", move |db| db.list(collection)).await
     }
 
+    /// So many rows of a collection, in the order of their UIDs, after one: for a collection that may be large.
+    pub async fn page(&self, collection: Collection, after: &str, count: usize) -> Result<Vec<Row>, Error> {
+        let after = after.to_owned();
+        self.read("read a part of a collection", move |db| db.page(collection, &after, count)).await
+    }
+
     /// The rows of a key: more than one only while an old UID of the same name is on its way out.
     pub async fn named(&self, collection: Collection, key: &str) -> Result<Vec<Row>, Error> {
         let key = key.to_owned();
