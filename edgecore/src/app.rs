@@ -7,6 +7,7 @@
 //! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
 //! | control socket | a technician can look, whatever comes next |
+//! | devices | mappers and people at the box wait for no cloud |
 //! | ops | answers what a kubelet answers, over the control socket and the link |
 //! | link, renewal | waits for nobody, and nobody waits for it |
 //! | kubelet | starts pods from the store alone |
@@ -32,6 +33,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
+use crate::devices::{self, Devices};
 use crate::identity::{self, Identity};
 use crate::link::{Link, LinkState, ReportWanted, network};
 use crate::ops::{self, Ops};
@@ -120,7 +122,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let runtime = connect::channel(&config.runtime_endpoint)?;
     let (stats, measured) = watch::channel(None);
-    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone(), measured);
+    let devices = Devices::new(store.clone());
+    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone(), measured).with_devices(devices.clone());
 
     let socket = config.control_socket(&data_dir);
     let listener =
@@ -138,7 +141,23 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         let stop = stop.clone();
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
     });
+    let devices = supervise::module("devices", stop.clone(), {
+        let parts = devices::Parts {
+            devices,
+            socket: config.dmi_socket(),
+            link: link_seen.clone(),
+            wanted: wanted.clone(),
+            shutdown: stop.clone(),
+        };
+        move || devices::run(parts.clone())
+    });
     let mut services = Services::default();
+    // What devices say has streams of a class of its own, behind those of people.
+    let of_devices = ops::Requests::new(services.serve(Class::Device, ops::WAITING));
+    let of_devices = supervise::module("device ops", stop.clone(), {
+        let (ops, stop) = (ops.clone(), stop.clone());
+        move || ops::serve(ops.clone(), of_devices.clone(), stop.clone())
+    });
     let requests = ops::Requests::new(services.serve(Class::Ops, ops::WAITING));
     let ops = supervise::module("ops", stop.clone(), {
         let stop = stop.clone();
@@ -216,6 +235,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         join(name, module).await;
     }
     join("ops", ops).await;
+    join("device ops", of_devices).await;
+    join("devices", devices).await;
     join("control", control).await;
     store.close().await;
     // Nobody answers on it any more.

@@ -48,6 +48,9 @@ pub struct Config {
     /// Addresses for pods, used in the network configuration that edgecore writes where there is none.
     #[serde(default = "default::pod_cidr")]
     pub pod_cidr: String,
+    /// Where device mappers find edgecore; empty: nowhere, and no mapper is served.
+    #[serde(default = "default::dmi_socket")]
+    pub dmi_socket: PathBuf,
     /// The socket for `edgecore status` and the like; `edgecore.sock` in the data directory if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control_socket: Option<PathBuf>,
@@ -70,6 +73,9 @@ mod default {
     }
     pub(super) fn log_links_dir() -> PathBuf {
         "/var/log/containers".into()
+    }
+    pub(super) fn dmi_socket() -> PathBuf {
+        "/etc/kubeedge/dmi.sock".into()
     }
     pub(super) fn pod_cidr() -> String {
         "10.88.0.0/16".to_owned()
@@ -140,6 +146,7 @@ impl Config {
             cni_conf_dir: None,
             cni_bin_dirs: None,
             pod_cidr: default::pod_cidr(),
+            dmi_socket: default::dmi_socket(),
             control_socket: None,
             labels: BTreeMap::new(),
         }
@@ -208,6 +215,13 @@ impl Config {
                 format!("{control:?} must be an absolute path of at most {SOCKET_PATH_MAX} bytes; set a shorter one");
             return Err(("control_socket", cause));
         }
+        let dmi = &self.dmi_socket;
+        if !dmi.as_os_str().is_empty() && (!dmi.is_absolute() || dmi.as_os_str().len() > SOCKET_PATH_MAX) {
+            let cause = format!(
+                "{dmi:?} must be an absolute path of at most {SOCKET_PATH_MAX} bytes, or empty where no mapper is to be served"
+            );
+            return Err(("dmi_socket", cause));
+        }
         for (key, value) in &self.labels {
             check_label(key, value).map_err(|cause| ("labels", cause))?;
         }
@@ -229,6 +243,11 @@ impl Config {
     /// Where the control socket is.
     pub fn control_socket(&self, data_dir: &Path) -> PathBuf {
         self.control_socket.clone().unwrap_or_else(|| data_dir.join("edgecore.sock"))
+    }
+
+    /// Where device mappers find edgecore, if they are served.
+    pub fn dmi_socket(&self) -> Option<PathBuf> {
+        Some(self.dmi_socket.clone()).filter(|path| !path.as_os_str().is_empty())
     }
 
     /// Where cloudcore is. Checked when the file was read.

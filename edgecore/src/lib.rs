@@ -6,6 +6,7 @@ pub mod clock;
 pub mod cni;
 pub mod config;
 pub mod control;
+pub mod devices;
 pub mod enroll;
 pub mod files;
 pub mod footprint;

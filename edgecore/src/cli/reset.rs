@@ -356,6 +356,9 @@ async fn remove_unit() -> anyhow::Result<()> {
 fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result<()> {
     remove_tree(&data_dir.join(identity::DIR))?;
     files::remove(&config.control_socket(data_dir))?;
+    if let Some(socket) = config.dmi_socket() {
+        files::remove(&socket)?;
+    }
     for entry in std::fs::read_dir(data_dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();

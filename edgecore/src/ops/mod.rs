@@ -27,12 +27,13 @@ use self::query::Query;
 use self::relay::Relay;
 use self::route::Route;
 use crate::config::Config;
+use crate::devices::{self, Devices};
 use crate::runtime::Cri;
 use crate::stats::Stats;
 use crate::store::Store;
 use crate::supervise;
 
-mod answer;
+pub(crate) mod answer;
 mod configz;
 mod files;
 mod logs;
@@ -61,6 +62,7 @@ pub struct Ops {
     cri: Cri,
     config: Arc<Config>,
     stats: watch::Receiver<Option<Stats>>,
+    devices: Devices,
     places: Arc<Semaphore>,
 }
 
@@ -115,7 +117,14 @@ fn too_many() -> String {
 impl Ops {
     /// Over a channel to the runtime. `stats` measures the pods, while the kubelet runs.
     pub fn new(store: Store, config: Arc<Config>, runtime: Channel, stats: watch::Receiver<Option<Stats>>) -> Self {
-        Self { store, cri: Cri::new(runtime), config, stats, places: Arc::new(Semaphore::new(MAX_REQUESTS)) }
+        let devices = Devices::new(store.clone());
+        Self { store, cri: Cri::new(runtime), config, stats, devices, places: Arc::new(Semaphore::new(MAX_REQUESTS)) }
+    }
+
+    /// With the devices of the node, instead of none.
+    #[must_use]
+    pub fn with_devices(self, devices: Devices) -> Self {
+        Self { devices, ..self }
     }
 
     /// Serves a connection of the control socket, as one of the link's.
@@ -159,7 +168,12 @@ impl Ops {
 
     async fn answer(&self, mut request: Request<RequestBody>, relays: &mpsc::Sender<Relay>) -> Answer {
         let client = hyper::upgrade::on(&mut request);
-        let (mut answer, runtime) = match Box::pin(self.route(&request)).await {
+        let routed = if devices::http::is_ours(request.uri().path()) {
+            Ok((Box::pin(devices::http::answer(&self.devices, request)).await, None))
+        } else {
+            Box::pin(self.route(&request)).await
+        };
+        let (mut answer, runtime) = match routed {
             Ok(answered) => answered,
             Err(refusal) => (refusal.into(), None),
         };

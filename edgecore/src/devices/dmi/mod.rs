@@ -1,0 +1,10 @@
+//! The device mapper interface: [`server`] is what mappers call, [`mapper`] what calls them.
+
+mod authority;
+mod mapper;
+mod server;
+#[cfg(test)]
+mod tests;
+
+pub(super) use self::mapper::{Links, keep, origin};
+pub(super) use self::server::serve;

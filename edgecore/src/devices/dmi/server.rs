@@ -1,0 +1,313 @@
+//! What mappers call: `DeviceManagerService` on a unix socket.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use nix::sys::stat::{Mode, umask};
+use prost::Message as _;
+use skerry_proto::dmi::device_manager_service_server::{DeviceManagerService, DeviceManagerServiceServer};
+use skerry_proto::dmi::{
+    MapperRegisterRequest, MapperRegisterResponse, ReportDeviceStatesRequest, ReportDeviceStatesResponse,
+    ReportDeviceStatusRequest, ReportDeviceStatusResponse,
+};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+use tower::Service as _;
+use tracing::{debug, error, info, warn};
+
+use super::authority::Legal;
+use super::mapper::keep;
+use crate::devices::twin::{MapperId, MapperInfo};
+use crate::devices::{Devices, Refused, convert};
+use crate::supervise;
+
+/// Connections of one process; one more is closed.
+const MAX_CONNECTIONS: u32 = 32;
+/// Calls at a time on one connection.
+const MAX_CALLS: u32 = 64;
+/// The most of devices and models in the answer to a registration, in bytes: what gRPC takes unless told otherwise is 4 MiB. What does not
+/// fit is told by calls.
+const MAX_ANSWER: usize = 3 << 20;
+/// The longest name, protocol, version or address, in bytes.
+const MAX_TEXT: usize = 253;
+/// Between attempts to make the socket.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Serves mappers until it is stopped.
+pub(crate) async fn serve(devices: Devices, path: PathBuf, stop: CancellationToken) {
+    let listener = loop {
+        match bind(&path) {
+            Ok(listener) => break listener,
+            Err(error) => {
+                error!(%error, socket = %path.display(), "mappers cannot reach this node: the socket cannot be made; set dmi_socket, or make room for it");
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(RETRY) => {}
+                }
+            }
+        }
+    };
+    let open: Arc<Mutex<HashMap<i32, u32>>> = Arc::default();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                let Some(place) = Place::take(&open, pid.unwrap_or(0)) else {
+                    warn!(
+                        pid,
+                        "a process has more than {MAX_CONNECTIONS} connections to the device mapper interface; the newest is closed"
+                    );
+                    continue;
+                };
+                let known = devices.0.store.pods_known();
+                let service = Service { devices: devices.clone(), pid, known, stop: stop.clone() };
+                let stop = stop.clone();
+                supervise::spawn("dmi connection", async move {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        () = connection(stream, service) => {}
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                warn!(%error, "the device mapper interface takes no connection");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+    // Nobody answers on it any more.
+    let _ = crate::files::remove(&path);
+}
+
+/// Makes the socket, for root and its group: as KubeEdge's mappers expect it.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    crate::files::remove(path)?;
+    let before = umask(Mode::from_bits_truncate(0o117));
+    let listener = UnixListener::bind(path);
+    umask(before);
+    listener
+}
+
+/// A connection's place among those of its process.
+struct Place(Arc<Mutex<HashMap<i32, u32>>>, i32);
+
+impl Place {
+    fn take(open: &Arc<Mutex<HashMap<i32, u32>>>, pid: i32) -> Option<Self> {
+        let mut counts = open.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(pid).or_default();
+        if *count >= MAX_CONNECTIONS {
+            return None;
+        }
+        *count += 1;
+        drop(counts);
+        Some(Self(Arc::clone(open), pid))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.1);
+            }
+        }
+    }
+}
+
+/// Generic over nothing: the generated service, without a router around it.
+async fn connection(stream: UnixStream, service: Service) {
+    let service = DeviceManagerServiceServer::new(service);
+    let answer = service_fn(move |request: hyper::Request<Incoming>| {
+        let mut service = service.clone();
+        async move { service.call(request).await as Result<_, Infallible> }
+    });
+    let served = http2::Builder::new(TokioExecutor::new())
+        .max_concurrent_streams(MAX_CALLS)
+        .serve_connection(TokioIo::new(Legal::new(stream)), answer)
+        .await;
+    if let Err(error) = served {
+        debug!(%error, "a connection of a mapper ended");
+    }
+}
+
+/// One connection's.
+struct Service {
+    devices: Devices,
+    pid: Option<i32>,
+    /// Whether this node knows what is its own: false in a new store until the cloud has said it.
+    known: watch::Receiver<bool>,
+    stop: CancellationToken,
+}
+
+impl Service {
+    fn reporter(&self) -> Option<MapperId> {
+        self.devices.0.links.of_process(self.pid?)
+    }
+}
+
+/// Lets a mapper be called once it was answered, however that ended.
+struct Answering<'a>(&'a Devices, MapperId);
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.lock().answered(self.1);
+        self.0.called_for();
+    }
+}
+
+#[tonic::async_trait]
+impl DeviceManagerService for Service {
+    async fn mapper_register(
+        &self,
+        request: Request<MapperRegisterRequest>,
+    ) -> Result<Response<MapperRegisterResponse>, Status> {
+        let MapperRegisterRequest { with_data, mapper } = request.into_inner();
+        let info = info(mapper.unwrap_or_default())?;
+        info!(mapper = info.name, protocol = info.protocol, address = info.address, "a mapper registers");
+        self.devices.keep_mapper(&info).await;
+        let address = info.address.clone();
+        let id = self.devices.with(|twins, now| twins.register(info, now));
+        let answering = Answering(&self.devices, id);
+        self.devices.forget_mappers().await;
+        let mut answer = MapperRegisterResponse::default();
+        if with_data {
+            self.devices.fill(id, &mut answer).await;
+        }
+        drop(answering);
+        keep(&self.devices, id, &address, self.pid, &self.stop);
+        // Others of its protocol may have to part with devices.
+        self.devices.0.work.notify_one();
+        Ok(Response::new(answer))
+    }
+
+    async fn report_device_status(
+        &self,
+        request: Request<ReportDeviceStatusRequest>,
+    ) -> Result<Response<ReportDeviceStatusResponse>, Status> {
+        let said = request.into_inner();
+        let key = key(said.device_namespace, &said.device_name);
+        let twins = said.reported_device.unwrap_or_default().twins;
+        let reporter = self.reporter();
+        let (taken, is_urgent) = self.devices.with(|of, now| {
+            let before = of.is_urgent();
+            let taken = of.report_values(&key, reporter, &twins, now);
+            (taken, of.is_urgent() && !before)
+        });
+        self.answer(&key, taken, is_urgent)?;
+        Ok(Response::new(ReportDeviceStatusResponse {}))
+    }
+
+    async fn report_device_states(
+        &self,
+        request: Request<ReportDeviceStatesRequest>,
+    ) -> Result<Response<ReportDeviceStatesResponse>, Status> {
+        let said = request.into_inner();
+        let key = key(said.device_namespace, &said.device_name);
+        let reporter = self.reporter();
+        let (taken, is_urgent) = self.devices.with(|of, now| {
+            let before = of.is_urgent();
+            let taken = of.report_state(&key, reporter, &said.state, now);
+            (taken, of.is_urgent() && !before)
+        });
+        self.answer(&key, taken, is_urgent)?;
+        Ok(Response::new(ReportDeviceStatesResponse {}))
+    }
+}
+
+impl Service {
+    fn answer(&self, key: &str, taken: Result<(), Refused>, is_urgent: bool) -> Result<(), Status> {
+        if is_urgent {
+            self.devices.0.work.notify_one();
+        }
+        let Err(refused) = taken else { return Ok(()) };
+        if refused == Refused::NoDevice && *self.known.borrow() {
+            // Whoever holds it is to drop it.
+            self.devices.with(|twins, now| twins.stranger(key, now));
+            self.devices.0.work.notify_one();
+        }
+        if matches!(refused, Refused::NoDevice | Refused::NotYours) {
+            self.devices.called_for();
+        }
+        let words = format!("{key}: {refused}");
+        debug!(words, "a report was refused");
+        Err(match refused {
+            Refused::NoDevice => Status::not_found(words),
+            Refused::NotYours => Status::permission_denied(words),
+            Refused::NoProperty(_) | Refused::Value(_) => Status::invalid_argument(words),
+        })
+    }
+}
+
+/// Older mappers know no namespaces.
+fn key(mut namespace: String, name: &str) -> String {
+    if namespace.is_empty() {
+        namespace.push_str("default");
+    }
+    namespace.push('/');
+    namespace.push_str(name);
+    namespace
+}
+
+/// What a mapper says of itself, if that will do.
+fn info(mapper: skerry_proto::dmi::MapperInfo) -> Result<MapperInfo, Status> {
+    let address = String::from_utf8(mapper.address).map_err(|_| Status::invalid_argument("its address is no text"))?;
+    let address = address.strip_prefix("unix://").or_else(|| address.strip_prefix("unix:")).unwrap_or(&address);
+    let info = MapperInfo {
+        name: mapper.name,
+        version: mapper.version,
+        protocol: mapper.protocol,
+        address: address.to_owned(),
+    };
+    let wrong = if info.protocol.is_empty() {
+        "it names no protocol; devices are given to mappers by spec.protocol.protocolName"
+    } else if !info.address.starts_with('/') {
+        "its address is to be the absolute path of the unix socket that it serves"
+    } else if [&info.name, &info.version, &info.protocol, &info.address].into_iter().any(|text| text.len() > MAX_TEXT) {
+        "its name, version, protocol and address may have 253 bytes each"
+    } else {
+        return Ok(info);
+    };
+    Err(Status::invalid_argument(format!("the mapper {:?} cannot be registered: {wrong}", info.name)))
+}
+
+impl Devices {
+    /// Puts a mapper's devices and their models into an answer, as many as fit.
+    async fn fill(&self, id: MapperId, answer: &mut MapperRegisterResponse) {
+        let its = self.lock().for_answer(id);
+        let mut room = MAX_ANSWER;
+        let mut models = std::collections::BTreeSet::new();
+        for (slot, key, uid) in its {
+            let Ok((device, mark)) = self.for_mapper(&key, &uid).await else { continue };
+            let Some((model_key, spec, ..)) = self.lock().to_tell(&key) else { continue };
+            let model = (!models.contains(&model_key)).then(|| convert::model(&model_key, &spec));
+            // With what it takes to say how long each is.
+            let bytes = device.encoded_len() + model.as_ref().map_or(0, |model| model.encoded_len() + 8) + 8;
+            let Some(left) = room.checked_sub(bytes) else { break };
+            room = left;
+            answer.model_list.extend(model);
+            models.insert(model_key);
+            answer.device_list.push(device);
+            self.lock().told_in_answer(id, slot, mark);
+        }
+    }
+}

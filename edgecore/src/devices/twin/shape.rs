@@ -1,0 +1,145 @@
+//! What a device's values may be: the properties that it and its model name together. Devices of a kind share one, so that tens of
+//! thousands that are declared cost little.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use skerry_proto::device::{AccessMode, DeviceModelSpec, DeviceSpec, PropertyType};
+
+/// The longest value that is kept, in bytes.
+pub(crate) const MAX_VALUE: usize = 64 << 10;
+/// Between reports of a property to the cloud, unless the Device says otherwise.
+const REPORT_CYCLE: Duration = Duration::from_secs(60);
+/// No property is reported more often.
+const SHORTEST_CYCLE: Duration = Duration::from_secs(1);
+/// Key of a property's `visitors.configData`: how much a number must change to be reported to the cloud.
+const DEAD_BAND: &str = "reportDeadBand";
+
+/// The properties of a kind of device.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Shape {
+    pub(super) properties: Box<[Property]>,
+    /// Whether the state goes to the cloud.
+    pub(super) report_state: bool,
+    /// Named by the Device, unknown to its model.
+    pub(super) strangers: Box<[Box<str>]>,
+}
+
+/// One property.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Property {
+    pub(crate) name: Arc<str>,
+    pub(crate) kind: PropertyType,
+    pub(crate) access: AccessMode,
+    minimum: Option<f64>,
+    maximum: Option<f64>,
+    pub(crate) unit: Box<str>,
+    /// Whether its values go into the DeviceStatus, and how long after the one before.
+    pub(super) report: Option<Duration>,
+    pub(super) dead_band: f64,
+    /// How long after a read the next is due.
+    pub(super) collect: Duration,
+}
+
+impl Shape {
+    /// Of a device with what its model adds.
+    pub(super) fn of(spec: &DeviceSpec, model: &DeviceModelSpec) -> Self {
+        let (mut properties, mut strangers) = (Vec::new(), Vec::new());
+        for of in &spec.properties {
+            let Some(base) = model.properties.iter().find(|base| base.name == of.name) else {
+                strangers.push(of.name.as_str().into());
+                continue;
+            };
+            let cycle = |millis: i64, default| match u64::try_from(millis) {
+                Ok(millis @ 1..) => Duration::from_millis(millis),
+                _ => default,
+            };
+            let band =
+                of.visitors.as_ref().and_then(|visitors| visitors.config_data.as_ref()?.get(DEAD_BAND)?.as_f64());
+            properties.push(Property {
+                name: of.name.as_str().into(),
+                kind: base.kind,
+                access: base.access_mode,
+                minimum: base.minimum.trim().parse().ok(),
+                maximum: base.maximum.trim().parse().ok(),
+                unit: base.unit.as_str().into(),
+                report: of.report_to_cloud.then(|| cycle(of.report_cycle, REPORT_CYCLE).max(SHORTEST_CYCLE)),
+                dead_band: band.filter(|band| *band > 0.0).unwrap_or(0.0),
+                collect: cycle(of.collect_cycle, SHORTEST_CYCLE),
+            });
+        }
+        Self {
+            properties: properties.into(),
+            report_state: spec.state_report.as_ref().is_none_or(|report| report.report_to_cloud),
+            strangers: strangers.into(),
+        }
+    }
+
+    /// Place of a property.
+    pub(super) fn place(&self, name: &str) -> Option<usize> {
+        self.properties.iter().position(|property| &*property.name == name)
+    }
+}
+
+impl Property {
+    /// Whether a value can be one of this property's; otherwise why not.
+    pub(crate) fn check(&self, value: &str) -> Result<(), String> {
+        let name = &self.name;
+        if value.len() > MAX_VALUE {
+            return Err(format!("a value of {name} has {} bytes, at most {MAX_VALUE} are taken", value.len()));
+        }
+        let number = match self.kind {
+            PropertyType::Int => match value.parse::<i64>() {
+                #[allow(clippy::cast_precision_loss)] // only compared with bounds
+                Ok(number) => Some(number as f64),
+                Err(_) => return Err(self.mistyped(value, "a whole number")),
+            },
+            PropertyType::Float | PropertyType::Double => match value.parse::<f64>() {
+                Ok(number) if number.is_finite() => Some(number),
+                _ => return Err(self.mistyped(value, "a number")),
+            },
+            PropertyType::Boolean if value == "true" || value == "false" => None,
+            PropertyType::Boolean => return Err(self.mistyped(value, "true or false")),
+            PropertyType::Bytes if base64::engine::general_purpose::STANDARD.decode(value).is_err() => {
+                return Err(self.mistyped(value, "bytes in base64"));
+            }
+            PropertyType::String | PropertyType::Bytes | PropertyType::Stream => None,
+        };
+        match (number, self.minimum, self.maximum) {
+            (Some(number), Some(minimum), _) if number < minimum => {
+                Err(format!("{name} is {value}, below its minimum {minimum}"))
+            }
+            (Some(number), _, Some(maximum)) if number > maximum => {
+                Err(format!("{name} is {value}, above its maximum {maximum}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn mistyped(&self, value: &str, right: &str) -> String {
+        let shown: String = value.chars().take(32).collect();
+        format!("{} is {shown:?}, which is not {right}", self.name)
+    }
+
+    /// Whether it can be told to be something.
+    pub(crate) fn check_desired(&self, value: &str) -> Result<(), String> {
+        match self.access {
+            AccessMode::ReadOnly => Err(format!("{} is ReadOnly in the device model and cannot be written", self.name)),
+            AccessMode::ReadWrite => self.check(value),
+        }
+    }
+
+    /// Whether a value differs enough from the one that was reported to be reported, too.
+    pub(super) fn is_news(&self, sent: Option<&str>, value: &str) -> bool {
+        match sent {
+            None => true,
+            Some(sent) if sent == value => false,
+            Some(sent) if self.dead_band > 0.0 => match (sent.parse::<f64>(), value.parse::<f64>()) {
+                (Ok(sent), Ok(value)) => (sent - value).abs() > self.dead_band,
+                _ => true,
+            },
+            Some(_) => true,
+        }
+    }
+}
