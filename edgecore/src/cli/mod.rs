@@ -10,6 +10,7 @@ use tracing::level_filters::LevelFilter;
 use crate::config::{Config, DATA_DIR};
 
 mod describe;
+mod device;
 mod exec;
 mod get;
 mod join;
@@ -47,6 +48,7 @@ enum Command {
     Exec(exec::Exec),
     Attach(exec::Attach),
     PortForward(port_forward::PortForward),
+    Device(device::Device),
     /// Take everything of edgecore off this box: pods, mounts, identity, state.
     Reset(reset::Reset),
 }
@@ -87,6 +89,7 @@ impl Cli {
             Command::Exec(exec) => Box::pin(exec.run()).await,
             Command::Attach(attach) => Box::pin(attach.run()).await,
             Command::PortForward(forward) => Box::pin(forward.run()).await,
+            Command::Device(device) => device.run().await,
             Command::Reset(reset) => reset.run().await,
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::upgrade::Upgraded;
@@ -58,6 +58,17 @@ impl Node {
         path: &str,
         headers: &[(header::HeaderName, &'static str)],
     ) -> anyhow::Result<Response<Incoming>> {
+        self.send(method, path, headers, Bytes::new()).await
+    }
+
+    /// As [`Node::ask`], with a body.
+    pub(super) async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(header::HeaderName, &'static str)],
+        body: Bytes,
+    ) -> anyhow::Result<Response<Incoming>> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
                 AskError::NotRunning(self.socket.clone())
@@ -73,7 +84,7 @@ impl Node {
         for (name, value) in headers {
             request = request.header(name, *value);
         }
-        let request = request.body(Empty::<Bytes>::new())?;
+        let request = request.body(Full::new(body))?;
         let answer = sender.send_request(request).await.context("edgecore gave no answer; see its log")?;
         if answer.status().is_success() || answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(answer);
