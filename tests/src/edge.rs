@@ -66,6 +66,11 @@ impl Edge {
         self.dir.join("log-links")
     }
 
+    /// Where device mappers find it.
+    pub fn dmi_socket(&self) -> PathBuf {
+        self.dir.join("dmi.sock")
+    }
+
     /// edgecore's log.
     pub fn log(&self) -> PathBuf {
         self.dir.join("edgecore.log")
@@ -96,6 +101,7 @@ impl Edge {
         let output = self.try_join(address, token, &[])?;
         ensure!(output.success, "edgecore join failed: {}", output.text());
         self.configure("logs_dir", &self.logs().display().to_string())?;
+        self.configure("dmi_socket", &self.dmi_socket().display().to_string())?;
         self.configure("log_links_dir", &self.log_links().display().to_string())
     }
 

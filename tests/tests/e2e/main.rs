@@ -8,6 +8,7 @@ mod apifaults;
 mod badinput;
 mod crashes;
 mod devices;
+mod dmi;
 mod hostile;
 mod join;
 mod linkcut;
