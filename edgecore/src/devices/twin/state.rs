@@ -123,6 +123,8 @@ pub(super) struct Active {
     /// Whether its mapper says states, so that a value alone says none.
     spoken: bool,
     heard: Duration,
+    /// Whether it was no mapper's when it was heard: it speaks for itself.
+    by_itself: bool,
     /// Milliseconds since the Unix epoch.
     pub(super) last_seen: i64,
     /// The same, of when it answered last.
@@ -141,6 +143,7 @@ impl Active {
             shown_at: None,
             spoken: false,
             heard: now.mono,
+            by_itself: false,
             last_seen: now.wall,
             last_online: 0,
             reported_at: None,
@@ -191,7 +194,7 @@ impl Twins {
         let Some(device) = self.devices.get_mut(slot as usize).and_then(Option::as_deref_mut) else {
             return Err(Refused::NoDevice);
         };
-        let Device { key, shape, active, .. } = device;
+        let Device { key, shape, active, owner, .. } = device;
         let Some(shape) = shape.as_ref() else { return Err(Refused::NoDevice) };
         let is_new = active.is_none();
         let active = active.get_or_insert_with(|| Box::new(Active::new(shape, now)));
@@ -263,7 +266,7 @@ impl Twins {
         }
         self.bytes = MAX_VALUES.saturating_sub(room);
         let taken = said.len() as u64;
-        (active.heard, active.last_seen) = (now.mono, now.wall);
+        (active.heard, active.last_seen, active.by_itself) = (now.mono, now.wall, owner.is_none());
         if !active.spoken || active.known == State::Unknown {
             active.known = State::Online;
         }
@@ -300,8 +303,9 @@ impl Twins {
         };
         let Some(device) = self.get_mut(slot) else { return Err(Refused::NoDevice) };
         let Some(shape) = device.shape.clone() else { return Err(Refused::NoDevice) };
+        let by_itself = device.owner.is_none();
         let active = device.active.get_or_insert_with(|| Box::new(Active::new(&shape, now)));
-        (active.known, active.spoken, active.heard) = (state, true, now.mono);
+        (active.known, active.spoken, active.heard, active.by_itself) = (state, true, now.mono, by_itself);
         active.last_seen = now.wall;
         if state.is_up() {
             active.last_online = now.wall;
@@ -368,7 +372,7 @@ impl Twins {
             let Some(device) = self.get(slot) else { continue };
             let orphaned = match device.owner.and_then(|owner| self.mappers.get(&owner)) {
                 Some(mapper) => mapper.away_for(now).is_some_and(|away| away >= ORPHANED),
-                None => true,
+                None => device.active.as_ref().is_none_or(|active| !active.by_itself),
             };
             let Some(device) = self.get_mut(slot) else { continue };
             let (Some(active), Some(shape)) = (&mut device.active, &device.shape) else { continue };
