@@ -8,6 +8,7 @@
 //! | store | everything else reads it |
 //! | control socket | a technician can look, whatever comes next |
 //! | devices | mappers and people at the box wait for no cloud |
+//! | mqtt | waits for a broker, and nobody waits for it |
 //! | ops | answers what a kubelet answers, over the control socket and the link |
 //! | link, renewal | waits for nobody, and nobody waits for it |
 //! | kubelet | starts pods from the store alone |
@@ -33,7 +34,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
-use crate::devices::{self, Devices};
+use crate::devices::{self, Devices, mqtt};
 use crate::identity::{self, Identity};
 use crate::link::{Link, LinkState, ReportWanted, network};
 use crate::ops::{self, Ops};
@@ -128,6 +129,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let socket = config.control_socket(&data_dir);
     let listener =
         Arc::new(control::bind(&socket).with_context(|| format!("cannot make the socket {}", socket.display()))?);
+    let (mqtt, mqtt_seen) = watch::channel(mqtt::Status::default());
     let control = Control {
         node: config.node_name.clone(),
         server: config.server.clone(),
@@ -136,10 +138,23 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         identity: identity.as_ref().map(|(_, seen)| seen.clone()),
         reset,
         ops: ops.clone(),
+        mqtt: mqtt_seen,
     };
     let control = supervise::module("control", stop.clone(), {
         let stop = stop.clone();
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
+    });
+    let mqtt = supervise::module("mqtt", stop.clone(), {
+        let parts = mqtt::Parts {
+            devices: devices.clone(),
+            store: store.clone(),
+            node: config.node_name.clone(),
+            broker: config.mqtt_broker.clone(),
+            data_dir: data_dir.clone(),
+            status: mqtt,
+            shutdown: stop.clone(),
+        };
+        move || mqtt::run(parts.clone())
     });
     let devices = supervise::module("devices", stop.clone(), {
         let parts = devices::Parts {
@@ -236,6 +251,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     }
     join("ops", ops).await;
     join("device ops", of_devices).await;
+    join("mqtt", mqtt).await;
     join("devices", devices).await;
     join("control", control).await;
     store.close().await;

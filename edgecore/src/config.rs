@@ -51,12 +51,64 @@ pub struct Config {
     /// Where device mappers find edgecore; empty: nowhere, and no mapper is served.
     #[serde(default = "default::dmi_socket")]
     pub dmi_socket: PathBuf,
+    /// Where the MQTT broker is: `auto`, `off`, `HOST:PORT` or `unix:///path`.
+    #[serde(default, skip_serializing_if = "MqttBroker::is_auto")]
+    pub mqtt_broker: MqttBroker,
     /// The socket for `edgecore status` and the like; `edgecore.sock` in the data directory if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control_socket: Option<PathBuf>,
     /// Labels for the Node.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+}
+
+/// Which MQTT broker the box has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum MqttBroker {
+    /// The one that listens on 127.0.0.1:1883; if there is none, a mosquitto that edgecore starts once there are devices, where
+    /// one is installed.
+    #[default]
+    Auto,
+    /// None, and no MQTT.
+    Off,
+    /// `HOST:PORT`, or `unix://` and the path of a socket. Without TLS, without a password.
+    At(String),
+}
+
+impl MqttBroker {
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
+impl TryFrom<String> for MqttBroker {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+        match text.as_str() {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            _ if text.starts_with("unix:///") => Ok(Self::At(text)),
+            _ if text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && is_port(port)) => {
+                Ok(Self::At(text))
+            }
+            _ => Err(format!(
+                "{text:?} is no broker; write auto, off, an address such as 127.0.0.1:1883, or unix:///path"
+            )),
+        }
+    }
+}
+
+impl From<MqttBroker> for String {
+    fn from(broker: MqttBroker) -> Self {
+        match broker {
+            MqttBroker::Auto => "auto".to_owned(),
+            MqttBroker::Off => "off".to_owned(),
+            MqttBroker::At(address) => address,
+        }
+    }
 }
 
 mod default {
@@ -147,6 +199,7 @@ impl Config {
             cni_bin_dirs: None,
             pod_cidr: default::pod_cidr(),
             dmi_socket: default::dmi_socket(),
+            mqtt_broker: MqttBroker::Auto,
             control_socket: None,
             labels: BTreeMap::new(),
         }
@@ -328,6 +381,8 @@ mod tests {
         assert_eq!(config.control_socket(Path::new("/data")), Path::new("/data/edgecore.sock"));
         let mut config = config;
         config.labels.insert("example.org/site".to_owned(), "north".to_owned());
+        assert!(!config.to_toml().contains("mqtt"));
+        config.mqtt_broker = MqttBroker::At("unix:///run/broker.sock".to_owned());
         assert_eq!(parse(&config.to_toml()).unwrap(), config);
     }
 
@@ -346,6 +401,8 @@ mod tests {
             (format!("{head}runtime_endpoint = \"tcp://1.2.3.4\"\n"), vec!["line 3", "`runtime_endpoint`", "unix://"]),
             (format!("{head}pod_cidr = \"10.88.0.0\"\n"), vec!["line 3", "`pod_cidr`"]),
             (format!("{head}control_socket = \"/{}\"\n", "x".repeat(120)), vec!["line 3", "`control_socket`", "107"]),
+            (format!("{head}mqtt_broker = \"localhost\"\n"), vec!["line 3", "mqtt_broker", "127.0.0.1:1883"]),
+            (format!("{head}mqtt_broker = \"h:0\"\n"), vec!["line 3", "unix:///path"]),
             (format!("{head}[labels]\n\"a b\" = \"c\"\n"), vec!["`labels`", "a b"]),
         ] {
             let error = parse(&text).unwrap_err().to_string();

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::clock;
+use crate::devices::mqtt;
 use crate::identity::Identity;
 use crate::link::{LinkState, Transport};
 use crate::ops::Ops;
@@ -109,6 +110,9 @@ pub struct Status {
     pub pods: Pods,
     /// When the certificate ends, seconds since the Unix epoch; `None` without a usable one.
     pub certificate_expires: Option<i64>,
+    /// MQTT.
+    #[serde(default)]
+    pub mqtt: mqtt::Status,
 }
 
 /// [`LinkState`] on the wire.
@@ -166,6 +170,8 @@ pub struct Control {
     pub reset: mpsc::Sender<ResetRequest>,
     /// What answers as a kubelet.
     pub ops: Ops,
+    /// How MQTT is.
+    pub mqtt: watch::Receiver<mqtt::Status>,
 }
 
 /// Makes the socket. The lock on the data directory says that nobody else serves it.
@@ -258,6 +264,7 @@ impl Control {
             store,
             pods: count(&pods),
             certificate_expires: self.identity.as_ref().map(|identity| identity.borrow().not_after.as_second()),
+            mqtt: self.mqtt.borrow().clone(),
         })
     }
 
@@ -431,6 +438,7 @@ mod tests {
             link: watch::channel(link).1,
             identity: Some(watch::channel(Arc::new(identity)).1),
             reset,
+            mqtt: watch::channel(mqtt::Status::default()).1,
         };
         let path = dir.path().join("sock");
         assert!(matches!(ask::<Value>(&path, &Request::Status).await, Err(AskError::NotRunning(_))));

@@ -18,6 +18,7 @@ use super::DataDir;
 use super::join::{UNIT_PATH, systemctl};
 use crate::config::{self, Config};
 use crate::control::{self, Request};
+use crate::devices::mqtt;
 use crate::kubelet::dirs;
 use crate::kubelet::observed::label;
 use crate::runtime::{Cri, connect};
@@ -96,6 +97,7 @@ impl Reset {
             steps.done("remove cgroups", remove_cgroups(Path::new("/sys/fs/cgroup")))?;
             steps.done("remove the pod network", remove_network(&network.conf_dir).await)?;
             steps.done("remove the service", remove_unit().await)?;
+            steps.done("end what served MQTT", mqtt::end_left(data_dir).await.map_err(Into::into))?;
             let again = !steps.left.is_empty();
             steps.done("remove identity, store and configuration", remove_state(data_dir, &config, again))?;
         }
@@ -365,8 +367,17 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
         let ours = name.starts_with(store::FILE)
             || name.starts_with("node.key")
             || (name == config::FILE && !again)
-            || [store::BALLAST, "config.toml.tmp", "machine-id", "machine-id.tmp", app::LOCK, "join.lock", ".probe"]
-                .contains(&name.as_ref());
+            || [
+                store::BALLAST,
+                "config.toml.tmp",
+                "machine-id",
+                "machine-id.tmp",
+                mqtt::PASSWORDS,
+                app::LOCK,
+                "join.lock",
+                ".probe",
+            ]
+            .contains(&name.as_ref());
         if ours {
             files::remove(&entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
         }

@@ -9,6 +9,7 @@ use super::{DataDir, print};
 use crate::clock;
 use crate::config::Config;
 use crate::control::{self, AskError, LinkStatus, Request, Status, age};
+use crate::devices::mqtt;
 use crate::identity::Identity;
 use crate::link::{DELETED_NOTE, Deleted, NODE_NOTES};
 use crate::store::{Snapshot, Stats};
@@ -102,6 +103,7 @@ fn human(status: &Status, now: Timestamp) -> String {
     let pods = status.pods;
     text += &line("Pods", &format!("{} wanted, {} running, {} ready", pods.total, pods.running, pods.ready));
     text += &store(&status.store);
+    text += &mqtt(&status.mqtt);
     let until = status.certificate_expires.and_then(|seconds| Timestamp::from_second(seconds).ok());
     text + &until.map_or_else(|| line("Certificate", "none that can be used"), |at| certificate(at, now))
 }
@@ -135,6 +137,20 @@ fn store(stats: &Stats) -> String {
         );
     }
     text
+}
+
+fn mqtt(status: &mqtt::Status) -> String {
+    if !status.connected {
+        return line("MQTT", &status.message);
+    }
+    let mut words = format!("{}; {} requests, {} values published", status.message, status.requests, status.published);
+    if status.refused > 0 {
+        words += &format!(", {} requests refused", status.refused);
+    }
+    if status.dropped > 0 {
+        words += &format!(", {} results dropped: the broker does not take them", status.dropped);
+    }
+    line("MQTT", &words)
 }
 
 fn certificate(until: Timestamp, now: Timestamp) -> String {
@@ -176,6 +192,14 @@ mod tests {
             },
             pods: control::Pods { total: 3, running: 2, ready: 1 },
             certificate_expires: Some(864_000),
+            mqtt: mqtt::Status {
+                connected: true,
+                message: "127.0.0.1:1883".to_owned(),
+                published: 9,
+                requests: 2,
+                refused: 1,
+                dropped: 0,
+            },
         };
         insta::assert_snapshot!(human(&status, Timestamp::from_second(3600).unwrap()), @r"
         Node:        box-1
@@ -186,6 +210,7 @@ mod tests {
         Pods:        3 wanted, 2 running, 1 ready
         Store:       12 objects, 40 KiB, 3 reports wait, 1 damaged rows dropped (check the disk), the list of pods is not confirmed by the cloud yet
                      1 reports were refused for good, the last one: gone
+        MQTT:        127.0.0.1:1883; 2 requests, 9 values published, 1 requests refused
         Certificate: valid for another 9d (until 1970-01-11)
         ");
     }

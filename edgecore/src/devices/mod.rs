@@ -17,6 +17,7 @@ pub(crate) mod convert;
 pub(crate) mod dmi;
 pub(crate) mod http;
 mod methods;
+pub mod mqtt;
 mod serve;
 #[cfg(test)]
 mod tests;

@@ -412,6 +412,14 @@ impl Twins {
         Ok(true)
     }
 
+    /// Whether a property could have a value: be wanted to have it, or have been read.
+    pub(crate) fn check(&self, key: &str, property: &str, value: &str, is_wanted: bool) -> Result<(), Refused> {
+        let (slot, place) = self.find(key, property)?;
+        let shape = self.get(slot).and_then(|device| device.shape.as_ref()).ok_or(Refused::NoDevice)?;
+        let of = &shape.properties[place];
+        if is_wanted { of.check_desired(value) } else { of.check(value) }.map_err(Refused::Value)
+    }
+
     fn find(&self, key: &str, property: &str) -> Result<(u32, usize), Refused> {
         let slot = *self.by_key.get(key).ok_or(Refused::NoDevice)?;
         let device = self.get(slot).ok_or(Refused::NoDevice)?;
