@@ -220,6 +220,19 @@ pub struct PushMethod {
     /// Passed on to the mapper as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anomaly_detection: Option<Map<String, Value>>,
+    /// A file on the node. Not in KubeEdge's tree.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PushFile>,
+}
+
+/// A file of JSON lines.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PushFile {
+    /// Where: absolute, as the mapper sees it.
+    pub path: String,
+    /// The most it and the one before it have together, bytes; 0: 16 MiB.
+    pub max_bytes: i64,
 }
 
 /// `http://hostName:port/requestPath`.

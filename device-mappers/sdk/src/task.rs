@@ -1,0 +1,30 @@
+//! Tasks that have a name and do not die unseen.
+
+use futures_util::FutureExt as _;
+use tokio::task::JoinHandle;
+use tracing::error;
+
+/// Spawns a task; a panic in it is logged with its name.
+#[allow(clippy::disallowed_methods)]
+pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    tokio::spawn(async move {
+        if std::panic::AssertUnwindSafe(future).catch_unwind().await.is_err() {
+            error!(task = name, "the task panicked");
+        }
+    })
+}
+
+/// Runs what blocks, files for the most part, off the one thread that everything waits on.
+///
+/// # Errors
+///
+/// What the work says; when it panicked, that.
+#[allow(clippy::disallowed_methods)]
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)?
+}
