@@ -1,0 +1,7 @@
+//! The HTTP mapper. See README.md for its keys.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    skerry_mapper::run(skerry_mapper_http::Http)
+}
