@@ -1,13 +1,14 @@
 //! `configData` of a device or a property: keys without regard to case, as KubeEdge's mappers read them, and values that may be text where
 //! a number or a truth value is wanted.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 use skerry_proto::dmi::{CustomizedValue, ProtocolConfig, VisitorConfig};
 
 /// The keys of one `configData`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Config {
-    entries: Map<String, Value>,
+    /// Sorted by key. A list, for there are few, and thousands of these.
+    entries: Box<[(Box<str>, Value)]>,
 }
 
 /// A key that is missing or is not what it has to be: the message says which, what it is, and what it should be.
@@ -17,8 +18,7 @@ pub struct ConfigError(pub String);
 
 impl From<&CustomizedValue> for Config {
     fn from(data: &CustomizedValue) -> Self {
-        let entries = data.data.iter().filter_map(|(key, any)| Some((key.clone(), unpack(any)?))).collect();
-        Self { entries }
+        Self::new(data.data.iter().filter_map(|(key, any)| Some((key.as_str().into(), unpack(any)?))))
     }
 }
 
@@ -37,20 +37,25 @@ impl From<Option<&VisitorConfig>> for Config {
 impl From<Value> for Config {
     fn from(value: Value) -> Self {
         match value {
-            Value::Object(entries) => Self { entries },
+            Value::Object(entries) => Self::new(entries.into_iter().map(|(key, value)| (key.into(), value))),
             _ => Self::default(),
         }
     }
 }
 
 impl Config {
+    fn new(entries: impl Iterator<Item = (Box<str>, Value)>) -> Self {
+        let mut entries: Vec<(Box<str>, Value)> = entries.collect();
+        entries.sort_unstable_by(|(one, _), (two, _)| one.cmp(two));
+        Self { entries: entries.into() }
+    }
+
     /// The value of a key, whatever its case.
     #[must_use]
     pub fn raw(&self, key: &str) -> Option<&Value> {
-        self.entries
-            .get(key)
-            .or_else(|| self.entries.iter().find(|(name, _)| name.eq_ignore_ascii_case(key)).map(|(_, value)| value))
-            .filter(|value| !value.is_null())
+        let of = |wanted: &dyn Fn(&str) -> bool| self.entries.iter().find(|(name, _)| wanted(name));
+        let found = of(&|name| name == key).or_else(|| of(&|name| name.eq_ignore_ascii_case(key)));
+        found.map(|(_, value)| value).filter(|value| !value.is_null())
     }
 
     /// Text; a number or a truth value is written out. Empty text counts as none.
@@ -137,9 +142,9 @@ impl Config {
         let wrong = |what: &Value| ConfigError(format!("`{key}` is {what}, but has to be an object"));
         match self.raw(key) {
             None => Ok(None),
-            Some(Value::Object(entries)) => Ok(Some(Self { entries: entries.clone() })),
+            Some(object @ Value::Object(_)) => Ok(Some(Self::from(object.clone()))),
             Some(text @ Value::String(json)) => match serde_json::from_str(json) {
-                Ok(Value::Object(entries)) => Ok(Some(Self { entries })),
+                Ok(object @ Value::Object(_)) => Ok(Some(Self::from(object))),
                 _ => Err(wrong(text)),
             },
             Some(other) => Err(wrong(other)),
@@ -148,7 +153,7 @@ impl Config {
 
     /// The keys.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        self.entries.iter().map(|(key, _)| &**key)
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use prost::Message as _;
 use skerry_proto::dmi;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
@@ -47,7 +48,10 @@ struct State {
 }
 
 struct Entry {
-    device: dmi::Device,
+    /// As it came, encoded, which takes a fraction of the memory: it is seldom looked at again.
+    device: Vec<u8>,
+    /// Its model's key.
+    model: String,
     /// None: its model is not there yet.
     worker: Option<Handle>,
 }
@@ -107,7 +111,7 @@ impl<D: Driver> Directory<D> {
     }
 
     pub(crate) fn device(&self, key: &str) -> Option<dmi::Device> {
-        self.lock().devices.get(key).map(|entry| entry.device.clone())
+        decoded(&self.lock().devices.get(key)?.device)
     }
 
     /// Where a device's methods are called; an error when it has no worker.
@@ -128,7 +132,7 @@ impl<D: Driver> Directory<D> {
             Change::Device(device) => {
                 let name = key(&device.namespace, &device.name);
                 let worker = state.devices.remove(&name).and_then(|entry| entry.worker);
-                let entry = self.run(&state.models, *device, worker);
+                let entry = self.run(&state.models, &device, worker);
                 state.devices.insert(name, entry);
             }
             Change::DeviceGone(name) => {
@@ -143,15 +147,13 @@ impl<D: Driver> Directory<D> {
                     return;
                 }
                 state.models.insert(name.clone(), *model);
-                let of_it: Vec<String> = state
-                    .devices
-                    .iter()
-                    .filter(|(_, entry)| model_of(&entry.device) == name)
-                    .map(|(key, _)| key.clone())
-                    .collect();
+                let of_it: Vec<String> =
+                    state.devices.iter().filter(|(_, entry)| entry.model == name).map(|(key, _)| key.clone()).collect();
                 for device in of_it {
-                    if let Some(Entry { device: of_it, worker }) = state.devices.remove(&device) {
-                        let entry = self.run(&state.models, of_it, worker);
+                    if let Some(Entry { device: of_it, worker, .. }) = state.devices.remove(&device)
+                        && let Some(of_it) = decoded(&of_it)
+                    {
+                        let entry = self.run(&state.models, &of_it, worker);
                         state.devices.insert(device, entry);
                     }
                 }
@@ -163,15 +165,15 @@ impl<D: Driver> Directory<D> {
     }
 
     /// Hands a device to its worker, one that is started if there is none.
-    fn run(&self, models: &HashMap<String, dmi::DeviceModel>, device: dmi::Device, worker: Option<Handle>) -> Entry {
-        let name = model_of(&device);
+    fn run(&self, models: &HashMap<String, dmi::DeviceModel>, device: &dmi::Device, worker: Option<Handle>) -> Entry {
+        let (name, encoded) = (model_of(device), device.encode_to_vec());
         let Some(model) = models.get(&name) else {
             if worker.is_none() {
                 warn!(device = key(&device.namespace, &device.name), model = name, "the device waits for its model");
             }
-            return Entry { device, worker };
+            return Entry { device: encoded, model: name, worker };
         };
-        let ready = Arc::new(Device::new(&device, model, &self.sinks));
+        let ready = Arc::new(Device::new(device, model, &self.sinks));
         let worker = match worker {
             Some(worker) => {
                 worker.updates.send_replace(ready);
@@ -179,7 +181,7 @@ impl<D: Driver> Directory<D> {
             }
             None => self.start(ready),
         };
-        Entry { device, worker: Some(worker) }
+        Entry { device: encoded, model: name, worker: Some(worker) }
     }
 
     fn start(&self, device: Arc<Device>) -> Handle {
@@ -198,6 +200,10 @@ impl<D: Driver> Directory<D> {
         });
         Handle { updates, calls }
     }
+}
+
+fn decoded(device: &[u8]) -> Option<dmi::Device> {
+    dmi::Device::decode(device).ok()
 }
 
 fn model_of(device: &dmi::Device) -> String {

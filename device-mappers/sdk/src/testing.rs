@@ -225,13 +225,13 @@ impl Drop for Edge {
     }
 }
 
-/// Waits until something is so; after 20 s, says what is instead.
+/// Waits until something is so; after 30 s, says what is instead.
 pub async fn eventually(what: &str, so: impl Fn() -> bool, instead: impl Fn() -> String) {
     let begin = clock::monotonic();
     while !so() {
         assert!(
-            clock::monotonic() - begin < Duration::from_secs(20),
-            "not within 20 s: {what}; instead: {}",
+            clock::monotonic() - begin < Duration::from_secs(30),
+            "not within 30 s: {what}; instead: {}",
             instead()
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -268,8 +268,8 @@ impl Process {
     pub async fn start(command: &mut Command) -> Self {
         let mut child = command.kill_on_drop(true).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let ready = tokio::time::timeout(Duration::from_secs(20), lines.next_line()).await;
-        let ready = ready.expect("ready within 20 s").unwrap().expect("it says that it is ready");
+        let ready = tokio::time::timeout(Duration::from_secs(60), lines.next_line()).await;
+        let ready = ready.expect("ready within a minute").unwrap().expect("it says that it is ready");
         let stdin = child.stdin.take();
         Self { child, stdin, ready }
     }
