@@ -21,6 +21,7 @@ mod reset;
 mod spdy;
 mod status;
 mod terminal;
+mod top;
 
 /// The agent of an edge node of Skerry.
 #[derive(Parser, Debug)]
@@ -49,6 +50,7 @@ enum Command {
     Attach(exec::Attach),
     PortForward(port_forward::PortForward),
     Device(device::Device),
+    Top(top::Top),
     /// Take everything of edgecore off this box: pods, mounts, identity, state.
     Reset(reset::Reset),
 }
@@ -90,6 +92,7 @@ impl Cli {
             Command::Attach(attach) => Box::pin(attach.run()).await,
             Command::PortForward(forward) => Box::pin(forward.run()).await,
             Command::Device(device) => device.run().await,
+            Command::Top(top) => top.run().await,
             Command::Reset(reset) => reset.run().await,
         }
     }
@@ -171,6 +174,8 @@ mod tests {
             "attach -it web",
             "port-forward web 8080:80 :81",
             "describe pod web -n shop",
+            "top node",
+            "top pods -A --containers --sort-by memory",
         ] {
             let words = std::iter::once("edgecore").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
