@@ -6,3 +6,35 @@
 /// kubelet's (`/containerLogs/…`, `/exec/…`, `/stats/summary`). Whoever asks has been authenticated and authorised, and no credentials
 /// come along. After a `101` the stream is what the two ends have upgraded it to. Each writing half is shut down by whoever writes.
 pub const KUBELET: &[u8] = b"kubelet";
+
+/// The bytes that a part of a path or of a query stands for (RFC 3986, 2.1). `None`: a `%` without two hexadecimal digits behind it.
+pub fn percent_decode(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let mut bytes = text.bytes();
+    let mut out = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        out.push(match byte {
+            b'%' => digit(bytes.next()?)? << 4 | digit(bytes.next()?)?,
+            byte => byte,
+        });
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::percent_decode;
+
+    #[test]
+    fn what_is_no_escape_is_nothing() {
+        assert_eq!(percent_decode("/a%2Fb%2fc+%00%ff").unwrap(), b"/a/b/c+\0\xff");
+        assert_eq!(percent_decode("").unwrap(), b"");
+        for wrong in ["%", "%4", "%zz", "%4z", "a%", "%%41", "% 1", "%\u{e9}"] {
+            assert_eq!(percent_decode(wrong), None, "{wrong:?}");
+        }
+        // Every byte has one spelling at least, and no text is more bytes than it has.
+        for byte in 0..=255_u8 {
+            assert_eq!(percent_decode(&format!("%{byte:02x}")).unwrap(), [byte]);
+        }
+    }
+}

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use serde_json::{Value, json};
+use skerry_proto::ops::percent_decode;
 
 use super::cache::{Asked, Silence};
 use super::reviews::{Reviews, User};
@@ -90,18 +91,7 @@ impl Attributes {
 
 /// A path without escapes, unless some reader could take it for another: what is decided here is decided for what the edge reads.
 fn plain(path: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(path.len());
-    let mut rest = path.bytes();
-    while let Some(byte) = rest.next() {
-        if byte != b'%' {
-            bytes.push(byte);
-            continue;
-        }
-        let mut digit = || rest.next().and_then(|digit| char::from(digit).to_digit(16));
-        let (high, low) = (digit()?, digit()?);
-        bytes.push(u8::try_from(high * 16 + low).ok()?);
-    }
-    let text = String::from_utf8(bytes).ok()?;
+    let text = String::from_utf8(percent_decode(path)?).ok()?;
     let mut parts = text.strip_prefix('/')?.split('/').peekable();
     while let Some(part) = parts.next() {
         // A slash may end it.

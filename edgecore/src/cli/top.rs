@@ -257,9 +257,7 @@ mod tests {
 
     fn example() -> Summary {
         let container = |name: &str, cores, bytes| json!({ "name": name, "cpu": used(cores, 0), "memory": used(0, bytes), "startTime": null });
-        let pod = |namespace: &str, name: &str, containers: &[serde_json::Value]| {
-            json!({ "podRef": { "name": name, "namespace": namespace, "uid": "u" }, "containers": containers })
-        };
+        let pod = |namespace: &str, name: &str, containers: &[serde_json::Value]| json!({ "podRef": { "name": name, "namespace": namespace, "uid": "u" }, "containers": containers });
         let summary = json!({
             "node": { "nodeName": "box", "cpu": used(123_000_001, 0), "memory": used(0, 300 << 20), "systemContainers": [] },
             "pods": [

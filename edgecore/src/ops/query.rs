@@ -1,5 +1,7 @@
 //! Paths and queries of requests, taken apart as Go's `net/url` does.
 
+use skerry_proto::ops::percent_decode;
+
 /// The parameters of a request.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Query(Vec<(String, String)>);
@@ -36,17 +38,8 @@ pub(crate) fn segments(path: &str) -> Option<Vec<String>> {
 }
 
 fn decode(text: &str, plus_is_space: bool) -> Option<String> {
-    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-    let mut bytes = text.bytes();
-    let mut out = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        out.push(match byte {
-            b'%' => digit(bytes.next()?)? << 4 | digit(bytes.next()?)?,
-            b'+' if plus_is_space => b' ',
-            byte => byte,
-        });
-    }
-    String::from_utf8(out).ok()
+    let bytes = if plus_is_space { percent_decode(&text.replace('+', " ")) } else { percent_decode(text) };
+    String::from_utf8(bytes?).ok()
 }
 
 /// For a path or a query: everything but letters, digits and `-._~` as `%XX`.

@@ -1,10 +1,12 @@
 //! `/metrics/resource`: what autoscaling reads. Names, labels and timestamps are those of the kubelet's stable resource metrics.
 
+use std::fmt::Display;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::cgroup::Usage;
-use super::page::{Labels, Page, Seconds};
+use super::page::{Family, Labels, Page, Seconds};
 use super::snapshot::Snapshot;
 
 /// Writes the page.
@@ -92,12 +94,7 @@ fn cpu<'a>(
     help: &'static str,
     usages: impl IntoIterator<Item = (&'a Labels, &'a Usage)>,
 ) {
-    let mut family = page.counter(name, help);
-    for (labels, usage) in usages {
-        if let Some(cpu) = &usage.cpu {
-            family.add(labels, Seconds(cpu.usage), Some(usage.at));
-        }
-    }
+    add(page.counter(name, help), usages, |usage| Some(Seconds(usage.cpu.as_ref()?.usage)));
 }
 
 fn memory<'a>(
@@ -106,12 +103,7 @@ fn memory<'a>(
     help: &'static str,
     usages: impl IntoIterator<Item = (&'a Labels, &'a Usage)>,
 ) {
-    let mut family = page.gauge(name, help);
-    for (labels, usage) in usages {
-        if let Some(memory) = &usage.memory {
-            family.add(labels, memory.working_set, Some(usage.at));
-        }
-    }
+    add(page.gauge(name, help), usages, |usage| Some(usage.memory.as_ref()?.working_set));
 }
 
 fn swap<'a>(
@@ -120,10 +112,18 @@ fn swap<'a>(
     help: &'static str,
     usages: impl IntoIterator<Item = (&'a Labels, &'a Usage)>,
 ) {
-    let mut family = page.gauge(name, help);
+    add(page.gauge(name, help), usages, |usage| usage.memory.as_ref()?.swap);
+}
+
+/// A sample of each usage that has the value, of the time at which it was read.
+fn add<'a, V: Display>(
+    mut family: Family<'_>,
+    usages: impl IntoIterator<Item = (&'a Labels, &'a Usage)>,
+    value: impl Fn(&Usage) -> Option<V>,
+) {
     for (labels, usage) in usages {
-        if let Some(swap) = usage.memory.and_then(|memory| memory.swap) {
-            family.add(labels, swap, Some(usage.at));
+        if let Some(value) = value(usage) {
+            family.add(labels, value, Some(usage.at));
         }
     }
 }

@@ -183,24 +183,4 @@ mod tests {
         }
         assert_eq!(length, text.len() - 20_001 * " stdout F".len());
     }
-
-    /// `cargo test --profile soak … -- --ignored raw` says how fast it is.
-    #[test]
-    #[ignore = "a measurement"]
-    fn raw_speed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("0.log");
-        fs::write(&path, line("x".repeat(100)).repeat(1 << 20)).unwrap();
-        for wanted in [Wanted::default(), Wanted { timestamps: true, ..Wanted::default() }] {
-            let started = crate::clock::monotonic();
-            let mut reader = Reader::open(&path, &wanted, None).unwrap();
-            let mut read = 0;
-            while let (piece, Next::More) = reader.piece(false).unwrap() {
-                read += piece.len();
-            }
-            let took = crate::clock::monotonic().saturating_sub(started);
-            let size = fs::metadata(&path).unwrap().len();
-            eprintln!("{} MB of {} in {took:?}", size / 1_000_000, read / 1_000_000);
-        }
-    }
 }
