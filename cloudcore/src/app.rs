@@ -27,7 +27,7 @@ use crate::backend::Backend as _;
 use crate::backend_k8s::{self, BackendOptions};
 use crate::config::{Advertise, Config};
 use crate::front::{self, AGENT, Front};
-use crate::kubelet::Ports;
+use crate::kubelet::{Ports, ServingCertificate};
 use crate::metrics::Metrics;
 use crate::pki::{self, CaError, CertificateAuthority, CurrentAuthority, ServerCertificate, Step};
 use crate::retry::{chain, persist};
@@ -175,7 +175,9 @@ async fn start(
     let kubelets = front.backend().kubelets();
     let sessions = Arc::clone(&front);
     let find = move |node: &str| sessions.streams(node);
-    let kubelets = kubelets.start(Arc::clone(&serving), find, &mut registry, DRAIN, stop.clone())?;
+    let asked_for = config.kubelet_csr.then(|| config.kubelet_address.clone());
+    let shown = Arc::new(ServingCertificate::new(Arc::clone(&serving), asked_for));
+    let kubelets = kubelets.start(shown, find, &mut registry, DRAIN, stop.clone())?;
     let care = Care {
         client: own_client,
         authority,

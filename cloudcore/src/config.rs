@@ -32,6 +32,8 @@ pub struct Config {
     pub kubelet_address: String,
     /// The ports that nodes get there, one each.
     pub kubelet_ports: PortRange,
+    /// The cluster's signer is asked for the certificate of these ports.
+    pub kubelet_csr: bool,
 }
 
 /// Ports from one to another, both included.

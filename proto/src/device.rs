@@ -227,6 +227,7 @@ pub struct PushMethod {
 
 /// A file of JSON lines.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default)]
 pub struct PushFile {
     /// Where: absolute, as the mapper sees it.

@@ -86,6 +86,9 @@ struct Run {
     /// The ports that nodes get there, one each for as long as the Node exists
     #[arg(long, value_name = "FIRST-LAST", default_value = "20000-29999")]
     kubelet_ports: PortRange,
+    /// Ask the cluster's signer kubernetes.io/kubelet-serving for their certificate; somebody has to approve the request
+    #[arg(long)]
+    kubelet_csr: bool,
     /// Form of the log on standard error
     #[arg(long, value_name = "FORM", default_value = "text")]
     log_format: log::Format,
@@ -161,6 +164,7 @@ impl Run {
         Config {
             kubelet_address: self.kubelet_address.or(first).unwrap_or_default(),
             kubelet_ports: self.kubelet_ports,
+            kubelet_csr: self.kubelet_csr,
             kubeconfig: self.cluster.kubeconfig,
             advertise: self.advertise_address,
             port: self.port,

@@ -18,8 +18,9 @@ pub use self::ports::Ports;
 pub(crate) use self::ports::Shown;
 use self::reviews::ApiserverReviews;
 use self::server::Server;
+pub use self::serving::ServingCertificate;
 use crate::apiserver::Apiserver;
-use crate::pki::{CaError, ServerCertificate};
+use crate::pki::CaError;
 use crate::supervise;
 
 mod authn;
@@ -31,6 +32,7 @@ pub(crate) mod publish;
 mod relay;
 mod reviews;
 mod server;
+mod serving;
 mod spdy;
 #[cfg(test)]
 mod tests;
@@ -48,22 +50,23 @@ impl Kubelets {
     /// Serves every node's port until told to stop, by the certificate; `find` finds a node's session.
     pub fn start(
         self,
-        certificate: Arc<ServerCertificate>,
+        certificate: Arc<ServingCertificate>,
         find: impl Fn(&str) -> Option<Streams> + Send + Sync + 'static,
         registry: &mut Registry,
         drain: Duration,
         stop: CancellationToken,
     ) -> Result<JoinHandle<()>, CaError> {
         let Self { ports, api, client } = self;
-        let tls = tls::config(certificate)?;
+        let tls = tls::config(Arc::clone(&certificate))?;
         let authorities = Arc::new(ClientAuthorities::default());
         let asked = (Arc::clone(&authorities), ApiserverReviews(api.clone()));
         let server = Server::new(ports, tls, asked, find, Metrics::new(registry), stop);
         Ok(supervise::spawn("kubelets", async move {
-            let follow = reviews::follow_client_ca(client, api, authorities);
+            let follow = reviews::follow_client_ca(client.clone(), api, authorities);
             tokio::select! {
                 () = server.serve(drain) => {}
                 () = follow => {}
+                () = certificate.follow(client) => {}
             }
         }))
     }

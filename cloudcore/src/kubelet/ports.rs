@@ -2,13 +2,13 @@
 //!
 //! A node has a port while this cloudcore answers for it: as long as it has a session here, and after that until its Node is deleted or
 //! shows that another replica took it over. One that is nowhere (its Node is shown as unknown) and shows an address that is not this
-//! cloudcore's, which may be long gone, is answered for here as well, so that whoever asks for it is told at once. The port is the one that the Node shows already, if that can be had: so it stays what it is
-//! through reconnects and restarts, and nothing is kept but what the Node itself says.
+//! cloudcore's, which may be long gone, is answered for here as well, so that whoever asks for it is told at once. The port is the one that
+//! the Node shows already, if that can be had: so it stays what it is through reconnects and restarts, and nothing is kept but what the
+//! Node itself says.
 //!
 //! Binding a socket does not wait for anything, so it is done under the lock: whoever asks finds the port of a node that has one.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,10 +16,14 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
 
+use self::table::{Inner, Node};
 use crate::backend::NodeIdentity;
 use crate::config::PortRange;
+
+mod table;
+#[cfg(test)]
+mod tests;
 
 /// All of them; asked by sessions, watches, listeners and whoever writes them into Nodes.
 #[derive(Debug)]
@@ -61,52 +65,6 @@ pub(crate) struct Door {
     pub(crate) port: u16,
     /// Cancelled when the node has it no more.
     pub(crate) closed: CancellationToken,
-}
-
-#[derive(Debug)]
-struct Inner {
-    range: PortRange,
-    /// Nodes are all known; before that nobody gets a port, so that nobody gets one that another had.
-    listed: bool,
-    nodes: HashMap<String, Node>,
-    /// Until nobody listens on them any more, which is a little longer than a node has them.
-    taken: HashSet<u16>,
-    /// Ports that Nodes show: how many of them show it. Whoever gets a new one gets none of these, as long as there are others.
-    shown: HashMap<u16, u32>,
-    /// Ports that something else on this machine listens on.
-    occupied: HashSet<u16>,
-    /// No port below this is free, other than those that are shown.
-    free_from: u16,
-    /// The last attempt to open a port failed, and that was said.
-    in_trouble: bool,
-    opened: VecDeque<(Arc<Door>, TcpListener)>,
-    unpublished: VecDeque<String>,
-}
-
-#[derive(Debug)]
-struct Node {
-    uid: String,
-    /// Its port in the range, or 0.
-    shown_port: u16,
-    /// Whether its address is this cloudcore's.
-    shows_us: bool,
-    shown_since: Option<Timestamp>,
-    session: Option<u64>,
-    /// It is nowhere, and its Node is to show this cloudcore; not seen yet that it does.
-    adopting: bool,
-    /// Once for each time it was here: replicas do not take what is nowhere from each other for ever.
-    was_adopted: bool,
-    ended: Option<Timestamp>,
-    door: Option<Arc<Door>>,
-    queued: bool,
-}
-
-/// The port of a node that had (or shows) one: that if it can be had, else the lowest.
-fn choose(range: PortRange, had: u16, from: u16, unavailable: impl Fn(u16) -> bool) -> Option<u16> {
-    if range.contains(had) && !unavailable(had) {
-        return Some(had);
-    }
-    (from.max(range.first)..=range.last).find(|port| !unavailable(*port))
 }
 
 impl Address {
@@ -299,159 +257,3 @@ impl Ports {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-impl Inner {
-    /// Another Node of the name is there: the one before is gone.
-    fn replace_other(&mut self, node: &NodeIdentity) {
-        if self.nodes.get(&node.name).is_some_and(|held| held.uid != node.uid) {
-            self.remove(&node.name);
-        }
-    }
-
-    fn remove(&mut self, name: &str) {
-        self.close(name);
-        if let Some(held) = self.nodes.remove(name) {
-            self.shows(held.shown_port, 0);
-        }
-    }
-
-    /// A Node shows another port.
-    fn shows(&mut self, before: u16, now: u16) {
-        if before == now {
-            return;
-        }
-        if now != 0 {
-            *self.shown.entry(now).or_default() += 1;
-        }
-        if let Some(count) = self.shown.get_mut(&before) {
-            *count -= 1;
-            if *count == 0 {
-                self.shown.remove(&before);
-                self.free_from = self.free_from.min(before);
-            }
-        }
-    }
-
-    fn open(&mut self, name: &str, bind: IpAddr, most: usize) {
-        let Some(held) = self.nodes.get(name) else { return };
-        if self.taken.len() >= most {
-            if !std::mem::replace(&mut self.in_trouble, true) {
-                warn!(
-                    node = name,
-                    most, "the limit of open files leaves no room for kubectl logs and exec of more nodes; raise it"
-                );
-            }
-            return;
-        }
-        let (had, node) = (held.shown_port, NodeIdentity { name: name.to_owned(), uid: held.uid.clone() });
-        let mut tried = HashSet::new();
-        loop {
-            let Some(port) = self.next_port(had, &tried) else {
-                if !std::mem::replace(&mut self.in_trouble, true) {
-                    warn!(node = name, range = %self.range, "no port is left for kubectl logs and exec; give more with --kubelet-ports");
-                }
-                return;
-            };
-            let listener = TcpListener::bind((bind, port));
-            match listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener)) {
-                Ok(listener) => {
-                    if had != 0 && had != port {
-                        info!(node = name, had, port, "the node gets another port: somebody else has the one it had");
-                    }
-                    let door = Arc::new(Door { node, port, closed: CancellationToken::new() });
-                    self.in_trouble = false;
-                    self.occupied.remove(&port);
-                    self.taken.insert(port);
-                    self.opened.push_back((Arc::clone(&door), listener));
-                    if let Some(held) = self.nodes.get_mut(name) {
-                        held.door = Some(door);
-                    }
-                    return;
-                }
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    if self.occupied.insert(port) {
-                        warn!(port, node = name, "something else listens on this port of the range: it is left alone");
-                    }
-                    tried.insert(port);
-                }
-                Err(error) => {
-                    // Not the port's fault. It is tried again when the node or its Node stirs.
-                    if !std::mem::replace(&mut self.in_trouble, true) {
-                        warn!(port, node = name, "cannot listen for kubectl logs and exec of a node: {error}");
-                    }
-                    return;
-                }
-            }
-        }
-    }
-
-    fn next_port(&mut self, had: u16, tried: &HashSet<u16>) -> Option<u16> {
-        let taken = |port: u16| self.taken.contains(&port) || tried.contains(&port);
-        let unavailable = |port: u16| taken(port) || self.occupied.contains(&port);
-        // A port that another Node shows may yet be asked for.
-        let kept = |port: u16| unavailable(port) || (port != had && self.shown.contains_key(&port));
-        if let Some(port) = choose(self.range, had, self.free_from, kept) {
-            if port != had {
-                self.free_from = port;
-            }
-            return Some(port);
-        }
-        let least = self.range.first;
-        choose(self.range, 0, least, unavailable).or_else(|| choose(self.range, 0, least, taken))
-    }
-
-    fn close(&mut self, name: &str) {
-        let Some(door) = self.nodes.get_mut(name).and_then(|held| held.door.take()) else { return };
-        door.closed.cancel();
-        let before = self.opened.len();
-        self.opened.retain(|(opened, _)| !Arc::ptr_eq(opened, &door));
-        if self.opened.len() < before {
-            self.released(door.port);
-        }
-    }
-
-    fn released(&mut self, port: u16) {
-        self.taken.remove(&port);
-        self.free_from = self.free_from.min(port);
-    }
-
-    /// Whether a Node has newly to be written.
-    fn publish(&mut self, name: &str) -> bool {
-        let Some(held) = self.nodes.get_mut(name) else { return false };
-        let Some(door) = &held.door else { return false };
-        if held.queued || (held.shows_us && held.shown_port == door.port) {
-            return false;
-        }
-        held.queued = true;
-        self.unpublished.push_back(name.to_owned());
-        true
-    }
-
-    fn next_unpublished(&mut self) -> Option<String> {
-        let name = self.unpublished.pop_front()?;
-        if let Some(held) = self.nodes.get_mut(&name) {
-            held.queued = false;
-        }
-        Some(name)
-    }
-}
-
-impl Node {
-    fn new(uid: &str) -> Self {
-        Self {
-            uid: uid.to_owned(),
-            shown_port: 0,
-            shows_us: false,
-            shown_since: None,
-            session: None,
-            adopting: false,
-            was_adopted: false,
-            ended: None,
-            door: None,
-            queued: false,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

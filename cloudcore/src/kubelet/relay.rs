@@ -6,7 +6,7 @@
 use std::error::Error;
 use std::io;
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,6 +25,7 @@ use skerry_proto::streams::{Gone, StreamError, Streams};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Sleep;
 use tracing::debug;
 
 use super::spdy::Frames;
@@ -44,6 +45,9 @@ const HEAD_PATIENCE: Duration = Duration::from_secs(130);
 /// A stream that broke says why at once.
 const CAUSE_PATIENCE: Duration = Duration::from_secs(1);
 
+/// What the last words of a log may take to get to the client's socket.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// What a client gets.
 pub(super) type Answer = Response<Either<Full<Bytes>, Relayed>>;
 
@@ -51,6 +55,10 @@ pub(super) type Answer = Response<Either<Full<Bytes>, Relayed>>;
 #[derive(Debug)]
 pub(super) struct Relayed {
     body: Incoming,
+    /// Whose log it is, if it is one.
+    log_of: Option<String>,
+    /// What comes once it was said that the log broke off.
+    broke: Option<(hyper::Error, Pin<Box<Sleep>>)>,
     _exchange: Exchange,
 }
 
@@ -116,6 +124,7 @@ pub(super) async fn forward(
     watched.send_replace(Some(stream.gone()));
     let client = hyper::upgrade::on(&mut request);
     let upgrade = upgrade_of(request.headers());
+    let log_of = request.uri().path().starts_with("/containerLogs/").then(|| node.to_owned());
     let broken = |error: &(dyn Error + 'static)| failure(node, streams, error);
     let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
         .max_buf_size(BUFFER)
@@ -153,7 +162,12 @@ pub(super) async fn forward(
     };
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         without_hop(response.headers_mut());
-        return Ok((response.map(|body| Either::Right(Relayed { body, _exchange: exchange })), None));
+        let relayed = |body: Incoming| {
+            // To a length that was told nothing can be added.
+            let log_of = log_of.filter(|_| body.size_hint().exact().is_none());
+            Either::Right(Relayed { body, log_of, broke: None, _exchange: exchange })
+        };
+        return Ok((response.map(relayed), None));
     }
     let Some(_) = upgrade else {
         let cause = "it switched protocols, which nobody asked for".to_owned();
@@ -261,16 +275,21 @@ fn class(path: &str) -> Class {
 
 fn failure(node: &str, streams: &Streams, error: &(dyn Error + 'static)) -> Failed {
     let node = node.to_owned();
+    let (io, cause) = cause(error);
+    if streams.is_ended() || io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionAborted) {
+        return Failed::Offline { node, cause };
+    }
+    Failed::Broken { node, cause }
+}
+
+/// What an error is of: that of the stream, if there is one, and its words.
+fn cause<'a>(error: &'a (dyn Error + 'static)) -> (Option<&'a io::Error>, String) {
     let mut deepest = error;
     while let Some(source) = deepest.source() {
         deepest = source;
     }
     let io = deepest.downcast_ref::<io::Error>();
-    let cause = io.map_or_else(|| chain(error), io::Error::to_string);
-    if streams.is_ended() || io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionAborted) {
-        return Failed::Offline { node, cause };
-    }
-    Failed::Broken { node, cause }
+    (io, io.map_or_else(|| chain(error), io::Error::to_string))
 }
 
 /// The request as the node gets it: without credentials, and without what is between two ends of one connection.
@@ -349,11 +368,26 @@ impl Body for Relayed {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let this = &mut *self;
+        if let Some((_, said)) = &mut this.broke {
+            // An error would have hyper drop what it has not written yet.
+            ready!(said.as_mut().poll(context));
+            return Poll::Ready(this.broke.take().map(|(error, _)| Err(error)));
+        }
+        match ready!(Pin::new(&mut this.body).poll_frame(context)) {
+            Some(Err(error)) => {
+                let Some(node) = this.log_of.take() else { return Poll::Ready(Some(Err(error))) };
+                // The apiserver makes a good end of a log that breaks off: `kubectl logs -f` would end without a word.
+                let words = format!("\nthe log broke off, node {node}: {}\n", cause(&error).1);
+                this.broke = Some((error, Box::pin(tokio::time::sleep(LAST_WORDS))));
+                Poll::Ready(Some(Ok(Frame::data(words.into()))))
+            }
+            frame => Poll::Ready(frame),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.broke.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -18,17 +18,17 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
-use rustls::pki_types::CertificateDer;
-use skerry_proto::streams::{End, Gone, Streams};
+use skerry_proto::streams::Streams;
 use skerry_proto::transport::TLS_BUFFER;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use self::peer::Peer;
 use super::authn::{Authenticator, ClientAuthorities, Unauthenticated};
 use super::authz::{Attributes, Authoriser};
 use super::metrics::Metrics;
@@ -38,6 +38,8 @@ use super::reviews::Reviews;
 use crate::front::places::{Place, Places};
 use crate::retry::{Backoff, chain};
 use crate::supervise::Tasks;
+
+mod peer;
 
 /// Connections that nobody has been authenticated on, of all nodes.
 const MAX_STRANGERS: usize = 1024;
@@ -72,19 +74,6 @@ pub(crate) struct Server<R> {
     /// The apiserver could not be asked, and that was said.
     unasked: AtomicBool,
     stop: CancellationToken,
-}
-
-/// One connection's state.
-struct Peer {
-    door: Arc<Door>,
-    of_node: Arc<Semaphore>,
-    certificates: Vec<CertificateDer<'static>>,
-    /// Held from the first request that was authenticated.
-    place: Mutex<Option<[OwnedSemaphorePermit; 2]>>,
-    known: Notify,
-    /// What the request at hand is on.
-    stream: watch::Sender<Option<Gone>>,
-    upgrades: Mutex<Option<Upgrades>>,
 }
 
 /// A port that is listened on; it is given back when nobody does any more.
@@ -346,46 +335,6 @@ impl Drop for Listening {
     fn drop(&mut self) {
         drop(self.listener.take());
         self.ports.released(self.port);
-    }
-}
-
-impl Peer {
-    /// Waits until the stream that the request at hand is on has been broken off for this long, by the node or with its session. One that
-    /// the node finished is no matter of time: what it said is let get to the client.
-    async fn stream_gone(&self, farewell: Duration) {
-        let mut stream = self.stream.subscribe();
-        loop {
-            let gone = stream.borrow_and_update().clone();
-            let gone = async {
-                let Some(gone) = gone else { return std::future::pending().await };
-                match gone.await {
-                    End::Left | End::Finished(_) => std::future::pending().await,
-                    End::Broken(_) => tokio::time::sleep(farewell).await,
-                }
-            };
-            tokio::select! {
-                () = gone => return,
-                // The sender is this connection's.
-                _ = stream.changed() => {}
-            }
-        }
-    }
-
-    /// Somebody is known here: the connection has its place from now on.
-    fn settle(&self, all: &Arc<Semaphore>) -> Result<(), No> {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if place.is_none() {
-            let permits = Arc::clone(&self.of_node)
-                .try_acquire_owned()
-                .and_then(|of_node| Ok([of_node, Arc::clone(all).try_acquire_owned()?]));
-            let permits = permits.map_err(|_| {
-                let message = format!("too many connections to node {}, try again later\n", self.door.node.name);
-                No { status: StatusCode::SERVICE_UNAVAILABLE, message }
-            })?;
-            *place = Some(permits);
-            self.known.notify_one();
-        }
-        Ok(())
     }
 }
 

@@ -32,7 +32,7 @@ use super::*;
 use crate::backend::{BackendError, NodeIdentity};
 use crate::clock;
 use crate::config::{Advertise, PortRange};
-use crate::pki::{CertificateAuthority, CurrentAuthority};
+use crate::pki::{CertificateAuthority, CurrentAuthority, ServerCertificate};
 use crate::secrets::fake::MemorySecrets;
 
 mod access;

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, UnixTime};
-use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme};
 
-use crate::pki::{CaError, ServerCertificate};
+use crate::pki::CaError;
 
 /// For every node's port.
-pub(crate) fn config(certificate: Arc<ServerCertificate>) -> Result<Arc<ServerConfig>, CaError> {
+pub(crate) fn config(certificate: Arc<impl ResolvesServerCert + 'static>) -> Result<Arc<ServerConfig>, CaError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()

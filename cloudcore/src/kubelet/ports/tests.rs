@@ -1,6 +1,7 @@
 use futures_util::FutureExt as _;
 use serde_json::json;
 
+use super::table::choose;
 use super::*;
 
 /// A range on an address of this machine that nobody else in this process listens on.

@@ -162,6 +162,9 @@ async fn what_is_under_way_ends_with_the_session() {
     let code = answer.status().as_u16();
     let said = String::from_utf8(whole(answer).await.unwrap()).unwrap();
     assert!(code == 503 && said.contains("box-1 is offline"), "{code}: {said}");
+    let said = tokio::time::timeout(PATIENCE, following.frame()).await.expect("it ends at once");
+    let said = String::from_utf8(said.unwrap().unwrap().into_data().unwrap().to_vec()).unwrap();
+    assert!(said.starts_with("\nthe log broke off, node box-1: the session has ended"), "{said:?}");
     let broken = tokio::time::timeout(PATIENCE, following.frame()).await.expect("it ends at once");
     assert!(broken.unwrap().is_err(), "it is not taken for the end of the log");
     let ended = tokio::time::timeout(PATIENCE, shell.read_to_end(&mut Vec::new())).await.expect("it ends at once");
