@@ -40,6 +40,8 @@ impl Kubelet {
             "healthzPort": 0,
             "address": "127.0.0.1",
             "podLogsDir": dir.join("logs"),
+            // A log that is measured is not to be rotated meanwhile.
+            "containerLogMaxSize": "1Gi",
             "resolvConf": "/etc/resolv.conf",
             "authentication": {"anonymous": {"enabled": false}, "x509": {"clientCAFile": control.authority()?.certificate}},
             "failSwapOn": false,
@@ -75,6 +77,11 @@ impl Kubelet {
     /// Its pods' directories.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")
+    }
+
+    /// The pods' logs.
+    pub fn logs(&self) -> PathBuf {
+        self.dir.join("logs")
     }
 
     /// Its process id, while it runs.

@@ -36,19 +36,20 @@ const WINDOW: Duration = Duration::from_secs(60);
 
 /// One agent on a runtime of its own.
 pub(crate) struct Bench {
-    name: &'static str,
-    agent: Agent,
+    pub(crate) name: &'static str,
+    pub(crate) agent: Agent,
     runtime: Runtime,
-    kubectl: Kubectl,
+    pub(crate) kubectl: Kubectl,
 }
 
-enum Agent {
+pub(crate) enum Agent {
     Edgecore { edge: Box<Edge>, cloud: Box<Cloudcore>, relay: Relay },
     Kubelet(Kubelet),
 }
 
 impl Bench {
-    pub(crate) fn start(control: &ControlPlane, dir: &Path, subject: Subject) -> Result<Self> {
+    /// `straight`: edgecore dials cloudcore and not the relay, which is no part of what is measured then.
+    pub(crate) fn start(control: &ControlPlane, dir: &Path, subject: Subject, straight: bool) -> Result<Self> {
         let name = match subject {
             Subject::Edgecore => "edgecore",
             Subject::Kubelet => "kubelet",
@@ -61,7 +62,8 @@ impl Bench {
                 let cloud = Cloudcore::start(control, &dir.join("cloudcore"), None)?;
                 let relay = Relay::start(cloud.address())?;
                 let edge = Edge::new(&dir.join("edge"), name, &runtime)?;
-                edge.join(&relay.address().to_string(), &cloud.new_token(&[])?.token)?;
+                let address = if straight { cloud.address() } else { relay.address() };
+                edge.join(&address.to_string(), &cloud.new_token(&[])?.token)?;
                 Agent::Edgecore { edge: Box::new(edge), cloud: Box::new(cloud), relay }
             }
             Subject::Kubelet => Agent::Kubelet(Kubelet::new(control, &runtime, &dir, name)?),
@@ -163,7 +165,7 @@ impl Bench {
         Ok((times[0], times[MANY - 1]))
     }
 
-    fn apply_many(&self) -> Result<()> {
+    pub(crate) fn apply_many(&self) -> Result<()> {
         let pods: Vec<Value> = (0..MANY).map(|number| sleeper(&format!("pod-{number}"), self.name, true)).collect();
         self.kubectl.apply(&list(&pods))?;
         until("the pods to be ready", 90, || {
@@ -177,7 +179,7 @@ impl Bench {
         until("their containers to be gone", 90, || Ok(self.runtime.cri().running()?.is_empty()))
     }
 
-    fn say(&self, figure: &str, value: f64, unit: &str) {
+    pub(crate) fn say(&self, figure: &str, value: f64, unit: &str) {
         tell(figure, self.name, value, unit);
     }
 }
@@ -205,12 +207,27 @@ impl Agent {
         }
     }
 
-    fn pid(&self) -> Result<i32> {
+    pub(crate) fn pid(&self) -> Result<i32> {
         match self {
             Self::Edgecore { edge, .. } => edge.pid(),
             Self::Kubelet(kubelet) => kubelet.pid(),
         }
         .context("the agent does not run")
+    }
+
+    pub(crate) fn logs_dir(&self) -> PathBuf {
+        match self {
+            Self::Edgecore { edge, .. } => edge.logs(),
+            Self::Kubelet(kubelet) => kubelet.logs(),
+        }
+    }
+
+    /// cloudcore's process, where there is one.
+    pub(crate) fn cloud_pid(&self) -> Option<i32> {
+        match self {
+            Self::Edgecore { cloud, .. } => cloud.pid(),
+            Self::Kubelet(_) => None,
+        }
     }
 
     fn pods_dir(&self) -> PathBuf {

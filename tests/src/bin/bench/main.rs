@@ -20,6 +20,7 @@ mod agents;
 mod control;
 mod figures;
 mod link;
+mod ops;
 mod scale;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -32,6 +33,8 @@ pub(crate) enum Group {
     Scale,
     /// What the link carries.
     Link,
+    /// What kubectl and monitoring see of a node.
+    Ops,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -72,13 +75,21 @@ fn main() -> Result<()> {
     match arguments.group {
         Some(Group::Scale) => return scale::run(run.path(), arguments.nodes),
         Some(Group::Link) => return link::run(run.path(), Duration::from_secs(arguments.idle_seconds)),
-        Some(Group::Weight | Group::Pods) | None => {}
+        Some(Group::Weight | Group::Pods | Group::Ops) | None => {}
     }
     eprintln!("starting a control plane");
     let control = ControlPlane::start(&run.path().join("control"))?;
     for subject in [Subject::Edgecore, Subject::Kubelet] {
         if arguments.subject.is_none_or(|only| only == subject) {
-            let mut bench = Bench::start(&control, run.path(), subject)?;
+            let is_ops = arguments.group == Some(Group::Ops);
+            let mut bench = Bench::start(&control, run.path(), subject, is_ops)?;
+            if is_ops {
+                ops::measure(
+                    &bench,
+                    &control.authority()?.client(run.path(), "scraper", "admin", &["system:masters"])?,
+                )?;
+                continue;
+            }
             if arguments.group != Some(Group::Pods) {
                 bench.weight()?;
             }
