@@ -71,7 +71,7 @@ impl Cloudcore {
     pub fn spawn(&mut self) -> Result<()> {
         let mut command = Command::new(paths::product("cloudcore")?);
         command
-            .args(["run", "--advertise-address", "127.0.0.1", "--namespace", NAMESPACE])
+            .args(["run", "--advertise-address", "127.0.0.1", "--namespace", NAMESPACE, "--kubelet-csr"])
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
             .arg("--port")

@@ -179,18 +179,39 @@ impl Session {
 
     /// The next frame, `None` when the session is over; an error after `seconds` of silence.
     pub fn receive(&mut self, seconds: u64) -> Result<Option<Body>> {
+        loop {
+            match self.next(seconds)? {
+                Some(Event::Control(frame)) => return Ok(frame.body),
+                Some(_) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Waits until cloudcore opens a stream; its id as it is on the wire.
+    pub fn receive_opened(&mut self, seconds: u64) -> Result<u32> {
+        loop {
+            match self.next(seconds)? {
+                Some(Event::Opened { id, .. }) => return Ok(id.into()),
+                Some(_) => {}
+                None => bail!("the session ended before a stream was opened"),
+            }
+        }
+    }
+
+    fn next(&mut self, seconds: u64) -> Result<Option<Event>> {
         let Self { runtime, socket, mux } = self;
         runtime.block_on(async {
             let next = async {
                 loop {
+                    if let Some(event) = mux.poll() {
+                        return Ok(Some(event));
+                    }
                     match socket.next().await {
                         Some(Ok(Message::Binary(bytes))) => {
                             let frame: Frame =
                                 prost::Message::decode(bytes.as_ref()).context("cloudcore sent no frame")?;
                             mux.receive(frame).context("cloudcore broke the protocol")?;
-                            if let Some(Event::Control(frame)) = mux.poll() {
-                                return Ok(frame.body);
-                            }
                         }
                         Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(None),
                         Some(Ok(_)) => {}

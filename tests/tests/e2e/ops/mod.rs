@@ -1,22 +1,28 @@
 //! kubectl on an edge node: what an operator types must not tell it from any other node.
 
-use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::pty::{OpenptyResult, Winsize, openpty};
 use rand::{RngExt as _, SeedableRng as _};
 use ring::digest::{SHA256, digest};
 use serde_json::json;
-use skerry_tests::images::SERVER;
+use skerry_tests::images::{BUSYBOX, SERVER};
 use skerry_tests::kubectl::{Kubectl, Piped};
 use skerry_tests::manifests::{GRACE, container};
 use skerry_tests::wait::{eventually, until};
 
 use crate::world::{World, control, story};
+
+mod cuts;
+mod monitoring;
+mod soak;
 
 /// What kubectl speaks: WebSockets first, or only SPDY.
 const DIALECTS: [&str; 2] = ["true", "false"];
@@ -44,6 +50,8 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     }
     copies(&kubectl, world.dir())?;
     attaches(&kubectl)?;
+    terminal(&kubectl)?;
+    debugs(&kubectl)?;
     pages(world)?;
     // Nothing of it is left on either side.
     until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))
@@ -82,13 +90,6 @@ fn logs(kubectl: &Kubectl) -> Result<()> {
     ensure!(!none.success && none.stderr.contains("previous terminated container"), "{}", none.stderr);
     let wrong = kubectl.output(&["logs", "ops", "-c", "nobody"])?;
     ensure!(!wrong.success, "logs of a container that is not there");
-    // Followed until the container ends.
-    let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "echo"])?;
-    std::thread::sleep(Duration::from_secs(1));
-    let fed = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "true"], b"", "true")?;
-    ensure!(fed.code == Some(0), "{}", fed.errors);
-    follow.kill()?;
-    follow.wait()?;
     Ok(())
 }
 
@@ -154,7 +155,22 @@ fn copies(kubectl: &Kubectl, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What goes in by attach comes out there, and in a log that is followed.
 fn attaches(kubectl: &Kubectl) -> Result<()> {
+    let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "echo"])?;
+    let followed = (|| {
+        attach(kubectl)?;
+        let mut said = String::new();
+        BufReader::new(follow.stdout.as_mut().context("no output")?).read_line(&mut said)?;
+        ensure!(said == "heard hello\n", "the log that is followed says {said:?}");
+        Ok(())
+    })();
+    follow.kill()?;
+    follow.wait()?;
+    followed
+}
+
+fn attach(kubectl: &Kubectl) -> Result<()> {
     let mut attached = kubectl
         .command()
         .args(["attach", "-i", "ops", "-c", "echo"])
@@ -170,6 +186,91 @@ fn attaches(kubectl: &Kubectl) -> Result<()> {
     drop(input);
     attached.wait()?;
     ensure!(heard == "heard hello\n", "{heard:?}");
+    Ok(())
+}
+
+/// A shell at a terminal, whose window becomes larger.
+fn terminal(kubectl: &Kubectl) -> Result<()> {
+    let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    let OpenptyResult { master, slave } = openpty(&size, None)?;
+    let window = nix::unistd::ttyname(&slave)?;
+    let mut command = Command::new("setsid");
+    // A terminal of its own: who resizes it sends the signal to its foreground.
+    command.args(["--ctty", "--wait"]).arg(kubectl.command().get_program()).args(kubectl.command().get_args());
+    command.args(["exec", "-it", "ops", "-c", "box", "--", "sh"]);
+    let mut shell =
+        command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave).spawn().context("no setsid")?;
+    // It holds the other ends of the terminal.
+    drop(command);
+    let mut keys = File::from(master.try_clone()?);
+    let (sender, screen) = sync_channel(1000);
+    std::thread::spawn(move || {
+        // The terminal is gone with its last user: that is an error here.
+        for line in BufReader::new(File::from(master)).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let mut write = |text: &str| keys.write_all(text.as_bytes());
+    let type_until = |write: &mut dyn FnMut(&str) -> io::Result<()>, command: &str, wanted: &str| {
+        let begin = Instant::now();
+        let mut seen = Vec::new();
+        loop {
+            write(command)?;
+            while let Ok(line) = screen.recv_timeout(Duration::from_secs(1)) {
+                seen.push(line);
+            }
+            if seen.iter().any(|line| line.trim() == wanted) {
+                return Ok(());
+            }
+            ensure!(begin.elapsed() < Duration::from_secs(20), "no {wanted:?} on the terminal: {seen:?}");
+        }
+    };
+    let seen = (|| {
+        type_until(&mut write, "stty size\n", "24 80")?;
+        let resized = Command::new("stty").arg("-F").arg(&window).args(["rows", "40", "columns", "132"]).status()?;
+        ensure!(resized.success(), "the window does not become larger");
+        type_until(&mut write, "stty size\n", "40 132")?;
+        write("exit 5\n")?;
+        let begin = Instant::now();
+        while shell.try_wait()?.is_none() {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "the shell has ended, and kubectl goes on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let code = shell.wait()?.code();
+        ensure!(code == Some(5), "the shell's exit code came as {code:?}");
+        Ok(())
+    })();
+    shell.kill().ok();
+    shell.wait()?;
+    seen
+}
+
+/// An ephemeral container in a pod that runs.
+fn debugs(kubectl: &Kubectl) -> Result<()> {
+    let image = format!("--image={BUSYBOX}");
+    kubectl.run(&[
+        "debug",
+        "ops",
+        "-c",
+        "debugger",
+        "--target=box",
+        &image,
+        "--image-pull-policy=IfNotPresent",
+        "--profile=general",
+        "--",
+        "sh",
+        "-c",
+        "echo it looks; exec sleep 1000000",
+    ])?;
+    eventually("the debugger to run", 30, || {
+        let said = kubectl.output(&["logs", "ops", "-c", "debugger"])?;
+        Ok((said.success && said.stdout == "it looks\n").then_some(()))
+    })?;
+    // It sees the processes of the container that it looks into.
+    let seen = kubectl.run(&["exec", "ops", "-c", "debugger", "--", "pidof", "sleep"])?;
+    ensure!(seen.split_whitespace().count() == 2, "the debugger sees {seen:?}");
     Ok(())
 }
 
@@ -242,39 +343,5 @@ fn only_who_may_reaches_a_node() -> Result<()> {
             nobody.in_namespace(world.kubectl.namespace()).output(&["exec", "ops", "-c", "box", "--", "true"])?;
         ensure!(!exec.success && exec.stderr.contains("orbidden"), "{}", exec.stderr);
         Ok(())
-    })
-}
-
-#[test]
-fn a_cut_link_ends_what_went_over_it_and_the_next_try_works() -> Result<()> {
-    story("ops-cut", |world| {
-        start_pod(world)?;
-        let kubectl = world.kubectl.clone();
-        let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "talker"])?;
-        let mut shell = kubectl.stream(&["exec", "ops", "-c", "box", "--", "sleep", "1000"])?;
-        std::thread::sleep(Duration::from_secs(2));
-        world.relay.cut();
-        let begin = Instant::now();
-        for client in [&mut follow, &mut shell] {
-            while client.try_wait()?.is_none() {
-                ensure!(begin.elapsed() < Duration::from_secs(45), "kubectl still waits for a link that is gone");
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        }
-        let away = kubectl.output(&["logs", "ops", "-c", "talker"])?;
-        ensure!(!away.success && away.stderr.contains("is offline since"), "{}", away.stderr);
-        world.relay.heal();
-        // The edge may not have noticed yet.
-        until("the logs to be there again", 60, || {
-            let output = kubectl.output(&["logs", "ops", "-c", "talker", "--tail=1"])?;
-            Ok(output.success && output.stdout == "last\n")
-        })?;
-        let again = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "true"], b"", "true")?;
-        ensure!(again.code == Some(0), "{}", again.errors);
-        // What the first had started is not left running.
-        until("the command that was cut off to be gone", 40, || {
-            let left = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "pidof", "sleep"], b"", "true")?;
-            Ok(String::from_utf8_lossy(&left.output).split_whitespace().count() <= 2)
-        })
     })
 }

@@ -1,0 +1,152 @@
+//! What becomes of kubectl's sessions when the link goes under them, and what another node's edge can do to them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use skerry_proto::wire::{self, frame::Body};
+use skerry_tests::peer::{self, Session};
+use skerry_tests::wait::{eventually, until};
+
+use super::start_pod;
+use crate::world::{World, control, story};
+
+/// The link's liveness bound, and what kubectl and the apiserver take to pass it on.
+const BOUND: Duration = Duration::from_secs(45);
+/// The visitor's name; see [`crate::world`].
+const NEIGHBOUR: &str = "hostile";
+
+#[test]
+fn a_cut_link_ends_what_went_over_it_and_the_next_try_works() -> Result<()> {
+    story("ops-cut", |world| {
+        start_pod(world)?;
+        let kubectl = world.kubectl.clone();
+        let descriptors = descriptors(world)?;
+        let begin = |arguments: &[&str]| {
+            let mut command = kubectl.command();
+            command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            Ok::<_, anyhow::Error>((arguments.join(" "), command.spawn()?))
+        };
+        // Slow enough that a copy is under way when the link goes.
+        let large = world.dir().join("large");
+        std::fs::write(&large, vec![7; 64 << 20])?;
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let mut clients = vec![
+            begin(&["logs", "-f", "ops", "-c", "talker"])?,
+            begin(&["exec", "-i", "ops", "-c", "box", "--", "sleep", "1000"])?,
+            begin(&["attach", "-i", "ops", "-c", "echo"])?,
+            begin(&["port-forward", "pod/ops", &format!("{port}:8080")])?,
+        ];
+        let mut through =
+            eventually("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
+        through.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")?;
+        ensure!(through.read(&mut [0; 64])? > 0, "no answer through the forwarded port");
+        world.relay.set(|line| line.bandwidth = 2 << 20);
+        clients.push(begin(&["cp", "-c", "box", large.to_str().context("a path")?, "ops:/tmp/large"])?);
+        std::thread::sleep(Duration::from_secs(3));
+        world.relay.cut();
+        let cut = Instant::now();
+        for (what, client) in &mut clients {
+            end_by_themselves(what, client, cut)?;
+        }
+        ensure!(through.read(&mut [0; 64]).map_or(true, |read| read == 0), "the forwarded connection goes on");
+        let away = kubectl.output(&["logs", "ops", "-c", "talker"])?;
+        ensure!(!away.success && away.stderr.contains("is offline since"), "{}", away.stderr);
+        world.relay.heal();
+        // The edge may not have noticed yet.
+        until("the logs to be there again", 60, || {
+            let output = kubectl.output(&["logs", "ops", "-c", "talker", "--tail=1"])?;
+            Ok(output.success && output.stdout == "last\n")
+        })?;
+        let again = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "true"], b"", "true")?;
+        ensure!(again.code == Some(0), "{}", again.errors);
+        // What the first ones had started is not left running, on either side.
+        until("the commands that were cut off to be gone", 40, || {
+            let count = "pidof sleep | wc -w; pidof tar | wc -w";
+            let left = kubectl.pipe(&["exec", "ops", "-c", "box", "--", "sh", "-c", count], b"", "true")?;
+            Ok(left.output == b"1\n0\n")
+        })?;
+        until("the connections to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))?;
+        until("edgecore's descriptors to be closed", 20, || Ok(self::descriptors(world)? <= descriptors))
+    })
+}
+
+/// Waits until a client whose link is gone ends, which it must by an error that says something.
+fn end_by_themselves(what: &str, client: &mut Child, since: Instant) -> Result<()> {
+    let status = loop {
+        if let Some(status) = client.try_wait()? {
+            break status;
+        }
+        if since.elapsed() > BOUND {
+            client.kill()?;
+            bail!("kubectl {what} still waits for a link that is gone");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let (mut said, mut errors) = (String::new(), String::new());
+    client.stdout.take().context("no output")?.read_to_string(&mut said)?;
+    client.stderr.take().context("no standard error")?.read_to_string(&mut errors)?;
+    eprintln!("kubectl {what} after {:.1} s ({status}): {}", since.elapsed().as_secs_f64(), errors.trim());
+    if what.starts_with("logs") {
+        // The apiserver hides from kubectl that the log did not end.
+        return Ok(ensure!(said.contains("\nthe log broke off, node "), "kubectl {what}: {status}, {said:?}"));
+    }
+    ensure!(!status.success() && !errors.trim().is_empty(), "kubectl {what}: {status}, {errors:?}");
+    Ok(())
+}
+
+fn descriptors(world: &World) -> Result<usize> {
+    let pid = world.edge.pid().context("edgecore does not run")?;
+    Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+}
+
+#[test]
+fn a_hostile_edge_gets_at_no_session_of_another_node() -> Result<()> {
+    story("ops-hostile", |world| {
+        start_pod(world)?;
+        let token = world.cloud.new_token(&[])?.token;
+        let address = world.cloud.address();
+        let identity = peer::join(address, &token, NEIGHBOUR, "machine-of-the-hostile-one")?
+            .map_err(|refusal| anyhow::anyhow!("cloudcore does not let it join: {}", refusal.message))?;
+        let mut session = Session::establish(address, &identity, NEIGHBOUR)?;
+        session.receive_until("Welcome", |body| matches!(body, Body::Welcome(_)).then_some(()))?;
+        let port = eventually("the neighbour's port", 20, || {
+            let node = world.admin().find("node", NEIGHBOUR)?;
+            Ok(node.and_then(|node| node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64()))
+        })?;
+        ensure!(port != super::port(world)?, "two nodes have one port");
+        // What is asked at its port for another node's pod comes to it, and not to that node.
+        let admin = control()?.authority()?.client(world.dir(), "asker", "admin", &["system:masters"])?;
+        let namespace = world.kubectl.namespace();
+        let asker = Command::new("curl")
+            .args(["-sk", "-m", "20", "--cert"])
+            .arg(&admin.certificate)
+            .arg("--key")
+            .arg(&admin.key)
+            .arg(format!("https://127.0.0.1:{port}/containerLogs/{namespace}/ops/talker"))
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let opened = session.receive_opened(20)?;
+        // Somebody else's session stands meanwhile.
+        let mut other =
+            world.kubectl.stream(&["exec", "ops", "-c", "box", "--", "sh", "-c", "echo begin; sleep 4; echo end"])?;
+        std::thread::sleep(Duration::from_secs(2));
+        let lie = || wire::StreamData { id: 0, data: b"HTTP/1.1 200 OK\r\n\r\nlies".as_slice().into(), fin: false };
+        // Other numbers than its own are nobody's: cloudcore ends its session for the first.
+        for id in (0..64).filter(|id| *id != opened) {
+            if session.send(Body::StreamData(wire::StreamData { id, ..lie() })).is_err() {
+                break;
+            }
+        }
+        session.receive_end()?;
+        let mut output = String::new();
+        other.stdout.take().context("no output")?.read_to_string(&mut output)?;
+        ensure!(other.wait()?.success() && output == "begin\nend\n", "the other session got {output:?}");
+        let answer = asker.wait_with_output()?;
+        let text = String::from_utf8_lossy(&answer.stdout);
+        ensure!(!text.contains("line 1\n") && !text.contains("lies"), "the neighbour's port says {text:?}");
+        world.wait_connected()
+    })
+}
