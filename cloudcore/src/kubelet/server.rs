@@ -33,7 +33,7 @@ use super::authn::{Authenticator, ClientAuthorities, Unauthenticated};
 use super::authz::{Attributes, Authoriser};
 use super::metrics::Metrics;
 use super::ports::{Door, Ports};
-use super::relay::{self, Answer, BUFFER, Upgrades};
+use super::relay::{self, Answer, BUFFER};
 use super::reviews::Reviews;
 use crate::front::places::{Place, Places};
 use crate::retry::{Backoff, chain};
