@@ -187,6 +187,7 @@ fn push_method(push: PushMethod) -> dmi::PushMethod {
         db_method: push.db_method.map(db_method),
         otel: push.otel.map(|otel| dmi::PushMethodOtel { endpoint_url: otel.endpoint_url }),
         anomaly_detection: push.anomaly_detection.map(|data| dmi::AnomalyDetection { data: anys(Some(data)) }),
+        file: push.file.map(|file| dmi::PushMethodFile { path: file.path, max_bytes: file.max_bytes }),
     }
 }
 
