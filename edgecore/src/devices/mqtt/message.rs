@@ -232,8 +232,8 @@ mod tests {
         }
     }
 
-    fn json(payload: Vec<u8>) -> Json {
-        serde_json::from_slice(&payload).unwrap()
+    fn json(payload: &[u8]) -> Json {
+        serde_json::from_slice(payload).unwrap()
     }
 
     #[test]
@@ -250,23 +250,23 @@ mod tests {
             "metadata": { "type": "int" },
             "actual": { "value": "3", "metadata": { "timestamp": 2 } },
         });
-        let got = json(HEAD.twin([&lamp.properties[0], &lamp.properties[2]]));
+        let got = json(&HEAD.twin([&lamp.properties[0], &lamp.properties[2]]));
         assert_eq!(got, json!({ "event_id": "e", "timestamp": 5, "twin": { "power": power, "hours": hours } }));
-        let got = json(HEAD.document([(None, &lamp.properties[0]), (Some(&lamp.properties[2]), &lamp.properties[2])]));
+        let got = json(&HEAD.document([(None, &lamp.properties[0]), (Some(&lamp.properties[2]), &lamp.properties[2])]));
         let changes =
             json!({ "power": { "last": null, "current": power }, "hours": { "last": hours, "current": hours } });
         assert_eq!(got, json!({ "event_id": "e", "timestamp": 5, "twin": changes }));
-        let got = json(HEAD.delta(&lamp).unwrap());
+        let got = json(&HEAD.delta(&lamp).unwrap());
         assert_eq!((&got["delta"], got["twin"].as_object().unwrap().len()), (&json!({ "power": "true" }), 2));
         assert_eq!(HEAD.delta(&Twin { properties: lamp.properties[1..].to_vec(), ..lamp.clone() }), None);
         let shown = json!({ "name": "lamp", "state": "online", "last_online": "1970-01-02 00:00:00" });
-        assert_eq!(json(HEAD.state(&lamp)), json!({ "event_id": "e", "timestamp": 5, "device": shown }));
-        let got = json(HEAD.devices(std::slice::from_ref(&lamp)));
+        assert_eq!(json(&HEAD.state(&lamp)), json!({ "event_id": "e", "timestamp": 5, "device": shown }));
+        let got = json(&HEAD.devices(std::slice::from_ref(&lamp)));
         assert_eq!((&got["devices"][0]["id"], &got["devices"][0]["name"]), (&json!("default/lamp"), &json!("lamp")));
-        let got = json(HEAD.added(&lamp));
+        let got = json(&HEAD.added(&lamp));
         assert_eq!((&got["added_devices"][0]["twin"]["hours"], &got["removed_devices"]), (&hours, &json!([])));
-        assert_eq!(json(HEAD.removed("default/lamp"))["removed_devices"], json!([{ "id": "default/lamp" }]));
-        let got = json(HEAD.failure(&Failure { code: 404, reason: "none".to_owned() }));
+        assert_eq!(json(&HEAD.removed("default/lamp"))["removed_devices"], json!([{ "id": "default/lamp" }]));
+        let got = json(&HEAD.failure(&Failure { code: 404, reason: "none".to_owned() }));
         assert_eq!(got, json!({ "event_id": "e", "timestamp": 5, "code": 404, "reason": "none" }));
     }
 

@@ -132,7 +132,7 @@ async fn clients_are_answered_and_values_are_retained_also_by_a_broker_that_was_
     let node = Node::new().await;
     node.connected().await;
     let heard = node.subscribe(&["devices/#", "$hw/#"]);
-    // What is wanted is told when there is somebody to hear it.
+    // It is let in.
     heard.hears("devices/ns/boiler/$state", "").await;
     let update = json!({ "event_id": "e1", "twin": { "temp": { "actual": { "value": "19.5" } } } }).to_string();
     node.publish(None, &format!("{BOILER}/twin/update"), update.as_bytes());
@@ -188,7 +188,8 @@ async fn only_whom_a_device_names_may_write_to_it() {
         assert!(made.success());
     }
     node.connected().await;
-    let heard = node.subscribe(&["$hw/#"]);
+    let heard = node.subscribe(&["devices/#", "$hw/#"]);
+    heard.hears("devices/ns/boiler/$state", "").await;
     let update =
         |value: &str| json!({ "event_id": value, "twin": { "temp": { "expected": { "value": value } } } }).to_string();
     let topic = format!("{BOILER}/twin/update");

@@ -8,6 +8,7 @@ use super::super::{Digest, Entry, Object};
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// Sorted by UID. A cloud has many sessions, and of each most collections are small: a map would be empty room for the most part.
+    #[expect(clippy::vec_box, reason = "room that a vector has for more of them is a pointer each")]
     rows: Vec<Box<Row>>,
     /// Of what is desired.
     pub(super) wanted: Digest,
