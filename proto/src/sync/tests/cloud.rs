@@ -90,7 +90,7 @@ fn needed_by(pod: &str) -> String {
 }
 
 fn refers(objects: &BTreeMap<Id, Object>, key: &str) -> bool {
-    objects.range((PODS, String::new())..).any(|((_, pod), _)| needed_by(pod) == key)
+    objects.range((PODS, String::new())..(PODS + 1, String::new())).any(|((_, pod), _)| needed_by(pod) == key)
 }
 
 /// What of `objects` belongs on the node.

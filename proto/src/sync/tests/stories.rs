@@ -234,7 +234,7 @@ fn the_dictionary_is_used_where_both_have_it() {
         let (mut hub, out) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
         let [HubOutput::Send(Frame { body: Some(Body::Welcome(welcome)) })] = out.as_slice() else { panic!("{out:?}") };
         assert_eq!(welcome.dictionaries, [dictionary::ID]);
-        let mut out = hub.step(Duration::ZERO, HubInput::Desired(object.clone()));
+        let mut out = hub.step(Duration::ZERO, HubInput::Desired(object.clone().into()));
         for collection in COLLECTIONS {
             out.extend(hub.step(Duration::ZERO, HubInput::Complete(collection)));
         }
