@@ -19,7 +19,7 @@ use skerry_proto::dmi::methods::{CallRequest, CallResponse};
 use skerry_proto::dmi::*;
 use skerry_proto::sync::{Collection, Object, Op};
 use tokio::net::UnixListener;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
@@ -147,6 +147,18 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     assert!(tokio::time::timeout(Duration::from_secs(30), patience).await.is_ok(), "{what} did not come");
 }
 
+/// A mapper's process; dropping it kills it.
+struct Serving(Option<(oneshot::Sender<()>, std::thread::JoinHandle<()>)>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        if let Some((end, thread)) = self.0.take() {
+            drop(end);
+            let _ = thread.join();
+        }
+    }
+}
+
 /// A mapper that keeps what it is told.
 #[derive(Clone)]
 struct FakeMapper {
@@ -157,25 +169,38 @@ struct FakeMapper {
 }
 
 impl FakeMapper {
-    fn start(dir: &Path, name: &str, methods: bool) -> (Self, tokio::task::JoinHandle<()>) {
+    fn start(dir: &Path, name: &str, methods: bool) -> (Self, Serving) {
         let fake = Self { path: dir.join(name), calls: Arc::default(), hangs: Arc::default(), methods };
         let serving = fake.serve();
         (fake, serving)
     }
 
-    fn serve(&self) -> tokio::task::JoinHandle<()> {
+    /// On a runtime of its own, so that all of it ends at once.
+    fn serve(&self) -> Serving {
         let _ = std::fs::remove_file(&self.path);
-        let listener = UnixListener::bind(&self.path).unwrap();
-        let incoming = stream::unfold(listener, |listener| async move {
-            let accepted = listener.accept().await.map(|(stream, _)| stream);
-            Some((accepted, listener))
+        let listener = std::os::unix::net::UnixListener::bind(&self.path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let fake = self.clone();
+        let (end, ended) = oneshot::channel::<()>();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let thread = std::thread::spawn(move || {
+            runtime.block_on(async move {
+                let listener = UnixListener::from_std(listener).unwrap();
+                let incoming = stream::unfold(listener, |listener| async move {
+                    let accepted = listener.accept().await.map(|(stream, _)| stream);
+                    Some((accepted, listener))
+                });
+                let methods = fake.methods.then(|| DeviceMethodServiceServer::new(fake.clone()));
+                let server = tonic::transport::Server::builder()
+                    .add_service(DeviceMapperServiceServer::new(fake))
+                    .add_optional_service(methods);
+                tokio::select! {
+                    _ = server.serve_with_incoming(incoming) => {}
+                    _ = ended => {}
+                }
+            });
         });
-        let server = tonic::transport::Server::builder().add_service(DeviceMapperServiceServer::new(self.clone()));
-        let methods = self.methods.then(|| DeviceMethodServiceServer::new(self.clone()));
-        let server = server.add_optional_service(methods);
-        supervise::spawn("fake mapper", async move {
-            let _ = server.serve_with_incoming(incoming).await;
-        })
+        Serving(Some((end, thread)))
     }
 
     async fn called<T: Default>(&self, words: String) -> Result<Response<T>, Status> {
@@ -305,9 +330,8 @@ async fn a_mapper_that_hangs_hurts_only_its_own_and_one_that_dies_is_replaced() 
     }
     eventually("the other's devices", || count(&b, "update") == 20 - of_a).await;
     // It dies: its devices find the other.
-    serving.abort();
+    drop(serving);
     b.take();
-    bed.devices.0.links.client(1).unwrap();
     eventually("its devices", || count(&b, "register") == of_a).await;
 }
 
@@ -398,7 +422,7 @@ async fn methods_are_the_mappers_or_writes_that_are_waited_for() {
     assert_eq!(call(&[], 10_000).await.unwrap()["called"], "boiler warm");
     let failed = call(&[("bad", "1")], 10_000).await.unwrap_err();
     assert_eq!(failed.to_string(), "the mapper says: the door is open");
-    serving.abort();
+    drop(serving);
     // The same mapper by another that serves no methods.
     let without = FakeMapper { methods: false, ..with.clone() };
     let _serving = without.serve();

@@ -318,10 +318,6 @@ impl Twins {
                 let told = if mapper.is_found { Told::Perhaps } else { Told::Never };
                 if let Some(device) = self.get_mut(slot) {
                     (device.owner, device.told) = (owner, told);
-                    let key = Arc::clone(&device.key);
-                    if let Some(mapper) = owner.and_then(|owner| self.mappers.get_mut(&owner)) {
-                        mapper.removals.remove(&key);
-                    }
                 }
             }
         }

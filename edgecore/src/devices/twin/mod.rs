@@ -393,9 +393,10 @@ impl Twins {
         of.check_desired(value).map_err(Refused::Value)?;
         let name = Arc::clone(&of.name);
         let place = u16::try_from(place).unwrap_or(u16::MAX);
-        let at = device.desired.iter().position(|(of, _)| *of == place).unwrap_or_else(|| {
-            device.desired.push((place, Desired::default()));
-            device.desired.len() - 1
+        // In the order of places, for what is told is compared by its hash.
+        let at = device.desired.binary_search_by_key(&place, |(of, _)| *of).unwrap_or_else(|at| {
+            device.desired.insert(at, (place, Desired::default()));
+            at
         });
         if !device.desired[at].1.local(value, origin, now.wall) {
             return Ok(false);

@@ -324,7 +324,7 @@ impl Twins {
         };
         let refused = if device.shape.is_none() {
             Refused::Value(device.trouble.as_deref().unwrap_or("its device model is missing").to_owned())
-        } else if reporter.is_some_and(|reporter| device.owner.is_some_and(|owner| owner != reporter)) {
+        } else if reporter.is_some() && device.owner != reporter {
             Refused::NotYours
         } else {
             return Ok(slot);

@@ -381,7 +381,7 @@ fn any_schedule_converges() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let (first, count) = match number("SEED") {
         Some(seed) => (seed, 1),
-        None => (u64::from(rand::random::<u32>()), number("SCHEDULES").unwrap_or(300)),
+        None => (u64::from(rand::random::<u32>()), number("SCHEDULES").unwrap_or(100)),
     };
     for seed in first..first + count {
         let result = std::panic::catch_unwind(|| {
@@ -592,7 +592,7 @@ fn devices_weigh() {
     let spec: DeviceSpec =
         serde_json::from_value(json!({ "deviceModelRef": { "name": "m" }, "properties": named })).unwrap();
     let mut twins = Twins::default();
-    twins.model("ns/m", "m1", model);
+    twins.model("factory/m", "m1", model);
     let before = resident();
     for n in 0..50_000 {
         let uid = format!("{n:08}-1111-2222-3333-444444444444");
