@@ -126,23 +126,26 @@ fn head(stream: u32, flags: u8, length: usize) -> [u8; HEAD] {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;
 
     fn control(kind: u8, body: &[u8]) -> Vec<u8> {
-        let mut frame = vec![CONTROL, 3, 0, kind, 0, 0, (body.len() >> 8) as u8, body.len() as u8];
-        frame.extend_from_slice(body);
-        frame
+        let [_, _, _, _, _, a, b, c] = head(0, 0, body.len());
+        [&[CONTROL, 3, 0, kind, 0, a, b, c], body].concat()
     }
 
     fn data(stream: u32, flags: u8, body: &[u8]) -> Vec<u8> {
         [&head(stream, flags, body.len())[..], body].concat()
     }
 
+    type Streams = BTreeMap<u32, (Vec<u8>, bool)>;
+
     /// Reads frames to the last: the controls, and of each stream its data and whether it ended.
-    fn read(mut wire: &[u8]) -> (Vec<Vec<u8>>, std::collections::BTreeMap<u32, (Vec<u8>, bool)>) {
-        let (mut controls, mut streams) = (Vec::new(), std::collections::BTreeMap::new());
+    fn read(mut wire: &[u8]) -> (Vec<Vec<u8>>, Streams) {
+        let (mut controls, mut streams) = (Vec::new(), Streams::new());
         while !wire.is_empty() {
             let head: &[u8; HEAD] = wire.first_chunk().expect("a boundary");
             let end = HEAD + length(head);

@@ -45,6 +45,7 @@ fn merge(own: &mut Option<Map<String, Value>>, defaults: Option<&Map<String, Val
 }
 
 /// A value that is wanted, as a mapper is told.
+#[derive(Debug)]
 pub(crate) struct Wanted {
     pub(crate) property: String,
     pub(crate) value: String,

@@ -29,7 +29,7 @@ use tonic::{Code, Status};
 use tracing::{debug, info, warn};
 
 use crate::clock;
-use crate::devices::twin::{Call, MapperId, NOT_TAKEN, Outcome};
+use crate::devices::twin::{Call, MapperId, NOT_TAKEN, Outcome, ToTell};
 use crate::devices::{Devices, convert, now, serve};
 use crate::link::backoff::Backoff;
 use crate::supervise;
@@ -289,7 +289,7 @@ impl Devices {
         let row = row.map_err(|error| Status::aborted(error.to_string()))?.ok_or_else(gone)?;
         let spec: DeviceSpec = serve::spec(&row).map_err(|error| Status::aborted(error.to_string()))?;
         // After the store was read: what is wanted is as new as it can be.
-        let (_, model, wanted, mark) = self.lock().to_tell(key).ok_or_else(gone)?;
+        let ToTell { model, wanted, mark, .. } = self.lock().to_tell(key).ok_or_else(gone)?;
         Ok((convert::device(key, spec, &model, &wanted), mark))
     }
 }

@@ -27,7 +27,7 @@ use tracing::{debug, error, info, warn};
 
 use super::authority::Legal;
 use super::mapper::keep;
-use crate::devices::twin::{MapperId, MapperInfo};
+use crate::devices::twin::{MapperId, MapperInfo, ToTell};
 use crate::devices::{Devices, Refused, convert};
 use crate::supervise;
 
@@ -298,7 +298,7 @@ impl Devices {
         let mut models = std::collections::BTreeSet::new();
         for (slot, key, uid) in its {
             let Ok((device, mark)) = self.for_mapper(&key, &uid).await else { continue };
-            let Some((model_key, spec, ..)) = self.lock().to_tell(&key) else { continue };
+            let Some(ToTell { model_key, model: spec, .. }) = self.lock().to_tell(&key) else { continue };
             let model = (!models.contains(&model_key)).then(|| convert::model(&model_key, &spec));
             // With what it takes to say how long each is.
             let bytes = device.encoded_len() + model.as_ref().map_or(0, |model| model.encoded_len() + 8) + 8;

@@ -164,6 +164,17 @@ fn retry(failures: u8, salt: u64) -> Duration {
     whole / 2 + whole / 2 * u32::try_from(hasher.finish() % 1000).unwrap_or(0) / 1000
 }
 
+/// What a mapper is told of a device beside its spec.
+#[derive(Debug)]
+pub(crate) struct ToTell {
+    /// Of its model.
+    pub(crate) model_key: Arc<str>,
+    pub(crate) model: Arc<DeviceModelSpec>,
+    pub(crate) wanted: Vec<Wanted>,
+    /// Of all of it: equal marks are equal news.
+    pub(crate) mark: u64,
+}
+
 impl Twins {
     /// A mapper registers: it knows nothing, whatever it was told before. It is told nothing by calls before [`Twins::answered`].
     pub(crate) fn register(&mut self, info: MapperInfo, now: Now) -> MapperId {
@@ -531,8 +542,8 @@ impl Twins {
         }
     }
 
-    /// What it takes to tell a mapper of a device: its model's key and spec, what is wanted, and the mark of it all.
-    pub(crate) fn to_tell(&self, key: &str) -> Option<(Arc<str>, Arc<DeviceModelSpec>, Vec<Wanted>, u64)> {
+    /// What it takes to tell a mapper of a device.
+    pub(crate) fn to_tell(&self, key: &str) -> Option<ToTell> {
         let device = self.get(*self.by_key.get(key)?)?;
         let (model, spec) = self.models.get_key_value(device.model.as_ref()?)?;
         let shape = device.shape.as_ref()?;
@@ -541,7 +552,12 @@ impl Twins {
             value: value.to_owned(),
             at,
         });
-        Some((Arc::clone(model), Arc::clone(&spec.spec), wanted.collect(), device.wanted_hash()))
+        Some(ToTell {
+            model_key: Arc::clone(model),
+            model: Arc::clone(&spec.spec),
+            wanted: wanted.collect(),
+            mark: device.wanted_hash(),
+        })
     }
 }
 

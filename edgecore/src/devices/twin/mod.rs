@@ -30,7 +30,7 @@ mod values;
 
 pub(crate) use self::documents::Filter;
 pub use self::documents::{Property, Twin, Value, Wanted};
-pub(crate) use self::mappers::{Call, MapperId, MapperInfo, NOT_TAKEN, Outcome};
+pub(crate) use self::mappers::{Call, MapperId, MapperInfo, NOT_TAKEN, Outcome, ToTell};
 pub use self::state::{Change, State};
 
 /// What the latest values of all devices may take together, in bytes; one more is refused.
@@ -236,6 +236,7 @@ impl Twins {
     }
 
     /// Keys and UIDs of all devices and models there are.
+    #[expect(clippy::type_complexity, reason = "two lists of keys and UIDs")]
     pub(crate) fn names(&self) -> (Vec<(Arc<str>, Box<str>)>, Vec<(Arc<str>, Box<str>)>) {
         let devices = self.slots().map(|(_, device)| (Arc::clone(&device.key), device.uid.clone())).collect();
         let models = self.models.iter().map(|(key, model)| (Arc::clone(key), model.uid.clone())).collect();
@@ -444,6 +445,7 @@ impl Twins {
     }
 
     /// Notes to be written, and UIDs whose notes are to go. Told again after [`Twins::unkept`].
+    #[expect(clippy::type_complexity, reason = "two lists, taken apart at once")]
     pub(crate) fn take_notes(&mut self) -> (Vec<(u32, Box<str>, Note)>, Vec<Box<str>>) {
         let unwritten = std::mem::take(&mut self.unwritten);
         let written = unwritten.into_iter().filter_map(|slot| {

@@ -133,13 +133,12 @@ impl Property {
     /// Whether a value differs enough from the one that was reported to be reported, too.
     pub(super) fn is_news(&self, sent: Option<&str>, value: &str) -> bool {
         match sent {
-            None => true,
             Some(sent) if sent == value => false,
             Some(sent) if self.dead_band > 0.0 => match (sent.parse::<f64>(), value.parse::<f64>()) {
                 (Ok(sent), Ok(value)) => (sent - value).abs() > self.dead_band,
                 _ => true,
             },
-            Some(_) => true,
+            _ => true,
         }
     }
 }

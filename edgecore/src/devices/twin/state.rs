@@ -203,7 +203,7 @@ impl Twins {
         for twin in said {
             let Some(place) = shape.place(&twin.property_name) else {
                 let name: String = twin.property_name.chars().take(64).collect();
-                wrong.get_or_insert(format!("it has no property {name:?}"));
+                wrong.get_or_insert_with(|| format!("it has no property {name:?}"));
                 refused += 1;
                 continue;
             };

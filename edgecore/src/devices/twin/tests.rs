@@ -207,7 +207,7 @@ impl World {
         let id = self.twins.register(info, self.now);
         if self.one_in(2) {
             for (slot, key, _) in self.twins.for_answer(id) {
-                let (model, _, wanted, mark) = self.twins.to_tell(&key).unwrap();
+                let ToTell { model_key: model, wanted, mark, .. } = self.twins.to_tell(&key).unwrap();
                 self.take(&address, &key, &wanted);
                 self.mappers.get_mut(&address).unwrap().models.insert(model.to_string());
                 self.twins.told_in_answer(id, slot, mark);
@@ -275,7 +275,7 @@ impl World {
                 }
             }
             Call::Device { key, told, update, .. } => {
-                let Some((_, _, wanted, mark)) = self.twins.to_tell(key) else { return Outcome::Lost };
+                let Some(ToTell { wanted, mark, .. }) = self.twins.to_tell(key) else { return Outcome::Lost };
                 *told = mark;
                 let process = &self.mappers[address];
                 assert!(process.models.contains("ns/m"), "a device comes after its model");
@@ -458,7 +458,7 @@ fn what_a_mapper_reports_changes_nothing_that_mappers_are_told() {
     }
     let call = twins.next_call(id, START.after(1000)).unwrap();
     assert!(matches!(call, Call::Device { update: true, .. }));
-    assert_eq!(twins.to_tell("ns/d").unwrap().2[0].value, "3");
+    assert_eq!(twins.to_tell("ns/d").unwrap().wanted[0].value, "3");
     assert!(twins.next_call(id, START.after(1000)).is_none());
     twins.called(id, &call, Outcome::Done, START.after(1000));
     assert!(twins.next_call(id, START.after(1000)).is_none());
@@ -583,6 +583,7 @@ fn resident() -> u64 {
 /// `cargo test -p edgecore --release devices_weigh -- --ignored --nocapture --test-threads=1`
 #[test]
 #[ignore = "a measurement"]
+#[expect(clippy::print_stdout, reason = "what it is for")]
 fn devices_weigh() {
     let properties: Vec<_> = (0..10).map(|n| json!({ "name": format!("p{n}"), "type": "DOUBLE" })).collect();
     let model: DeviceModelSpec =

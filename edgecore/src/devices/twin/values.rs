@@ -15,8 +15,11 @@ pub(crate) struct Sample {
     pub(crate) at: i64,
     /// Counts the samples of the property since the start.
     pub(crate) version: u32,
-    pub(crate) extra: Option<Box<[(Box<str>, Box<str>)]>>,
+    pub(crate) extra: Option<Box<[Extra]>>,
 }
+
+/// Key and value of what a mapper adds.
+pub(crate) type Extra = (Box<str>, Box<str>);
 
 /// One property's.
 #[derive(Debug, Default)]
@@ -30,9 +33,7 @@ pub(super) struct Slot {
 }
 
 /// The extras of what a mapper sent: all but the timestamp and the type, which are ours.
-pub(super) fn extras<'a>(
-    metadata: impl Iterator<Item = (&'a String, &'a String)>,
-) -> Option<Box<[(Box<str>, Box<str>)]>> {
+pub(super) fn extras<'a>(metadata: impl Iterator<Item = (&'a String, &'a String)>) -> Option<Box<[Extra]>> {
     let mut room = MAX_EXTRA;
     let mut extras = Vec::new();
     for (key, value) in metadata.filter(|(key, _)| !matches!(key.as_str(), "timestamp" | "type")) {

@@ -62,7 +62,7 @@ fn tops(world: &World) -> Result<()> {
     let node = world.edge.name();
     let text = eventually("kubectl top node", 90, || Ok(top(&["node", node])?.filter(|text| text.contains("Mi "))))?;
     ensure!(text.lines().count() == 2 && text.contains(node) && !text.contains("unknown"), "{text}");
-    let text = eventually("kubectl top pod", 60, || Ok(top(&["pod", "ops", "--containers"])?))?;
+    let text = eventually("kubectl top pod", 60, || top(&["pod", "ops", "--containers"]))?;
     for container in ["box", "talker", "echo", "server"] {
         let row = text.lines().find(|line| line.split_whitespace().nth(1) == Some(container));
         let row = row.with_context(|| format!("no {container} in {text}"))?;

@@ -51,7 +51,7 @@ fn there_and_back(world: &World, dialect: &str) -> Result<(Vec<u8>, Vec<u8>)> {
             let mut piece = vec![0_u8; 1 << 20];
             for number in 0..GIB / piece.len() {
                 let seed = u8::try_from(number % 251).unwrap_or_default();
-                piece.iter_mut().zip(0_usize..).for_each(|(byte, at)| *byte = seed.wrapping_mul(31) ^ (at % 253) as u8);
+                piece.iter_mut().zip((0..253_u8).cycle()).for_each(|(byte, at)| *byte = seed.wrapping_mul(31) ^ at);
                 hash.update(&piece);
                 input.write_all(&piece)?;
             }
