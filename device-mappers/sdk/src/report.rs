@@ -16,8 +16,8 @@ use tracing::{debug, warn};
 use crate::counters::COUNTERS;
 use crate::health::State;
 
-/// Calls in flight at most.
-const LANES: usize = 4;
+/// Calls in flight at most: enough that a busy machine, where each takes tens of milliseconds, keeps up with a thousand devices.
+const LANES: usize = 16;
 /// How long a call may take.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How often a state or a written desired value that was refused is sent again, with [`PAUSE`] between.
