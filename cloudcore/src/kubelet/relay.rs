@@ -207,6 +207,7 @@ impl Upgrades {
         let (from_node, mut to_node) = tokio::io::split(TokioIo::new(node));
         let mut frames = has_status.then(Frames::default);
         let mut up = pin!(pump(from_client, &mut to_node, None));
+        let mut listens = true;
         let ended = {
             let mut down = pin!(pump(from_node, &mut to_client, frames.as_mut()));
             tokio::select! {
@@ -214,7 +215,10 @@ impl Upgrades {
                 ended = &mut up => match ended {
                     Err(Broke::Reading(error)) => return debug!(node = name, "the client of a stream is gone: {error}"),
                     // What the node has said is still to be read; that it takes no more may be because it is done.
-                    Ok(()) | Err(Broke::Writing(_)) => down.await,
+                    Ok(()) | Err(Broke::Writing(_)) => {
+                        listens = false;
+                        down.await
+                    }
                 },
             }
         };
@@ -231,7 +235,7 @@ impl Upgrades {
         {
             return;
         }
-        if to_client.shutdown().await.is_ok() {
+        if to_client.shutdown().await.is_ok() && listens {
             // Whoever hangs up first loses what is on its way: that is to be the client.
             let _ = tokio::time::timeout(LINGER, up).await;
         }
