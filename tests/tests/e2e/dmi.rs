@@ -50,6 +50,9 @@ fn a_mapper_in_another_language_works_unchanged() -> Result<()> {
         let namespace = world.kubectl.namespace().to_owned();
         // The mapper is there before there is anything for it.
         let mapper = Mapper::start(world, "mapper")?;
+        until("the mapper to be registered", 60, || {
+            Ok(mapper.said().iter().any(|said| said["registered"] == "thermostat"))
+        })?;
         world.kubectl.create(&json!({
             "apiVersion": "devices.kubeedge.io/v1beta1", "kind": "DeviceModel", "metadata": {"name": "thermostat"},
             "spec": {"protocol": "thermostat", "properties": [
