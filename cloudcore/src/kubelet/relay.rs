@@ -215,9 +215,14 @@ impl Upgrades {
                 ended = &mut up => match ended {
                     Err(Broke::Reading(error)) => return debug!(node = name, "the client of a stream is gone: {error}"),
                     // What the node has said is still to be read; that it takes no more may be because it is done.
-                    Ok(()) | Err(Broke::Writing(_)) => {
+                    Err(Broke::Writing(_)) => {
                         listens = false;
                         down.await
+                    }
+                    // Its streams end one by one; the end of their connection is a client that has hung up.
+                    Ok(()) => {
+                        listens = false;
+                        tokio::time::timeout(LINGER, down).await.unwrap_or(Ok(()))
                     }
                 },
             }
