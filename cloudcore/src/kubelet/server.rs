@@ -49,7 +49,7 @@ const MAX_CONNECTIONS: usize = 8192;
 const MAX_OF_NODE: usize = if cfg!(test) { 4 } else { 96 };
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection may be idle, or a head be on its way.
-const IDLE: Duration = Duration::from_secs(90);
+const IDLE: Duration = Duration::from_secs(10);
 /// How long what came before a stream or its session was ended may take to get to a client.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// The same for a command's: without its status it would be taken for a success.
