@@ -25,7 +25,7 @@ impl Mapper {
         let log = world.dir().join(format!("{name}.log"));
         let mut command = Command::new(python);
         command.arg(repository.join("tests/mappers/python/mapper.py")).arg(repository.join("proto/dmi"));
-        command.arg(world.edge.dmi_socket()).arg(world.dir().join(format!("{name}.sock"))).arg("thermostat");
+        command.arg(world.edge.dmi_socket()).arg(world.dir().join("mapper.sock")).arg("thermostat");
         let process = Process::spawn(name, &mut command, &log)?;
         Ok(Self { process, log })
     }
