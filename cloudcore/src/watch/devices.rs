@@ -8,10 +8,10 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use kube::ResourceExt;
 use kube::api::{DynamicObject, ListParams};
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::stream::follow;
-use super::{CONFIRM_AT_ONCE, Sink, Watches};
+use super::{Confirming, Sink, Watches};
 use crate::apiserver::{Apiserver, Kind, backoff};
 use crate::backend_k8s::Shared;
 use crate::closure::{DeviceInput, Source};
@@ -38,34 +38,6 @@ impl Watches {
         let progress = self.progress(source);
         let sink = Devices { watches: self.clone(), kind, source, list: 0 };
         follow(&self.api, kind, self.api.api(kind, ""), ListParams::default(), progress, sink).await;
-    }
-
-    /// Asks whether what a list did not show is really gone.
-    async fn confirm_devices(self, kind: Kind, source: Source, unseen: Vec<(String, String)>, list: u64) {
-        let confirm = |(key, uid): (String, String)| {
-            let watches = self.clone();
-            async move {
-                let Some((namespace, name)) = key.split_once('/') else { return };
-                let mut attempt = 0;
-                loop {
-                    let found = watches.api.get(kind, namespace, name).await;
-                    watches.answered(source, &found);
-                    match found {
-                        Ok(found) => {
-                            if found.as_ref().and_then(ResourceExt::uid).as_deref() != Some(uid.as_str()) {
-                                gone(&watches.shared, kind, &key, &uid);
-                            }
-                            return found.iter().for_each(|object| there(&watches.shared, kind, object, list));
-                        }
-                        Err(error) => debug!(key, "cannot look whether the device is gone: {}", chain(&error)),
-                    }
-                    tokio::time::sleep(backoff(attempt, rand::random())).await;
-                    attempt += 1;
-                }
-            }
-        };
-        futures_util::stream::iter(unseen).map(confirm).buffer_unordered(CONFIRM_AT_ONCE).collect::<()>().await;
-        self.shared.closures().confirmed();
     }
 }
 
@@ -100,15 +72,22 @@ impl Sink<DynamicObject> for Devices {
                 Kind::Device => closures.devices_unseen(self.list),
                 _ => closures.models_unseen(self.list),
             };
-            if !unseen.is_empty() {
-                closures.confirming();
+            if unseen.is_empty() {
+                return;
             }
+            closures.confirming();
             unseen
         };
-        if !unseen.is_empty() {
-            let confirm = self.watches.clone().confirm_devices(self.kind, self.source, unseen, self.list);
-            supervise::spawn("confirm deletions of devices", confirm);
-        }
+        let confirming = Confirming(self.watches.shared.clone());
+        let (kind, list) = (self.kind, self.list);
+        let take = move |watches: &Watches, key: &str, uid: &str, found: Option<&DynamicObject>| {
+            if found.and_then(|object| object.metadata.uid.as_deref()) != Some(uid) {
+                gone(&watches.shared, kind, key, uid);
+            }
+            found.into_iter().for_each(|object| there(&watches.shared, kind, object, list));
+        };
+        let confirm = self.watches.clone().confirm((kind, self.source), unseen, confirming, take);
+        supervise::spawn("confirm deletions of devices", confirm);
     }
 }
 

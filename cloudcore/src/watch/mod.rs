@@ -282,33 +282,32 @@ impl Watches {
         self.upstream.pod_gone(node, uid);
     }
 
-    /// Asks whether pods that a list did not show are really gone.
-    async fn confirm_pods(self, pods: Vec<(String, String)>, list: u64, _until_then: Confirming) {
+    /// Asks whether what a list did not show, by key and UID, is really gone: each until there is an answer, which `take` is given.
+    async fn confirm(
+        self,
+        (kind, source): (Kind, Source),
+        unseen: Vec<(String, String)>,
+        _until_then: Confirming,
+        take: impl Fn(&Self, &str, &str, Option<&DynamicObject>),
+    ) {
         let confirm = |(key, uid): (String, String)| {
-            let watches = self.clone();
+            let (watches, take) = (&self, &take);
             async move {
                 let Some((namespace, name)) = key.split_once('/') else { return };
                 let mut attempt = 0;
                 loop {
-                    let found = watches.api.get(Kind::Pod, namespace, name).await;
-                    watches.answered(Source::Pods, &found);
+                    let found = watches.api.get(kind, namespace, name).await;
+                    watches.answered(source, &found);
                     match found {
-                        Ok(Some(pod)) if pod.uid().as_deref() == Some(uid.as_str()) => {
-                            return watches.pod_there(&pod, list);
-                        }
-                        Ok(found) => {
-                            let node = watches.shared.closures().pod(&key).map(|(node, _)| node.to_owned());
-                            watches.pod_gone(node.as_deref().unwrap_or_default(), &key, &uid);
-                            return found.iter().for_each(|pod| watches.pod_there(pod, list));
-                        }
-                        Err(error) => debug!(pod = key, "cannot look whether the pod is gone: {}", chain(&error)),
+                        Ok(found) => return take(watches, &key, &uid, found.as_ref()),
+                        Err(error) => debug!(?kind, key, "cannot look whether it is gone: {}", chain(&error)),
                     }
                     tokio::time::sleep(backoff(attempt, rand::random())).await;
                     attempt += 1;
                 }
             }
         };
-        futures_util::stream::iter(pods).map(confirm).buffer_unordered(CONFIRM_AT_ONCE).collect::<()>().await;
+        futures_util::stream::iter(unseen).map(confirm).buffer_unordered(CONFIRM_AT_ONCE).collect::<()>().await;
     }
 
     /// A node became autonomous: its pods are looked at as they were last seen.
@@ -401,7 +400,15 @@ impl Sink<DynamicObject> for Pods {
             unseen
         };
         let confirming = Confirming(self.watches.shared.clone());
-        let confirm = self.watches.clone().confirm_pods(unseen, self.list, confirming);
+        let list = self.list;
+        let take = move |watches: &Watches, key: &str, uid: &str, found: Option<&DynamicObject>| {
+            if found.and_then(|pod| pod.metadata.uid.as_deref()) != Some(uid) {
+                let node = watches.shared.closures().pod(key).map(|(node, _)| node.to_owned());
+                watches.pod_gone(node.as_deref().unwrap_or_default(), key, uid);
+            }
+            found.into_iter().for_each(|pod| watches.pod_there(pod, list));
+        };
+        let confirm = self.watches.clone().confirm((Kind::Pod, Source::Pods), unseen, confirming, take);
         supervise::spawn("confirm deletions of pods", confirm);
     }
 }
