@@ -21,9 +21,28 @@ pub fn percent_decode(text: &str) -> Option<Vec<u8>> {
     Some(out)
 }
 
+/// The spelling of a text in a path or a query: all but the unreserved characters (RFC 3986, 2.3) as `%XX`.
+pub fn percent_encode(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
-    use super::percent_decode;
+    use super::{percent_decode, percent_encode};
+
+    #[test]
+    fn only_what_is_unreserved_stands_for_itself() {
+        assert_eq!(percent_encode("a b/ü"), "a%20b%2F%C3%BC");
+        assert_eq!(percent_encode("-._~"), "-._~");
+    }
 
     #[test]
     fn what_is_no_escape_is_nothing() {

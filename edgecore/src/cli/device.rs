@@ -11,13 +11,13 @@ use hyper::Method;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use skerry_proto::ops::percent_encode;
 
 use super::node::Node;
 use super::{DataDir, note, print, table};
 use crate::clock;
 use crate::control::age;
 use crate::devices::Twin;
-use crate::ops::query::encode;
 
 /// The most of an answer that is taken, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -152,7 +152,7 @@ fn pair(text: &str) -> anyhow::Result<(String, String)> {
 
 impl Name {
     fn path(&self) -> String {
-        format!("/devices/{}/{}", encode(&self.namespace), encode(&self.device))
+        format!("/devices/{}/{}", percent_encode(&self.namespace), percent_encode(&self.device))
     }
 }
 
@@ -176,7 +176,8 @@ impl Device {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::List(list) => {
-                let namespace = list.namespace.map(|of| format!("?namespace={}", encode(&of))).unwrap_or_default();
+                let namespace =
+                    list.namespace.map(|of| format!("?namespace={}", percent_encode(&of))).unwrap_or_default();
                 let answer = get(&Node::of(&list.common.data)?, &format!("/devices{namespace}")).await?;
                 if list.common.output.is_some() {
                     return shown(&answer);
@@ -198,13 +199,13 @@ impl Device {
             Command::Set(set) => {
                 let node = Node::of(&set.data)?;
                 for (property, value) in set.values {
-                    let path = format!("{}/properties/{}", set.name.path(), encode(&property));
+                    let path = format!("{}/properties/{}", set.name.path(), percent_encode(&property));
                     let body = json!({ "value": value, "origin": "cli" }).to_string();
                     node.send(Method::PUT, &path, &[], body.into()).await?;
                 }
             }
             Command::Call(call) => {
-                let path = format!("{}/methods/{}", call.name.path(), encode(&call.method));
+                let path = format!("{}/methods/{}", call.name.path(), percent_encode(&call.method));
                 let arguments: serde_json::Map<String, Value> =
                     call.arguments.into_iter().map(|(name, value)| (name, value.into())).collect();
                 let body = json!({ "arguments": arguments, "timeoutSeconds": call.timeout }).to_string();
@@ -219,7 +220,7 @@ impl Device {
                 }
             }
             Command::History(history) => {
-                let path = format!("{}/properties/{}/history", history.name.path(), encode(&history.property));
+                let path = format!("{}/properties/{}/history", history.name.path(), percent_encode(&history.property));
                 let answer = get(&Node::of(&history.common.data)?, &path).await?;
                 if history.common.output.is_some() {
                     return shown(&answer);
@@ -237,7 +238,8 @@ impl Watch {
     async fn run(self) -> anyhow::Result<()> {
         let namespace = self.namespace.or_else(|| self.device.as_ref().map(|_| "default".to_owned()));
         let filters = [("namespace", namespace), ("name", self.device), ("property", self.property)];
-        let filters = filters.into_iter().filter_map(|(name, value)| Some(format!("{name}={}", encode(&value?))));
+        let filters =
+            filters.into_iter().filter_map(|(name, value)| Some(format!("{name}={}", percent_encode(&value?))));
         let path = format!("/devices/values?{}", filters.collect::<Vec<_>>().join("&"));
         let mut body = Node::of(&self.common.data)?.ask(Method::GET, &path, &[]).await?.into_body();
         let mut out = std::io::stdout().lock();

@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use bytes::{Bytes, BytesMut};
 use clap::Args;
 use serde_json::{Value, json};
+use skerry_proto::ops::percent_encode;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 
@@ -14,7 +15,6 @@ use super::node::{Node, Pod};
 use super::spdy::{Event, Parser, Writer};
 use super::terminal::{self, Raw, Size};
 use super::{DataDir, note};
-use crate::ops::query::encode;
 
 const PROTOCOL: &str = "v4.channel.k8s.io";
 /// What a status may be long.
@@ -74,7 +74,7 @@ impl Exec {
             target.tty = false;
         }
         let (node, pod, container) = target.find().await?;
-        let command: String = self.command.iter().map(|word| format!("command={}&", encode(word))).collect();
+        let command: String = self.command.iter().map(|word| format!("command={}&", percent_encode(word))).collect();
         let path = format!("{}?{command}{}", pod.path("exec", Some(&container)), streams(target.stdin, target.tty));
         talk(&node, &path, target.stdin, target.tty).await
     }

@@ -12,12 +12,12 @@ use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use skerry_proto::ops::percent_encode;
 use tokio::net::UnixStream;
 
 use super::DataDir;
 use crate::config::Config;
 use crate::control::{self, AskError, What};
-use crate::ops::query::encode;
 use crate::supervise;
 
 /// Bytes of a refusal that are shown.
@@ -158,9 +158,9 @@ impl Pod {
 
     /// `/verb/namespace/name`, and the container if there is one.
     pub(super) fn path(&self, verb: &str, container: Option<&str>) -> String {
-        let mut path = format!("/{verb}/{}/{}", encode(&self.namespace), encode(&self.name));
+        let mut path = format!("/{verb}/{}/{}", percent_encode(&self.namespace), percent_encode(&self.name));
         if let Some(container) = container {
-            path = format!("{path}/{}", encode(container));
+            path = format!("{path}/{}", percent_encode(container));
         }
         path
     }

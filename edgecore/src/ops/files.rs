@@ -10,9 +10,9 @@ use futures_util::stream;
 use hyper::StatusCode;
 use hyper::header::{self, HeaderValue};
 use nix::fcntl::OFlag;
+use skerry_proto::ops::percent_encode;
 
 use super::answer::{Answer, Refusal, empty, pieces, whole};
-use super::query::encode;
 use crate::kubelet::context::blocking;
 
 /// What is served.
@@ -75,7 +75,7 @@ fn find(root: &Path, parts: &[String], slash: bool) -> io::Result<Found> {
         return Err(outside());
     }
     if !slash && let Some(name) = parts.last() {
-        return Ok(Found::Elsewhere(format!("{}/", encode(name))));
+        return Ok(Found::Elsewhere(format!("{}/", percent_encode(name))));
     }
     let mut names: Vec<String> = Vec::new();
     for entry in fs::read_dir(&path)?.take(MAX_ENTRIES) {
@@ -86,7 +86,7 @@ fn find(root: &Path, parts: &[String], slash: bool) -> io::Result<Found> {
     names.sort_unstable();
     let link = |name: &String| {
         let (plain, end) = name.strip_suffix('/').map_or((name.as_str(), ""), |plain| (plain, "/"));
-        format!("<a href=\"{}{end}\">{}</a>\n", encode(plain), escape(name))
+        format!("<a href=\"{}{end}\">{}</a>\n", percent_encode(plain), escape(name))
     };
     Ok(Found::Directory(format!("<pre>\n{}</pre>\n", names.iter().map(link).collect::<String>())))
 }

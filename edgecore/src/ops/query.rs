@@ -42,21 +42,10 @@ fn decode(text: &str, plus_is_space: bool) -> Option<String> {
     String::from_utf8(bytes?).ok()
 }
 
-/// For a path or a query: everything but letters, digits and `-._~` as `%XX`.
-pub(crate) fn encode(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            out.push(char::from(byte));
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
+    use skerry_proto::ops::percent_encode;
+
     use super::*;
 
     #[test]
@@ -67,7 +56,7 @@ mod tests {
         assert_eq!(segments("/exec/ns/a%2Fb/c+d").unwrap(), ["exec", "ns", "a/b", "c+d"]);
         assert_eq!(segments("/%f"), None);
         for text in ["a b&c=d/é%+", ""] {
-            assert_eq!(decode(&encode(text), true).unwrap(), text);
+            assert_eq!(decode(&percent_encode(text), true).unwrap(), text);
         }
     }
 }

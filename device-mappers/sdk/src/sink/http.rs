@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::Method;
+use skerry_proto::ops::percent_encode;
 
 use super::queue::Batch;
 use super::writer::PushError;
@@ -29,7 +30,8 @@ impl Http {
     pub(crate) fn influx(url: &str, org: &str, bucket: &str) -> Self {
         let client = HttpClient::new(url, Duration::from_secs(10));
         let base = client.as_ref().map(|client| client.path().trim_end_matches('/').to_owned()).unwrap_or_default();
-        let path = format!("{base}/api/v2/write?org={}&bucket={}&precision=ms", encode(org), encode(bucket));
+        let path =
+            format!("{base}/api/v2/write?org={}&bucket={}&precision=ms", percent_encode(org), percent_encode(bucket));
         let mut headers = vec![("content-type", "text/plain; charset=utf-8".to_owned())];
         if let Ok(token) = std::env::var("TOKEN") {
             headers.push(("authorization", format!("Token {token}")));
@@ -69,19 +71,6 @@ fn join(batch: &Batch, before: &[u8], between: &[u8], after: &[u8]) -> Bytes {
     body.into()
 }
 
-/// Percent-encodes what a query cannot have as it is.
-fn encode(text: &str) -> String {
-    let mut out = String::new();
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            out.push(byte.into());
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +82,5 @@ mod tests {
         batch.push(|bytes| bytes.extend_from_slice(b"2"));
         assert_eq!(join(&batch, b"[", b",", b"]"), "[1,2]");
         assert_eq!(join(&batch, b"", b"\n", b"\n"), "1\n2\n");
-        assert_eq!(encode("a b/ü"), "a%20b%2F%C3%BC");
     }
 }
