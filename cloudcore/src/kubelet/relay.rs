@@ -10,6 +10,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::FusedFuture as _;
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{
@@ -124,7 +126,7 @@ pub(super) async fn forward(
     watched.send_replace(Some(stream.gone()));
     let client = hyper::upgrade::on(&mut request);
     let upgrade = upgrade_of(request.headers());
-    let log_of = request.uri().path().starts_with("/containerLogs/").then(|| node.to_owned());
+    let log_of = (route == "containerLogs").then(|| node.to_owned());
     let broken = |error: &(dyn Error + 'static)| failure(node, streams, error);
     let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
         .max_buf_size(BUFFER)
@@ -206,8 +208,11 @@ impl Upgrades {
         let (from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
         let (from_node, mut to_node) = tokio::io::split(TokioIo::new(node));
         let mut frames = has_status.then(Frames::default);
-        let mut up = pin!(pump(from_client, &mut to_node, None));
-        let mut listens = true;
+        let up = async {
+            pump(from_client, &mut to_node, None).await?;
+            to_node.shutdown().await.map_err(Broke::Writing)
+        };
+        let mut up = pin!(up.fuse());
         let ended = {
             let mut down = pin!(pump(from_node, &mut to_client, frames.as_mut()));
             tokio::select! {
@@ -215,15 +220,9 @@ impl Upgrades {
                 ended = &mut up => match ended {
                     Err(Broke::Reading(error)) => return debug!(node = name, "the client of a stream is gone: {error}"),
                     // What the node has said is still to be read; that it takes no more may be because it is done.
-                    Err(Broke::Writing(_)) => {
-                        listens = false;
-                        down.await
-                    }
+                    Err(Broke::Writing(_)) => down.await,
                     // Its streams end one by one; the end of their connection is a client that has hung up.
-                    Ok(()) => {
-                        listens = false;
-                        tokio::time::timeout(LINGER, down).await.unwrap_or(Ok(()))
-                    }
+                    Ok(()) => tokio::time::timeout(LINGER, down).await.unwrap_or(Ok(())),
                 },
             }
         };
@@ -240,7 +239,7 @@ impl Upgrades {
         {
             return;
         }
-        if to_client.shutdown().await.is_ok() && listens {
+        if to_client.shutdown().await.is_ok() && !up.is_terminated() {
             // Whoever hangs up first loses what is on its way: that is to be the client.
             let _ = tokio::time::timeout(LINGER, up).await;
         }
@@ -257,7 +256,7 @@ async fn pump(
     loop {
         let bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
         let data = match &mut frames {
-            _ if bytes == 0 => break,
+            _ if bytes == 0 => return Ok(()),
             Some(frames) => {
                 framed.clear();
                 frames.step(&buffer[..bytes], &mut framed);
@@ -268,10 +267,6 @@ async fn pump(
         to.write_all(data).await.map_err(Broke::Writing)?;
         to.flush().await.map_err(Broke::Writing)?;
     }
-    if frames.is_none() {
-        to.shutdown().await.map_err(Broke::Writing)?;
-    }
-    Ok(())
 }
 
 /// Telemetry of devices yields to everything else on the link.
