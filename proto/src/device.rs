@@ -412,7 +412,7 @@ pub struct DeviceStatusStatus {
     /// One for each property that has anything to say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub twins: Vec<Twin>,
-    /// See [`State`].
+    /// `online`, `ok`, `offline`, `unhealthy`, `unknown` or `disconnected`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub state: String,
     /// RFC 3339.
