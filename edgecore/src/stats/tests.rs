@@ -393,6 +393,7 @@ const CONTROLLERS: [&str; 4] = ["cpu", "cpuacct", "memory", "pids"];
 
 #[test]
 #[expect(clippy::print_stdout, reason = "a test that is skipped says so")]
+#[expect(clippy::disallowed_methods, reason = "a test's thread may wait")]
 fn a_container_on_the_real_hierarchies() {
     let name = "a_container_on_the_real_hierarchies";
     if !is_root(name) {
