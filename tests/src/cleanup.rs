@@ -6,14 +6,16 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::paths::RUN_PREFIX;
+use crate::process::run;
 use crate::{network, procfs};
 
 /// Programs that a run starts. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
@@ -61,7 +63,7 @@ pub fn sweep(dir: &Path) -> Result<()> {
     }
     remove_cgroups(&owners);
     remove_empty_tiers();
-    remove_kubelet_socket();
+    remove_kubelet_traces();
     remove_shim_sockets(dir);
     remove_links_into(dir, Path::new("/var/log/containers"));
     fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
@@ -158,11 +160,22 @@ pub fn remove_cgroups(owners: &BTreeSet<String>) {
     }
 }
 
-/// The upstream kubelet's device plugin socket, which lies here whatever its root directory is, once nobody listens on it.
-pub fn remove_kubelet_socket() {
+/// Where the upstream kubelet listens, on the loopback interface: it refuses 127.0.0.1 as a node's address, and has none then.
+pub const KUBELET_ADDRESS: &str = "10.255.255.254";
+
+/// Gives the loopback interface the upstream kubelet's address, or takes it away: `replace` or `delete`.
+pub fn set_kubelet_address(verb: &str) -> Result<()> {
+    let output = run(Command::new("ip").args(["address", verb, &format!("{KUBELET_ADDRESS}/32"), "dev", "lo"]), 10)?;
+    ensure!(output.success, "ip address {verb} {KUBELET_ADDRESS}/32 dev lo: {}", output.text());
+    Ok(())
+}
+
+/// The upstream kubelet's address, and its device plugin socket, which lies here whatever its root directory is, once nobody listens on it.
+pub fn remove_kubelet_traces() {
     let root = Path::new("/var/lib/kubelet");
     let socket = root.join("device-plugins/kubelet.sock");
     if UnixStream::connect(&socket).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
+        set_kubelet_address("delete").ok();
         fs::remove_file(&socket).ok();
         fs::remove_dir(root.join("device-plugins")).ok();
         fs::remove_dir(root).ok();

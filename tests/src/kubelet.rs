@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::json;
 
+use crate::cleanup::KUBELET_ADDRESS;
 use crate::controlplane::ControlPlane;
 use crate::kubectl::is_ready;
 use crate::process::Process;
@@ -38,7 +39,7 @@ impl Kubelet {
             "containerRuntimeEndpoint": runtime.endpoint(),
             "port": ports::free()?,
             "healthzPort": 0,
-            "address": "127.0.0.1",
+            "address": KUBELET_ADDRESS,
             "podLogsDir": dir.join("logs"),
             // A log that is measured is not to be rotated meanwhile.
             "containerLogMaxSize": "1Gi",
@@ -57,6 +58,7 @@ impl Kubelet {
 
     /// Starts it; returns at once.
     pub fn start(&mut self) -> Result<()> {
+        cleanup::set_kubelet_address("replace")?;
         let mut command = Command::new(paths::cached_binary("kubelet")?);
         command
             .arg(format!("--config={}", self.dir.join("config.yaml").display()))
@@ -64,7 +66,7 @@ impl Kubelet {
             .arg(format!("--root-dir={}", self.root().display()))
             .arg(format!("--cert-dir={}", self.dir.join("pki").display()))
             .arg(format!("--hostname-override={}", self.name))
-            .arg("--node-ip=127.0.0.1");
+            .arg(format!("--node-ip={KUBELET_ADDRESS}"));
         self.process = Some(Process::spawn("kubelet", &mut command, &self.dir.join("kubelet.log"))?);
         Ok(())
     }
@@ -107,6 +109,6 @@ impl Kubelet {
 impl Drop for Kubelet {
     fn drop(&mut self) {
         self.kill();
-        cleanup::remove_kubelet_socket();
+        cleanup::remove_kubelet_traces();
     }
 }
