@@ -90,7 +90,7 @@ async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + Asy
     let (from_client, to_client) = tokio::io::split(client);
     let (from_runtime, to_runtime) = tokio::io::split(runtime);
     let mut up = pin!(pump(from_client, to_runtime));
-    let mut down = pin!(pump(from_runtime, to_client));
+    let mut down = pin!(told(from_runtime, to_client));
     tokio::select! {
         ended = &mut up => match ended {
             Ok(()) => down.await,
@@ -101,6 +101,20 @@ async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + Asy
             // The process is gone: who asked has read so, and hangs up.
             tokio::time::timeout(LINGER, up).await.unwrap_or(Ok(()))
         }
+    }
+}
+
+/// What the runtime says, to its end. It closes with input unread when a process ends before its input does, which is a reset behind the last
+/// that it said: that is no less the end, and what came before it is to arrive. Whether a command said how it went is looked at
+/// by cloudcore and by `edgecore exec`, who know its frames.
+async fn told(from: impl AsyncRead, to: impl AsyncWrite) -> io::Result<()> {
+    let (mut from, mut to) = (pin!(BufReader::with_capacity(BUFFER, from)), pin!(to));
+    let copied = copy_buf(&mut from, &mut to).await;
+    // Fails if it was this side that failed.
+    to.shutdown().await?;
+    match copied {
+        Err(error) if error.kind() != io::ErrorKind::ConnectionReset => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -181,4 +195,31 @@ fn target(url: &str) -> Result<(SocketAddr, String), String> {
     };
     let target = uri.path_and_query().map_or("/", |target| target.as_str()).to_owned();
     Ok((SocketAddr::new(ip, uri.port_u16().unwrap_or(80)), target))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_said_before_a_reset_arrives() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let runtime = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut process, _) = listener.accept().await.unwrap();
+        let (mut asking, client) = tokio::io::duplex(1 << 10);
+        let relay = tokio::spawn(copy(client, runtime));
+        asking.write_all(b"input that nobody reads").await.unwrap();
+        process.readable().await.unwrap();
+        process.write_all(b"how it went").await.unwrap();
+        // With input unread this is a reset.
+        drop(process);
+        let mut heard = String::new();
+        asking.read_to_string(&mut heard).await.unwrap();
+        assert_eq!(heard, "how it went");
+        drop(asking);
+        relay.await.unwrap().unwrap();
+    }
 }
