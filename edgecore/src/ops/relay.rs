@@ -210,16 +210,18 @@ mod tests {
         let runtime = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (mut process, _) = listener.accept().await.unwrap();
         let (mut asking, client) = tokio::io::duplex(1 << 10);
-        let relay = tokio::spawn(copy(client, runtime));
-        asking.write_all(b"input that nobody reads").await.unwrap();
-        process.readable().await.unwrap();
-        process.write_all(b"how it went").await.unwrap();
-        // With input unread this is a reset.
-        drop(process);
-        let mut heard = String::new();
-        asking.read_to_string(&mut heard).await.unwrap();
-        assert_eq!(heard, "how it went");
-        drop(asking);
-        relay.await.unwrap().unwrap();
+        let asked = async {
+            asking.write_all(b"input that nobody reads").await.unwrap();
+            process.readable().await.unwrap();
+            process.write_all(b"how it went").await.unwrap();
+            // With input unread this is a reset.
+            drop(process);
+            let mut heard = String::new();
+            asking.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, "how it went");
+            drop(asking);
+        };
+        let (relayed, ()) = tokio::join!(copy(client, runtime), asked);
+        relayed.unwrap();
     }
 }
