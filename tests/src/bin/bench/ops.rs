@@ -44,7 +44,7 @@ pub(crate) fn measure(bench: &Bench, scraper: &Pair) -> Result<()> {
     let text = line.repeat(BYTES / WORDS).into_bytes();
     let read = BYTES / WORDS * WORDS;
     let seconds = median(RUNS, || {
-        // Either subject looks every ten seconds whether a log is large enough to be rotated: a reading that met it is not one.
+        // edgecore looks every ten seconds whether a log is large enough to be rotated: a reading that met it is not one.
         for _ in 0..ROTATIONS {
             let mut file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
             file.write_all(&text)?;
@@ -160,7 +160,7 @@ fn scrapes(bench: &Bench, scraper: &Pair) -> Result<()> {
     let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64().context("no port")?;
     let addresses = node["status"]["addresses"].as_array().context("no addresses")?;
     let internal = addresses.iter().find(|address| address["type"] == "InternalIP").context("no internal address")?;
-    let host = internal["address"].as_str().context("no internal address")?.to_owned();
+    let host = internal["address"].as_str().context("no internal address")?;
     let page = |path: &str| -> Result<f64> {
         let mut command = Command::new("curl");
         command
