@@ -124,12 +124,13 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let runtime = connect::channel(&config.runtime_endpoint)?;
     let (stats, measured) = watch::channel(None);
     let devices = Devices::new(store.clone());
-    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone(), measured).with_devices(devices.clone());
+    let (mqtt, mqtt_seen) = watch::channel(mqtt::Status::default());
+    let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone(), measured)
+        .with_devices(devices.clone(), mqtt_seen.clone());
 
     let socket = config.control_socket(&data_dir);
     let listener =
         Arc::new(control::bind(&socket).with_context(|| format!("cannot make the socket {}", socket.display()))?);
-    let (mqtt, mqtt_seen) = watch::channel(mqtt::Status::default());
     let control = Control {
         node: config.node_name.clone(),
         server: config.server.clone(),

@@ -17,7 +17,10 @@ pub(super) async fn metrics(ops: &Ops, path: &str, query: &Query) -> Result<Answ
         "/stats/summary" => {
             whole(SUMMARY_TYPE, stats.summary(query.first("only_cpu_and_memory") == Some("true")).await)
         }
-        "/metrics" => whole(METRICS_TYPE, stats.metrics().await),
+        "/metrics" => {
+            let mqtt = ops.mqtt.borrow().clone();
+            whole(METRICS_TYPE, stats.metrics(&mqtt).await)
+        }
         "/metrics/resource" => whole(METRICS_TYPE, stats.resource().await),
         "/metrics/cadvisor" => whole(METRICS_TYPE, stats.cadvisor().await),
         "/metrics/probes" => whole(METRICS_TYPE, stats.probes().await),

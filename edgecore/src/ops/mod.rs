@@ -27,7 +27,7 @@ use self::query::Query;
 use self::relay::Relay;
 use self::route::Route;
 use crate::config::Config;
-use crate::devices::{self, Devices};
+use crate::devices::{self, Devices, mqtt};
 use crate::runtime::Cri;
 use crate::stats::Stats;
 use crate::store::Store;
@@ -63,6 +63,7 @@ pub struct Ops {
     config: Arc<Config>,
     stats: watch::Receiver<Option<Stats>>,
     devices: Devices,
+    mqtt: watch::Receiver<mqtt::Status>,
     places: Arc<Semaphore>,
 }
 
@@ -117,14 +118,22 @@ fn too_many() -> String {
 impl Ops {
     /// Over a channel to the runtime. `stats` measures the pods, while the kubelet runs.
     pub fn new(store: Store, config: Arc<Config>, runtime: Channel, stats: watch::Receiver<Option<Stats>>) -> Self {
-        let devices = Devices::new(store.clone());
-        Self { store, cri: Cri::new(runtime), config, stats, devices, places: Arc::new(Semaphore::new(MAX_REQUESTS)) }
+        let (devices, mqtt) = (Devices::new(store.clone()), watch::channel(mqtt::Status::default()).1);
+        Self {
+            store,
+            cri: Cri::new(runtime),
+            config,
+            stats,
+            devices,
+            mqtt,
+            places: Arc::new(Semaphore::new(MAX_REQUESTS)),
+        }
     }
 
-    /// With the devices of the node, instead of none.
+    /// With the devices of the node, instead of none, and how their MQTT is.
     #[must_use]
-    pub fn with_devices(self, devices: Devices) -> Self {
-        Self { devices, ..self }
+    pub fn with_devices(self, devices: Devices, mqtt: watch::Receiver<mqtt::Status>) -> Self {
+        Self { devices, mqtt, ..self }
     }
 
     /// Serves a connection of the control socket, as one of the link's.

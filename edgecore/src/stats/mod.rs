@@ -21,6 +21,7 @@ use self::disk::{Findings, Used};
 use self::samples::Samples;
 use self::snapshot::{Listed, Snapshot, Wanted};
 use self::summary::NodeParts;
+use crate::devices::mqtt;
 use crate::kubelet::context::{Context, blocking};
 use crate::kubelet::node::{Disk, Load, Machine, default_link};
 use crate::kubelet::observed::Observed;
@@ -166,11 +167,11 @@ impl Stats {
     }
 
     /// The page `/metrics`.
-    pub async fn metrics(&self) -> Bytes {
+    pub async fn metrics(&self, mqtt: &mqtt::Status) -> Bytes {
         let observed = self.observed().await;
         let (own, (_, booted)) = blocking(|| (proc::own(), proc::node_stat())).await;
         let booted = booted.and_then(|at| Timestamp::from_second(at).ok());
-        own::page(&self.0.context.node().name, observed.as_ref(), own.as_ref(), booted)
+        own::page(&self.0.context.node().name, observed.as_ref(), own.as_ref(), booted, mqtt)
     }
 
     /// The page `/metrics/probes`.

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 
 use super::page::{Labels, Page, Seconds};
 use super::proc::Own;
+use crate::devices::mqtt;
 use crate::kubelet::observed::{Observed, State};
 
 /// Writes the page; what is not known is left out.
@@ -15,6 +16,7 @@ pub(super) fn page(
     observed: Option<&BTreeMap<String, Observed>>,
     own: Option<&Own>,
     booted: Option<Timestamp>,
+    mqtt: &mqtt::Status,
 ) -> Bytes {
     let mut page = Page::default();
     let none = Labels::default();
@@ -41,6 +43,19 @@ pub(super) fn page(
         let running = observed.values().filter(|pod| pod.sandboxes.iter().any(|sandbox| sandbox.ready)).count();
         page.gauge("kubelet_running_pods", "[ALPHA] Number of pods that have a running pod sandbox")
             .add(&none, running, None);
+    }
+    page.gauge("skerry_mqtt_connected", "Whether a broker is connected that devices are spoken of with.").add(
+        &none,
+        u8::from(mqtt.connected),
+        None,
+    );
+    for (name, help, count) in [
+        ("skerry_mqtt_published_total", "Plain values and states of devices published.", mqtt.published),
+        ("skerry_mqtt_requests_total", "Requests about devices answered.", mqtt.requests),
+        ("skerry_mqtt_refused_total", "Of them refused.", mqtt.refused),
+        ("skerry_mqtt_dropped_total", "Results and events that no broker took, dropped.", mqtt.dropped),
+    ] {
+        page.counter(name, help).add(&none, count, None);
     }
     let Some(own) = own else { return page.finish() };
     if let Some(cpu) = own.cpu {

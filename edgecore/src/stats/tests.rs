@@ -277,7 +277,7 @@ async fn without_the_runtime_pods_have_figures_and_containers_have_none() {
     assert_eq!(bench.summary(false).await["pods"][0]["memory"]["usageBytes"], 1500);
     let cadvisor = strict::parse(&bench.stats.cadvisor().await).unwrap();
     assert_eq!(value(&cadvisor, "container_scrape_error", &[]), Some(1.0));
-    let metrics = strict::parse(&bench.stats.metrics().await).unwrap();
+    let metrics = strict::parse(&bench.stats.metrics(&mqtt::Status::default()).await).unwrap();
     assert_eq!(value(&metrics, "kubelet_node_name", &[("node", "box")]), Some(1.0));
     assert_eq!(value(&metrics, "kubelet_running_pods", &[]), None);
 }
@@ -288,10 +288,13 @@ async fn the_kubelets_own_page_counts_pods_and_containers() {
     let (_, container) = bench.pod("web").await;
     bench.pod("other").await;
     bench.fake.exit(&container, 1, "Error");
-    let metrics = strict::parse(&bench.stats.metrics().await).unwrap();
+    let mqtt = mqtt::Status { connected: true, refused: 3, ..mqtt::Status::default() };
+    let metrics = strict::parse(&bench.stats.metrics(&mqtt).await).unwrap();
     let state = |state| value(&metrics, "kubelet_running_containers", &[("container_state", state)]);
     assert_eq!((state("running"), state("exited"), state("created")), (Some(1.0), Some(1.0), Some(0.0)));
     assert_eq!(value(&metrics, "kubelet_running_pods", &[]), Some(2.0));
+    assert_eq!(value(&metrics, "skerry_mqtt_connected", &[]), Some(1.0));
+    assert_eq!(value(&metrics, "skerry_mqtt_refused_total", &[]), Some(3.0));
     for name in ["process_start_time_seconds", "process_cpu_seconds_total", "process_resident_memory_bytes"] {
         assert!(value(&metrics, name, &[]) > Some(0.0), "{name}");
     }
