@@ -13,13 +13,14 @@ use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::paths::RUN_PREFIX;
 use crate::process::run;
 use crate::{network, procfs};
 
 /// Programs that a run starts. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
-const PROGRAMS: [&str; 10] = [
+const PROGRAMS: [&str; 14] = [
     "cloudcore",
     "containerd",
     "containerd-shim-runc-v2",
@@ -30,7 +31,13 @@ const PROGRAMS: [&str; 10] = [
     "kube-scheduler",
     "kubectl",
     "kubelet",
+    "python",
+    "python3",
+    "skerry-mapper-modbus",
+    "skerry-mapper-virtual",
 ];
+/// Where an edgecore keeps what the broker reads that it starts.
+const BROKERS: &str = "/run/skerry-mqtt-";
 
 /// Removes the directories of runs whose process is gone, and all that belongs to them.
 pub fn stale() {
@@ -65,6 +72,7 @@ pub fn sweep(dir: &Path) -> Result<()> {
     remove_empty_tiers();
     remove_kubelet_traces();
     remove_shim_sockets(dir);
+    remove_brokers(dir);
     remove_links_into(dir, Path::new("/var/log/containers"));
     fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
@@ -191,6 +199,17 @@ pub fn remove_shim_sockets(dir: &Path) {
                 fs::remove_file(socket).ok();
             }
         }
+    }
+}
+
+/// Brokers that an edgecore started which could not end them, and what they read: named after the edgecore's data directory.
+fn remove_brokers(dir: &Path) {
+    for data in directories_called(dir, "data") {
+        let name = xxh3_64(data.as_os_str().as_encoded_bytes());
+        let place = PathBuf::from(format!("{BROKERS}{name:016x}"));
+        let brokers = procfs::processes().into_iter().filter(|entry| entry.mentions(&place));
+        signal_all(&brokers.map(|entry| entry.pid).collect(), Signal::SIGKILL);
+        fs::remove_dir_all(place).ok();
     }
 }
 

@@ -18,6 +18,7 @@ pub mod images;
 pub mod kubectl;
 pub mod kubelet;
 pub mod manifests;
+pub mod mapper;
 pub mod network;
 pub mod paths;
 pub mod peer;

@@ -10,13 +10,17 @@ use skerry_tests::cloudcore::{self, Cloudcore, NAMESPACE};
 use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::edge::Edge;
 use skerry_tests::kubectl::{Kubectl, is_ready};
+use skerry_tests::mapper::{self, Modbus};
+use skerry_tests::process::Process;
 use skerry_tests::runtime::{Cni, Runtime};
-use skerry_tests::{cleanup, images, procfs};
+use skerry_tests::{cleanup, images, paths, procfs};
 
 /// The node that this machine becomes.
 const NODE: &str = "edge-1";
 /// Where scripts/quickstart puts its example.
 const EXAMPLE: &str = "skerry-quickstart";
+/// The CRD of devices.
+const DEVICES: &str = "devices.devices.kubeedge.io";
 /// A file in the state directory: the cluster is somebody else's, and everything there that carries our names is from here.
 const GUEST: &str = "guest";
 
@@ -108,10 +112,29 @@ fn bring_up(dir: &Path) -> Result<()> {
     edge.start()?;
     let kubectl = control.kubectl().clone();
     kubectl.wait("node", NODE, "Ready", 60, is_ready)?;
+    attach_devices(&edge, &dir.join("devices"))?;
     edge.detach();
     cloudcore.detach();
     runtime.detach();
     control.detach();
+    Ok(())
+}
+
+/// Starts the mappers of the example's devices, and a Modbus device where there is a Python that can be one.
+fn attach_devices(edge: &Edge, dir: &Path) -> Result<()> {
+    let start = |protocol: &str| -> Result<()> {
+        println!("the {protocol} device mapper");
+        let command = mapper::command(edge, protocol, dir)?;
+        Process::spawn_daemon(protocol, &command, &dir.join(format!("{protocol}.log")))?.detach();
+        Ok(())
+    };
+    start("virtual")?;
+    if mapper::python().is_ok() {
+        let device = Modbus::start(dir, true)?;
+        std::fs::write(dir.join("modbus-port"), device.port().to_string())?;
+        device.detach();
+        start("modbus")?;
+    }
     Ok(())
 }
 
@@ -123,7 +146,7 @@ fn down(dir: &Path) -> Result<()> {
     // Nothing here needs a goodbye: the node, its pods and the cluster end together. In somebody else's cluster, what was put there goes
     // first; as long as that fails, what is needed to try again stays.
     if dir.join(GUEST).exists() {
-        leave(&Kubectl::new(&dir.join("kubeconfig"), dir)?).context(
+        leave(&Kubectl::new(&dir.join("kubeconfig"), dir)?, dir).context(
             "what was put into the cluster of $KUBECONFIG cannot be removed; when it answers again, try again",
         )?;
     }
@@ -139,13 +162,26 @@ fn enter(kubectl: &Kubectl, dir: &Path) -> Result<()> {
              token create` prints; else unset KUBECONFIG, and a cluster is made for the example"
         );
     }
-    std::fs::write(dir.join(GUEST), "")?;
+    // What is in the file is to be removed with the rest: the kinds of devices, if cloudcore is who brings them.
+    let brings = if kubectl.find("crd", DEVICES)?.is_none() { DEVICES } else { "" };
+    std::fs::write(dir.join(GUEST), brings)?;
     Ok(())
 }
 
 /// Removes from somebody else's cluster what was put there.
-fn leave(kubectl: &Kubectl) -> Result<()> {
+fn leave(kubectl: &Kubectl, dir: &Path) -> Result<()> {
     kubectl.run(&["delete", "namespace", EXAMPLE, "--ignore-not-found", "--wait=false"])?;
+    if std::fs::read_to_string(dir.join(GUEST))? == DEVICES {
+        let manifest = paths::repository().join("deploy/devices.yaml").display().to_string();
+        let devices = kubectl.output(&["get", "devices", "-A", "-o", "jsonpath={.items[*].metadata.namespace}"])?;
+        if devices.stdout.split_whitespace().all(|namespace| namespace == EXAMPLE) {
+            kubectl.run(&["delete", "-f", &manifest, "--ignore-not-found", "--wait=false"])?;
+        } else {
+            println!(
+                "there are devices in other namespaces: their CRDs stay; kubectl delete -f {manifest} removes all"
+            );
+        }
+    }
     kubectl.run(&["delete", "node", NODE, "--ignore-not-found", "--wait=false"])?;
     cloudcore::remove_rights(kubectl)
 }
@@ -168,7 +204,7 @@ fn is_up(dir: &Path) -> bool {
     let running = procfs::processes();
     let runs = |program: &str| running.iter().any(|entry| entry.mentions(dir) && entry.program() == program);
     kubeconfig.exists()
-        && ["containerd", "cloudcore", "edgecore"].into_iter().all(runs)
+        && ["containerd", "cloudcore", "edgecore", "skerry-mapper-virtual"].into_iter().all(runs)
         && Kubectl::new(&kubeconfig, dir)
             .and_then(|kubectl| kubectl.get("node", NODE))
             .is_ok_and(|node| is_ready(&node))
