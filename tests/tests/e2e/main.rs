@@ -12,6 +12,7 @@ mod dmi;
 mod hostile;
 mod join;
 mod linkcut;
+mod modbus;
 mod nodedelete;
 mod ops;
 mod powercycle;

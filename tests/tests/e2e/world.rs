@@ -261,9 +261,15 @@ impl World {
             .map_or_else(|| std::env::temp_dir().join("skerry-failed"), PathBuf::from);
         let keep = place.join(name);
         std::fs::create_dir_all(&keep).ok();
-        for log in
-            [self.edge.log(), self.dir().join("cloudcore/cloudcore.log"), self.dir().join("runtime/containerd.log")]
-        {
+        let mut logs = vec![
+            self.edge.log(),
+            self.dir().join("cloudcore/cloudcore.log"),
+            self.dir().join("runtime/containerd.log"),
+        ];
+        // Those of the story's own processes.
+        let entries = std::fs::read_dir(self.dir()).into_iter().flatten().flatten().map(|entry| entry.path());
+        logs.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "log")));
+        for log in logs {
             let file = log.file_name().unwrap_or_default();
             std::fs::copy(&log, keep.join(file)).ok();
             eprintln!("--- the end of {} ---\n{}", file.display(), process::tail(&log, 30));
