@@ -1,5 +1,5 @@
 //! What cloudcore and edgecore agree on: the frames of the link, the two sync state machines, the multiplexer of a session's streams,
-//! the payloads of reports, devices and, with the features `cri` and `dmi`, the bindings of the CRI and of the device mapper interface.
+//! the payloads of reports, devices, MQTT and, with the features `cri` and `dmi`, the bindings of the CRI and of the device mapper interface.
 //!
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
@@ -13,6 +13,7 @@ pub mod frame;
 mod fuzz;
 pub mod mux;
 pub mod ops;
+pub mod mqtt;
 pub mod payload;
 #[cfg(feature = "streams")]
 pub mod streams;

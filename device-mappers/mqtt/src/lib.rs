@@ -185,7 +185,7 @@ impl Link for Device {
             .as_ref()
             .ok_or_else(|| Fault::Refused("`commandTopic` is missing from configData".to_owned()))?;
         let payload = point.form.compose(value, point.kind);
-        let publish = Publish { topic: topic.as_bytes(), payload: &payload, qos: point.qos, retain: point.retain };
+        let publish = Publish { topic, payload: &payload, qos: point.qos, retain: point.retain };
         // What is read back has to be newer.
         self.latest.clear();
         self.waiting.retain(|reading| reading.outcome.is_ok());

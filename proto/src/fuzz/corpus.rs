@@ -7,6 +7,7 @@ use prost::Message as _;
 
 use crate::delta;
 use crate::dictionary;
+use crate::mqtt;
 use crate::mux::{Class, Mux, Side};
 use crate::sync::{
     Collection, Edge, EdgeInput, EdgeOutput, Encoding, Entry, Hub, HubInput, HubOutput, Object, Report, ReportKind,
@@ -208,4 +209,15 @@ pub(super) fn tokens() -> Vec<Vec<u8>> {
         b" skerry.a.b.c\n".to_vec(),
         "é".repeat(40).into_bytes(),
     ]
+}
+
+/// What a broker says in a session.
+pub(super) fn mqtt() -> Vec<Vec<u8>> {
+    let mut said = b"\x20\x02\0\0\x90\x03\0\x01\x01\xd0\0\x40\x02\0\x07\x62\x02\0\x08".to_vec();
+    let mut long = said.clone();
+    for (qos, topic) in [(0, "devices/ns/boiler/temperature"), (1, "$hw/events/device/ns/boiler/twin/get"), (2, "é")] {
+        mqtt::publish(&mut said, &mqtt::Publish { topic, payload: b"{\"event_id\":\"1\"}", qos, retain: qos == 0 }, 9);
+        mqtt::publish(&mut long, &mqtt::Publish { topic, payload: &[b'x'; 5000], qos, retain: false }, 10);
+    }
+    vec![said, long]
 }

@@ -55,6 +55,11 @@ fn join_tokens() {
     fuzz(targets::token, &corpus::tokens(), mutate::bytes);
 }
 
+#[test]
+fn mqtt() {
+    fuzz(targets::mqtt, &corpus::mqtt(), mutate::bytes);
+}
+
 /// An input is a string of bytes, or of messages.
 fn fuzz<T: Sync>(target: fn(&[T]), seeds: &[Vec<T>], damaged: fn(&mut Dice, &[Vec<T>]) -> Vec<T>) {
     seeds.iter().for_each(|seed| target(seed));

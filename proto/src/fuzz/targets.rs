@@ -10,6 +10,7 @@ use super::alloc::peak;
 use super::corpus;
 use crate::delta;
 use crate::frame;
+use crate::mqtt;
 use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_STREAMS, Mux, Side};
 use crate::payload::{JoinRequest, JoinResponse, NodeReport, PodReport, Refusal, Settings, Token};
 use crate::sync::{
@@ -200,4 +201,33 @@ pub(super) fn token(bytes: &[u8]) {
         Ok(token) => assert_eq!(token.to_string().to_lowercase(), text.trim().to_lowercase()),
         Err(error) => assert!(error.to_string().len() < 300, "an error repeats what was read"),
     }
+}
+
+/// A broker's bytes, in parts: what is kept of them is bounded by what the decoder was told to keep, whatever they say.
+pub(super) fn mqtt(bytes: &[u8]) {
+    const MAX_PAYLOAD: usize = 1000;
+    let decode = |part, take: &mut dyn FnMut(mqtt::Packet)| {
+        let mut decoder = mqtt::Decoder::new(MAX_PAYLOAD);
+        for part in bytes.chunks(part) {
+            decoder.room().extend_from_slice(part);
+            loop {
+                match decoder.take() {
+                    Ok(Some(packet)) => take(packet),
+                    Ok(None) => break,
+                    Err(_) => return,
+                }
+            }
+        }
+    };
+    let ((), most) = peak(|| decode(100, &mut drop));
+    assert!(most < 4 * ((64 << 10) + MAX_PAYLOAD), "{most} bytes are kept");
+    let (mut packets, mut at_once) = (Vec::new(), Vec::new());
+    decode(100, &mut |packet| packets.push(packet));
+    decode(usize::MAX, &mut |packet| at_once.push(packet));
+    for packet in &packets {
+        if let mqtt::Packet::Publish { payload: Ok(payload), .. } = packet {
+            assert!(payload.len() <= MAX_PAYLOAD);
+        }
+    }
+    assert_eq!(packets, at_once);
 }

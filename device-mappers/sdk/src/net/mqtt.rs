@@ -1,21 +1,19 @@
 //! An MQTT 3.1.1 client, as much as mappers need: connect, publish with any QoS, subscribe.
 //!
-//! The codec is pure. A packet that is longer than [`LONGEST`] is skipped as it comes in, so that no sender can fill the memory, and is
-//! acknowledged, so that the broker does not send it again.
+//! A message that is longer than [`LONGEST`] is skipped as it comes in, so that no sender can fill the memory, and is acknowledged, so that
+//! the broker does not send it again.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
+use bytes::Bytes;
+use skerry_proto::mqtt::{self, Decoder, Packet};
+pub use skerry_proto::mqtt::{Connect, Publish};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{Address, Stream};
 
-pub(crate) mod codec;
-
-pub use codec::{Connect, Publish};
-use codec::{Packet, Step};
-
-/// The longest packet that is taken, bytes.
+/// The longest message that is taken, bytes.
 pub const LONGEST: usize = 128 << 10;
 /// How long the broker may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A connection to a broker.
 pub struct Connection {
     stream: Box<dyn Stream>,
-    decoder: codec::Decoder,
+    decoder: Decoder,
     out: Vec<u8>,
     /// How much of `out` is sent.
     sent: usize,
@@ -40,7 +38,7 @@ pub enum Incoming {
         /// Its topic.
         topic: String,
         /// Its payload.
-        payload: Vec<u8>,
+        payload: Bytes,
         /// Whether the broker had kept it.
         retained: bool,
     },
@@ -72,13 +70,13 @@ impl Connection {
     pub async fn open(address: &Address, connect: &Connect<'_>) -> Result<Self, String> {
         let mut connection = Self {
             stream: address.connect().await?,
-            decoder: codec::Decoder::new(LONGEST),
+            decoder: Decoder::new(LONGEST),
             out: Vec::new(),
             sent: 0,
             next_id: 0,
             unacknowledged: HashSet::new(),
         };
-        codec::connect(connect, &mut connection.out);
+        mqtt::connect(&mut connection.out, connect);
         let accepted = async {
             connection.flush().await?;
             connection.accepted().await
@@ -89,9 +87,9 @@ impl Connection {
 
     async fn accepted(&mut self) -> Result<(), String> {
         loop {
-            match self.decoder.step() {
-                Step::Packet(Packet::ConnAck { code: 0 }) => return Ok(()),
-                Step::Packet(Packet::ConnAck { code }) => {
+            match self.decode()? {
+                Some(Packet::ConnAck { code: 0 }) => return Ok(()),
+                Some(Packet::ConnAck { code }) => {
                     let why = match code {
                         2 => "the client ID",
                         4 => "user or password",
@@ -100,9 +98,8 @@ impl Connection {
                     };
                     return Err(format!("the broker refuses {why} (code {code})"));
                 }
-                Step::More => self.fill().await?,
-                Step::Packet(_) | Step::TooLong { .. } => return Err("the broker does not speak MQTT 3.1.1".to_owned()),
-                Step::Broken(why) => return Err(why.to_owned()),
+                None => self.fill().await?,
+                Some(_) => return Err("the broker says something before it accepts".to_owned()),
             }
         }
     }
@@ -113,24 +110,24 @@ impl Connection {
         if publish.qos > 0 {
             self.unacknowledged.insert(id);
         }
-        codec::publish(publish, id, &mut self.out);
+        mqtt::publish(&mut self.out, publish, id);
     }
 
     /// Appends a SUBSCRIBE.
     pub fn queue_subscribe(&mut self, topic: &str, qos: u8) {
         let id = self.id();
-        codec::subscribe(topic, qos, id, &mut self.out);
+        mqtt::subscribe(&mut self.out, id, &[(topic, qos)]);
     }
 
     /// Appends an UNSUBSCRIBE.
     pub fn queue_unsubscribe(&mut self, topic: &str) {
         let id = self.id();
-        codec::unsubscribe(topic, id, &mut self.out);
+        mqtt::unsubscribe(&mut self.out, id, topic);
     }
 
     /// Appends a PINGREQ.
     pub fn queue_ping(&mut self) {
-        codec::ping(&mut self.out);
+        mqtt::ping(&mut self.out);
     }
 
     fn id(&mut self) -> u16 {
@@ -170,10 +167,10 @@ impl Connection {
             self.flush().await?;
             let mut pong = !ping;
             while !pong || !self.unacknowledged.is_empty() {
-                match self.decoder.step() {
-                    Step::More => self.fill().await?,
-                    step => {
-                        if let Some(Incoming::Pong) = self.take(step)? {
+                match self.decode()? {
+                    None => self.fill().await?,
+                    Some(packet) => {
+                        if let Some(Incoming::Pong) = self.take(packet)? {
                             pong = true;
                         }
                         self.flush().await?;
@@ -192,10 +189,10 @@ impl Connection {
     /// When the connection broke, or the broker does not speak MQTT.
     pub async fn next(&mut self) -> Result<Incoming, String> {
         loop {
-            match self.decoder.step() {
-                Step::More => self.fill().await?,
-                step => {
-                    if let Some(incoming) = self.take(step)? {
+            match self.decode()? {
+                None => self.fill().await?,
+                Some(packet) => {
+                    if let Some(incoming) = self.take(packet)? {
                         return Ok(incoming);
                     }
                 }
@@ -209,38 +206,40 @@ impl Connection {
         !self.out.is_empty()
     }
 
-    fn take(&mut self, step: Step) -> Result<Option<Incoming>, String> {
-        Ok(match step {
-            Step::Packet(Packet::Publish { topic, payload, qos, id, retain }) => {
-                codec::acknowledge_publish(qos, id, &mut self.out);
-                Some(Incoming::Message { topic, payload, retained: retain })
+    fn decode(&mut self) -> Result<Option<Packet>, String> {
+        self.decoder.take().map_err(|malformed| malformed.to_string())
+    }
+
+    fn take(&mut self, packet: Packet) -> Result<Option<Incoming>, String> {
+        Ok(match packet {
+            Packet::Publish { topic, payload, qos, id, retain } => {
+                mqtt::acknowledge(&mut self.out, qos, id);
+                Some(match payload {
+                    Ok(payload) => Incoming::Message { topic, payload, retained: retain },
+                    Err(length) => Incoming::TooLong { topic, length },
+                })
             }
-            Step::TooLong { topic, qos, id, length } => {
-                codec::acknowledge_publish(qos, id, &mut self.out);
-                Some(Incoming::TooLong { topic, length })
-            }
-            Step::Packet(Packet::PubAck { id } | Packet::PubComp { id }) => {
+            Packet::PubAck { id } | Packet::PubComp { id } => {
                 self.unacknowledged.remove(&id);
                 None
             }
-            Step::Packet(Packet::PubRec { id }) => {
-                codec::pubrel(id, &mut self.out);
+            Packet::PubRec { id } => {
+                mqtt::pubrel(&mut self.out, id);
                 None
             }
-            Step::Packet(Packet::PubRel { id }) => {
-                codec::pubcomp(id, &mut self.out);
+            Packet::PubRel { id } => {
+                mqtt::pubcomp(&mut self.out, id);
                 None
             }
-            Step::Packet(Packet::SubAck { refused: true }) => Some(Incoming::NotSubscribed),
-            Step::Packet(Packet::SubAck { refused: false } | Packet::UnsubAck) | Step::More => None,
-            Step::Packet(Packet::Pong) => Some(Incoming::Pong),
-            Step::Packet(Packet::ConnAck { .. }) => return Err("the broker accepts a second time".to_owned()),
-            Step::Broken(why) => return Err(why.to_owned()),
+            Packet::SubAck { refused: 0 } | Packet::UnsubAck => None,
+            Packet::SubAck { .. } => Some(Incoming::NotSubscribed),
+            Packet::PingResp => Some(Incoming::Pong),
+            Packet::ConnAck { .. } => return Err("the broker accepts a second time".to_owned()),
         })
     }
 
     async fn fill(&mut self) -> Result<(), String> {
-        match self.stream.read_buf(self.decoder.space()).await {
+        match self.stream.read_buf(self.decoder.room()).await {
             Ok(0) => Err("the broker closed the connection".to_owned()),
             Ok(_) => Ok(()),
             Err(error) => Err(error.to_string()),

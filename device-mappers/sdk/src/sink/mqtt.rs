@@ -53,6 +53,7 @@ async fn publish(connection: &mut Connection, batch: &Batch) -> Result<(), Strin
         let Some((topic, payload)) = rest.split_at_checked(usize::from(u16::from_be_bytes([high, low]))) else {
             continue;
         };
+        let Ok(topic) = std::str::from_utf8(topic) else { continue };
         let qos = flags & 3;
         ping |= qos == 0;
         connection.queue_publish(&Publish { topic, payload, qos, retain: flags & 4 != 0 });

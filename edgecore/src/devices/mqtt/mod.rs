@@ -52,7 +52,6 @@ mod session;
 #[cfg(test)]
 mod tests;
 mod topic;
-mod wire;
 
 /// Name of the file of passwords in the data directory, in the format of `mosquitto_passwd`.
 pub const PASSWORDS: &str = "mqtt-passwd";

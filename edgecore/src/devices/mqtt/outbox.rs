@@ -3,8 +3,7 @@
 use std::collections::VecDeque;
 
 use bytes::BytesMut;
-
-use super::wire;
+use skerry_proto::mqtt::{self, Publish};
 
 /// What may wait, in bytes. Beyond it the oldest goes, and is counted.
 pub(super) const MAX_WAITING: usize = 1 << 20;
@@ -56,7 +55,8 @@ impl Outbox {
         {
             // Never 0, and long unused when it comes again.
             self.last_id = self.last_id.checked_add(1).unwrap_or(1);
-            wire::publish(out, &event.topic, &event.payload, Some(self.last_id), false);
+            let publish = Publish { topic: &event.topic, payload: &event.payload, qos: 1, retain: false };
+            mqtt::publish(out, &publish, self.last_id);
             self.sent.push_back((self.last_id, event));
         }
     }

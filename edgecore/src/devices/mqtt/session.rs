@@ -6,15 +6,16 @@
 use std::time::Duration;
 
 use bytes::{Buf as _, BytesMut};
+use skerry_proto::mqtt::{self, Connect, Decoder, Packet, Publish};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::message::MAX_PAYLOAD;
 use super::mirror::Mirror;
 use super::outbox::Outbox;
-use super::wire::{self, Decoder, Packet};
 use super::{Status, answer, topic};
 use crate::clock;
 use crate::devices::{Change, Devices};
@@ -57,8 +58,10 @@ impl Session<'_> {
     pub(super) async fn run(&mut self, stream: Box<dyn Stream>, stop: &CancellationToken) -> Result<(), String> {
         let mut changes = self.devices.subscribe();
         let (mut reader, mut writer) = tokio::io::split(stream);
-        let (mut decoder, mut out) = (Decoder::default(), BytesMut::new());
-        wire::connect(&mut out, &format!("skerry-{}", self.node), KEEP_ALIVE);
+        let (mut decoder, mut out) = (Decoder::new(MAX_PAYLOAD), BytesMut::new());
+        let client_id = format!("skerry-{}", self.node);
+        let hello = Connect { client_id: &client_id, keep_alive: KEEP_ALIVE, clean: true, ..Connect::default() };
+        mqtt::connect(&mut out, &hello);
         let began = clock::monotonic();
         let (mut heard, mut pinged, mut phase) = (began, began, Phase::Connecting);
         let mut allowance = Allowance { left: RATE, at: began };
@@ -71,7 +74,7 @@ impl Session<'_> {
                 return Err(format!("the broker said nothing for {} s", DEAD.as_secs()));
             }
             if now >= heard.max(pinged) + PING {
-                wire::ping(&mut out);
+                mqtt::ping(&mut out);
                 pinged = now;
             }
             let mut wake = if phase == Phase::Ready { heard.max(pinged) + PING } else { began + WELCOME };
@@ -81,7 +84,7 @@ impl Session<'_> {
             }
             tokio::select! {
                 () = stop.cancelled() => {
-                    wire::disconnect(&mut out);
+                    mqtt::disconnect(&mut out);
                     // It may be gone already.
                     let _ = tokio::time::timeout(Duration::from_secs(1), writer.write_all(&out)).await;
                     return Ok(());
@@ -90,7 +93,7 @@ impl Session<'_> {
                     Ok(0) => return Err("the broker ended the connection".to_owned()),
                     Ok(_) => {
                         heard = clock::monotonic();
-                        while let Some(packet) = decoder.next().map_err(|malformed| malformed.to_string())? {
+                        while let Some(packet) = decoder.take().map_err(|malformed| malformed.to_string())? {
                             self.take(packet, &mut phase, &mut out).await?;
                         }
                     }
@@ -114,15 +117,18 @@ impl Session<'_> {
 
     async fn take(&mut self, packet: Packet, phase: &mut Phase, out: &mut BytesMut) -> Result<(), String> {
         match packet {
-            Packet::Connected(0) if *phase == Phase::Connecting => {
-                wire::subscribe(out, &topic::filters(self.node));
+            Packet::ConnAck { code: 0 } if *phase == Phase::Connecting => {
+                let filters = topic::filters(self.node);
+                let filters: Vec<(&str, u8)> = filters.iter().map(|filter| (filter.as_str(), 1)).collect();
+                // Only one is ever on its way.
+                mqtt::subscribe(out, 1, &filters);
                 *phase = Phase::Subscribing;
             }
-            Packet::Connected(5 | 4) => {
+            Packet::ConnAck { code: 5 | 4 } => {
                 return Err("the broker lets nobody in without a password; let it listen on a unix socket for edgecore, or allow anonymous clients on 127.0.0.1".to_owned());
             }
-            Packet::Connected(code) => return Err(format!("the broker refused edgecore with code {code}")),
-            Packet::Subscribed { refused } if *phase == Phase::Subscribing => {
+            Packet::ConnAck { code } => return Err(format!("the broker refused edgecore with code {code}")),
+            Packet::SubAck { refused } if *phase == Phase::Subscribing => {
                 if refused > 0 {
                     warn!(refused, "the MQTT broker does not let edgecore hear all that devices are asked");
                 }
@@ -134,10 +140,10 @@ impl Session<'_> {
                 info!("the MQTT broker is connected");
                 self.status.send_modify(|status| status.connected = true);
             }
-            Packet::Message { topic, id, is_retained, payload } => {
+            Packet::Publish { topic, payload, qos, id, retain } => {
                 let payload = payload.as_ref().map(|payload| &payload[..]).map_err(|size| *size);
                 // One that the broker kept is of before, and would be done again with every connection.
-                if !is_retained
+                if !retain
                     && let Some((event, is_refused)) =
                         answer::answer(self.devices, self.node, &topic, payload, wall()).await
                 {
@@ -149,12 +155,14 @@ impl Session<'_> {
                         status.dropped = dropped;
                     });
                 }
-                if let Some(id) = id {
-                    wire::taken(out, id);
-                }
+                mqtt::acknowledge(out, qos, id);
             }
-            Packet::Taken(id) => self.outbox.taken(id),
-            Packet::Pong | Packet::Subscribed { .. } => {}
+            Packet::PubAck { id } => self.outbox.taken(id),
+            Packet::PingResp | Packet::SubAck { .. } => {}
+            // Neither is anything said with QoS 2 nor subscribed to, nor a subscription ended.
+            Packet::PubRec { .. } | Packet::PubRel { .. } | Packet::PubComp { .. } | Packet::UnsubAck => {
+                return Err("the broker answers what was not said".to_owned());
+            }
         }
         Ok(())
     }
@@ -170,7 +178,8 @@ impl Session<'_> {
             let twin = self.devices.twin(&key);
             let news = self.mirror.look(&key, twin.as_ref(), self.node, now, wall());
             for event in &news.retained {
-                wire::publish(out, &event.topic, &event.payload, None, true);
+                let publish = Publish { topic: &event.topic, payload: &event.payload, qos: 0, retain: true };
+                mqtt::publish(out, &publish, 0);
             }
             published += news.retained.len() as u64;
             allowance.take(news.retained.len() + news.events.len());
