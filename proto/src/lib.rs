@@ -3,6 +3,8 @@
 //!
 //! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
+#[cfg(feature = "dmi")]
+pub mod authority;
 pub mod delta;
 pub mod device;
 #[cfg(test)]

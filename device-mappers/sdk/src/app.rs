@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use skerry_proto::authority::Legal;
 use skerry_proto::dmi;
 use skerry_proto::dmi::device_mapper_service_server::DeviceMapperServiceServer;
 use skerry_proto::dmi::methods::device_method_service_server::DeviceMethodServiceServer;
@@ -137,7 +138,7 @@ fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
 
 async fn serve_dmi<D: Driver>(listener: UnixListener, directory: Arc<Directory<D>>) {
     let connections = futures_util::stream::unfold(listener, |listener| async {
-        let accepted = listener.accept().await.map(|(stream, _)| stream);
+        let accepted = listener.accept().await.map(|(stream, _)| Legal::new(stream));
         if accepted.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

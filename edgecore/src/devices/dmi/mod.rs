@@ -1,6 +1,5 @@
 //! The device mapper interface: [`server`] is what mappers call, [`mapper`] what calls them.
 
-mod authority;
 mod mapper;
 mod server;
 #[cfg(test)]

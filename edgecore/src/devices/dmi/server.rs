@@ -13,6 +13,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use nix::sys::stat::{Mode, umask};
 use prost::Message as _;
+use skerry_proto::authority::Legal;
 use skerry_proto::dmi::device_manager_service_server::{DeviceManagerService, DeviceManagerServiceServer};
 use skerry_proto::dmi::{
     MapperRegisterRequest, MapperRegisterResponse, ReportDeviceStatesRequest, ReportDeviceStatesResponse,
@@ -25,7 +26,6 @@ use tonic::{Request, Response, Status};
 use tower::Service as _;
 use tracing::{debug, error, info, warn};
 
-use super::authority::Legal;
 use super::mapper::keep;
 use crate::devices::twin::{MapperId, MapperInfo, ToTell};
 use crate::devices::{Devices, Refused, convert};

@@ -40,7 +40,7 @@ const CODES: [u32; 31] =
 
 /// A stream of a client whose requests get a legal authority.
 #[derive(Debug)]
-pub(crate) struct Legal<T> {
+pub struct Legal<T> {
     inner: T,
     rewriter: Rewriter,
     /// What is ready to be read, from `at` on.
@@ -49,7 +49,8 @@ pub(crate) struct Legal<T> {
 }
 
 impl<T> Legal<T> {
-    pub(crate) fn new(inner: T) -> Self {
+    /// Of a connection that was accepted, before anything is read from it.
+    pub fn new(inner: T) -> Self {
         Self { inner, rewriter: Rewriter::default(), ready: Vec::new(), at: 0 }
     }
 }
@@ -87,6 +88,14 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Legal<T> {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().inner).poll_shutdown(context)
+    }
+}
+
+impl<T: tonic::transport::server::Connected> tonic::transport::server::Connected for Legal<T> {
+    type ConnectInfo = T::ConnectInfo;
+
+    fn connect_info(&self) -> T::ConnectInfo {
+        self.inner.connect_info()
     }
 }
 
