@@ -6,6 +6,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use self::value::{Domain, MAX_VALUE, Unfit};
+
+mod value;
+
 /// The API group.
 pub const GROUP: &str = "devices.kubeedge.io";
 /// The version of it that is served.
@@ -456,70 +460,4 @@ pub struct TwinProperty {
 pub struct DeviceReport {
     /// The whole of it.
     pub status: DeviceStatusStatus,
-}
-
-impl ModelProperty {
-    /// Whether this value may be written, and if not, why.
-    pub fn takes(&self, value: &str) -> Result<(), String> {
-        if self.access_mode == AccessMode::ReadOnly {
-            return Err("the model says ReadOnly".to_owned());
-        }
-        let (kind, number) = match self.kind {
-            PropertyType::String | PropertyType::Bytes => return Ok(()),
-            PropertyType::Stream => return Err("a STREAM has no value".to_owned()),
-            PropertyType::Boolean if matches!(value, "true" | "false") => return Ok(()),
-            PropertyType::Boolean => return Err("it is not BOOLEAN: true or false".to_owned()),
-            #[expect(clippy::cast_precision_loss, reason = "bounds are compared as the apiserver compares them")]
-            PropertyType::Int => ("INT", value.parse::<i64>().ok().map(|number| number as f64)),
-            PropertyType::Float => ("FLOAT", value.parse::<f32>().ok().map(f64::from)),
-            PropertyType::Double => ("DOUBLE", value.parse::<f64>().ok()),
-        };
-        let Some(number) = number.filter(|number| number.is_finite()) else { return Err(format!("it is not {kind}")) };
-        if self.minimum.parse::<f64>().is_ok_and(|minimum| number < minimum) {
-            return Err(format!("the least is {}", self.minimum));
-        }
-        if self.maximum.parse::<f64>().is_ok_and(|maximum| number > maximum) {
-            return Err(format!("the most is {}", self.maximum));
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_property_takes_what_its_type_and_bounds_allow() {
-        let takes = |kind, minimum: &str, maximum: &str, value: &str| {
-            let (minimum, maximum) = (minimum.to_owned(), maximum.to_owned());
-            let access_mode = AccessMode::ReadWrite;
-            ModelProperty { kind, access_mode, minimum, maximum, ..ModelProperty::default() }.takes(value)
-        };
-        for (kind, value) in [
-            (PropertyType::Int, "-9223372036854775808"),
-            (PropertyType::Float, "1.5e3"),
-            (PropertyType::Double, "-0.1"),
-            (PropertyType::Boolean, "true"),
-            (PropertyType::String, ""),
-            (PropertyType::Bytes, "AA=="),
-        ] {
-            assert_eq!(takes(kind, "", "", value), Ok(()), "{kind:?} {value}");
-        }
-        for (kind, value) in [
-            (PropertyType::Int, "1.0"),
-            (PropertyType::Int, "9223372036854775808"),
-            (PropertyType::Float, "NaN"),
-            (PropertyType::Double, "inf"),
-            (PropertyType::Boolean, "1"),
-            (PropertyType::Stream, "x"),
-        ] {
-            assert!(takes(kind, "", "", value).is_err(), "{kind:?} {value}");
-        }
-        assert_eq!(takes(PropertyType::Int, "-5", "5", "5"), Ok(()));
-        assert_eq!(takes(PropertyType::Int, "-5", "5", "-6"), Err("the least is -5".to_owned()));
-        assert_eq!(takes(PropertyType::Float, "-5", "5.5", "5.6"), Err("the most is 5.5".to_owned()));
-        let read_only = ModelProperty::default();
-        assert!(read_only.takes("x").is_err());
-    }
 }

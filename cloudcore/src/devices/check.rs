@@ -20,9 +20,9 @@ pub(super) fn problem(device: &DeviceSpec, model: Option<&DeviceModelSpec>) -> O
             continue;
         };
         if let Some(desired) = property.desired.as_ref().filter(|desired| !desired.value.is_empty())
-            && let Err(reason) = modelled.takes(&desired.value)
+            && let Err(unfit) = modelled.takes(&desired.value)
         {
-            problems.push(format!("desired value {:?} of property {}: {reason}", desired.value, property.name));
+            problems.push(format!("as desired, property {} {unfit}", property.name));
         }
     }
     let has = |name: &String| device.properties.iter().any(|property| property.name == *name);
@@ -69,7 +69,7 @@ mod tests {
         let problem = found(&json!([
             {"name": "speed", "desired": {"value": "101"}}, {"name": "heat", "desired": {"value": "1"}}, {"name": "sped"},
         ]));
-        insta::assert_snapshot!(problem.unwrap(), @r#"desired value "101" of property speed: the most is 100; desired value "1" of property heat: the model says ReadOnly; property sped is not in the DeviceModel m; method stop names property brake, which the device does not have"#);
+        insta::assert_snapshot!(problem.unwrap(), @r#"as desired, property speed is 101, above its maximum 100; as desired, property heat cannot be written: the device model says ReadOnly; property sped is not in the DeviceModel m; method stop names property brake, which the device does not have"#);
     }
 
     #[test]

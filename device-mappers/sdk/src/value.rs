@@ -4,11 +4,7 @@ use std::fmt::Write as _;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-pub use skerry_proto::device::PropertyType as Kind;
-
-/// The longest text or byte string that is passed on, bytes. What is longer is refused: it is no measured value, and would be held several
-/// times over on its way.
-pub const MAX_VALUE: usize = 64 << 10;
+pub use skerry_proto::device::{MAX_VALUE, PropertyType as Kind};
 
 /// A value as a driver reads or writes it.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,7 +47,7 @@ impl Value {
             (Self::Double(number), _) if !number.is_finite() => return refuse(format!("it is {number}")),
             _ => {}
         }
-        Ok(match (self, kind) {
+        let value = match (self, kind) {
             (value @ Self::Int(_), Kind::Int)
             | (value @ Self::Double(_), Kind::Float | Kind::Double)
             | (value @ Self::Bool(_), Kind::Boolean)
@@ -76,7 +72,16 @@ impl Value {
             (Self::Text(text), Kind::Bytes) => Self::Bytes(text.into_boxed_bytes()),
             (value, Kind::Bytes) => Self::Bytes(value.render(kind).into_bytes().into()),
             (_, Kind::Stream) => return refuse("a property of type STREAM has no values"),
-        })
+        };
+        match &value {
+            Self::Double(number) if !kind.holds(*number) => {
+                refuse(format!("{number} does not fit into a FLOAT, which has 32 bits"))
+            }
+            Self::Bytes(bytes) if encoded(bytes) > MAX_VALUE => {
+                refuse(format!("it has {} bytes in base64; {MAX_VALUE} is the most", encoded(bytes)))
+            }
+            _ => Ok(value),
+        }
     }
 
     /// A value from the text that the interface carries.
@@ -96,7 +101,7 @@ impl Value {
                 Err(_) => Self::Int(whole(trimmed.parse::<f64>().map_err(|_| wrong("whole number"))?)?),
             },
             Kind::Float | Kind::Double => match trimmed.parse::<f64>() {
-                Ok(number) if number.is_finite() => Self::Double(number),
+                Ok(number) if kind.holds(number) => Self::Double(number),
                 _ => return Err(wrong("number")),
             },
             Kind::Boolean => match trimmed.to_ascii_lowercase().as_str() {
@@ -187,6 +192,11 @@ fn render_number(number: f64, kind: Kind, out: &mut String) {
     };
 }
 
+/// How long bytes are in base64.
+fn encoded(bytes: &[u8]) -> usize {
+    bytes.len().div_ceil(3) * 4
+}
+
 fn whole(number: f64) -> Result<i64, ValueError> {
     let rounded = number.round();
     if !(-9.2e18..=9.2e18).contains(&rounded) {
@@ -240,6 +250,8 @@ mod tests {
             (Value::Bytes(vec![0xff].into()), Kind::String),
             (Value::Text("x".repeat(10 << 20).into()), Kind::String),
             (Value::Bytes(vec![0; 10 << 20].into()), Kind::Bytes),
+            (Value::Bytes(vec![0; 50_000].into()), Kind::Bytes),
+            (Value::Double(1e39), Kind::Float),
             (Value::Int(1), Kind::Stream),
         ] {
             assert!(value.conform(kind).is_err());

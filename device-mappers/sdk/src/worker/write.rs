@@ -11,6 +11,8 @@ use crate::counters::COUNTERS;
 use crate::device::Property;
 use crate::driver::{Driver, Fault, Link as _, Point as _, Reading};
 use crate::report::Report;
+use skerry_proto::device::Domain;
+
 use crate::value::{Value, shortened};
 
 /// When a written value is read back: a device may need a moment to take it over.
@@ -216,12 +218,8 @@ fn acceptable(property: &Property, text: &str) -> Result<(Value, crate::value::K
     }
     let value = Value::parse(text, kind).map_err(|error| error.to_string())?;
     if let Some(number) = value.number() {
-        if let Some(minimum) = property.minimum.filter(|&minimum| number < minimum) {
-            return Err(format!("{number} is less than the minimum, {minimum}"));
-        }
-        if let Some(maximum) = property.maximum.filter(|&maximum| number > maximum) {
-            return Err(format!("{number} is more than the maximum, {maximum}"));
-        }
+        let domain = Domain { kind, minimum: property.minimum, maximum: property.maximum };
+        domain.check_bounds(number).map_err(|unfit| format!("it {unfit}"))?;
     }
     Ok((value, kind))
 }

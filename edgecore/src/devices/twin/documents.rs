@@ -196,7 +196,7 @@ impl Twins {
                 let desired = device.desired.iter().find(|(of, _)| *of == place).map(|(_, desired)| desired);
                 Property {
                     name: property.name.to_string(),
-                    kind: type_name(property.kind).to_owned(),
+                    kind: type_name(property.domain.kind).to_owned(),
                     access_mode: property.access,
                     unit: property.unit.to_string(),
                     reported: slot.and_then(|slot| slot.reported.as_ref()).map(Value::from),

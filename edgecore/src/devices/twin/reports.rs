@@ -157,7 +157,7 @@ fn reported(sample: &Sample, property: &Property) -> TwinProperty {
         metadata.insert(key.to_string(), value.to_string());
     }
     metadata.insert("timestamp".to_owned(), sample.at.to_string());
-    metadata.insert("type".to_owned(), type_name(property.kind).to_owned());
+    metadata.insert("type".to_owned(), type_name(property.domain.kind).to_owned());
     TwinProperty { value: sample.text.to_string(), metadata }
 }
 
@@ -172,7 +172,7 @@ fn observed(sample: &Sample, desired: Option<&Desired>, property: &Property) -> 
 fn given(desired: &Desired, property: &Property) -> Option<TwinProperty> {
     let metadata = [
         ("timestamp", desired.at().to_string()),
-        ("type", type_name(property.kind).to_owned()),
+        ("type", type_name(property.domain.kind).to_owned()),
         ("origin", desired.origin().to_owned()),
     ];
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();

@@ -4,11 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine as _;
-use skerry_proto::device::{AccessMode, DeviceModelSpec, DeviceSpec, PropertyType};
+use skerry_proto::device::{AccessMode, DeviceModelSpec, DeviceSpec, Domain, Unfit};
 
-/// The longest value that is kept, in bytes.
-pub(crate) const MAX_VALUE: usize = 64 << 10;
 /// Between reports of a property to the cloud, unless the Device says otherwise.
 const REPORT_CYCLE: Duration = Duration::from_secs(60);
 /// No property is reported more often.
@@ -30,10 +27,8 @@ pub(crate) struct Shape {
 #[derive(Debug, PartialEq)]
 pub(crate) struct Property {
     pub(crate) name: Arc<str>,
-    pub(crate) kind: PropertyType,
+    pub(crate) domain: Domain,
     pub(crate) access: AccessMode,
-    minimum: Option<f64>,
-    maximum: Option<f64>,
     pub(crate) unit: Box<str>,
     /// Whether its values go into the DeviceStatus, and how long after the one before.
     pub(super) report: Option<Duration>,
@@ -59,10 +54,8 @@ impl Shape {
                 of.visitors.as_ref().and_then(|visitors| visitors.config_data.as_ref()?.get(DEAD_BAND)?.as_f64());
             properties.push(Property {
                 name: of.name.as_str().into(),
-                kind: base.kind,
+                domain: Domain::of(base),
                 access: base.access_mode,
-                minimum: base.minimum.trim().parse().ok(),
-                maximum: base.maximum.trim().parse().ok(),
                 unit: base.unit.as_str().into(),
                 report: of.report_to_cloud.then(|| cycle(of.report_cycle, REPORT_CYCLE).max(SHORTEST_CYCLE)),
                 dead_band: band.filter(|band| *band > 0.0).unwrap_or(0.0),
@@ -85,49 +78,19 @@ impl Shape {
 impl Property {
     /// Whether a value can be one of this property's; otherwise why not.
     pub(crate) fn check(&self, value: &str) -> Result<(), String> {
-        let name = &self.name;
-        if value.len() > MAX_VALUE {
-            return Err(format!("a value of {name} has {} bytes, at most {MAX_VALUE} are taken", value.len()));
-        }
-        let number = match self.kind {
-            PropertyType::Int => match value.parse::<i64>() {
-                #[allow(clippy::cast_precision_loss)] // only compared with bounds
-                Ok(number) => Some(number as f64),
-                Err(_) => return Err(self.mistyped(value, "a whole number")),
-            },
-            PropertyType::Float | PropertyType::Double => match value.parse::<f64>() {
-                Ok(number) if number.is_finite() => Some(number),
-                _ => return Err(self.mistyped(value, "a number")),
-            },
-            PropertyType::Boolean if value == "true" || value == "false" => None,
-            PropertyType::Boolean => return Err(self.mistyped(value, "true or false")),
-            PropertyType::Bytes if base64::engine::general_purpose::STANDARD.decode(value).is_err() => {
-                return Err(self.mistyped(value, "bytes in base64"));
-            }
-            PropertyType::String | PropertyType::Bytes | PropertyType::Stream => None,
-        };
-        match (number, self.minimum, self.maximum) {
-            (Some(number), Some(minimum), _) if number < minimum => {
-                Err(format!("{name} is {value}, below its minimum {minimum}"))
-            }
-            (Some(number), _, Some(maximum)) if number > maximum => {
-                Err(format!("{name} is {value}, above its maximum {maximum}"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn mistyped(&self, value: &str, right: &str) -> String {
-        let shown: String = value.chars().take(32).collect();
-        format!("{} is {shown:?}, which is not {right}", self.name)
+        self.domain.check(value).map_err(|unfit| self.words(&unfit))
     }
 
     /// Whether it can be told to be something.
     pub(crate) fn check_desired(&self, value: &str) -> Result<(), String> {
         match self.access {
-            AccessMode::ReadOnly => Err(format!("{} is ReadOnly in the device model and cannot be written", self.name)),
+            AccessMode::ReadOnly => Err(self.words(&Unfit::ReadOnly)),
             AccessMode::ReadWrite => self.check(value),
         }
+    }
+
+    fn words(&self, unfit: &Unfit) -> String {
+        format!("{} {unfit}", self.name)
     }
 
     /// Whether a value differs enough from the one that was reported to be reported, too.

@@ -209,7 +209,7 @@ impl Twins {
             };
             let property = &shape.properties[place];
             let slot = &mut active.slots[place];
-            let is_text = property.kind == PropertyType::String;
+            let is_text = property.domain.kind == PropertyType::String;
             for (is_reported, said) in [(true, &twin.reported), (false, &twin.observed_desired)] {
                 let Some(said) = said.as_ref().filter(|said| !said.value.is_empty() || (is_text && is_reported)) else {
                     continue;

@@ -411,7 +411,7 @@ fn one() -> Twins {
 #[test]
 fn values_that_cannot_be_are_refused_and_the_rest_is_taken() {
     let mut twins = one();
-    let long = "x".repeat(shape::MAX_VALUE + 1);
+    let long = "x".repeat(skerry_proto::device::MAX_VALUE + 1);
     let said = values(&[
         ("t", "21.5"),
         ("t", "warm"),
