@@ -448,3 +448,30 @@ async fn methods_are_the_mappers_or_writes_that_are_waited_for() {
     assert!(matches!(call(&[], 10_000).await, Err(CallError::Arguments(_))));
     assert!(matches!(call(&[("temp", "600")], 10_000).await, Err(CallError::Arguments(_))));
 }
+
+#[tokio::test]
+async fn whoever_floods_or_sends_ten_mebibytes_is_refused_and_holds_up_nobody() {
+    let bed = Bed::new().await;
+    bed.heater().await;
+    eventually("the device", || bed.devices.twin("ns/boiler").is_some_and(|twin| twin.message.is_none())).await;
+    let refused = bed.manager().await.report_device_status(status(&"9".repeat(10 << 20))).await.unwrap_err();
+    assert!(refused.message().contains("too large"), "{refused:?}");
+    eventually("it to be counted", || bed.devices.lock().counters.refused == 1).await;
+    let mut floods = tokio::task::JoinSet::new();
+    for _ in 0..40 {
+        let mut manager = bed.manager().await;
+        floods.spawn(async move {
+            let mut taken = 0_u32;
+            for number in 0..50 {
+                taken += u32::from(manager.report_device_status(status(&number.to_string())).await.is_ok());
+            }
+            taken
+        });
+    }
+    bed.devices.write("ns/boiler", "temp", "30", "cli").await.unwrap();
+    assert_eq!(bed.ask(Method::GET, "/devices/ns/boiler", Json::Null).await.0, 200);
+    let taken = floods.join_all().await.into_iter().sum::<u32>();
+    // A process has 32 connections; what comes on others is refused.
+    assert!((50 * 20..50 * 40).contains(&taken), "{taken} reports were taken");
+    assert_eq!(bed.devices.lock().counters.values, u64::from(taken));
+}

@@ -38,6 +38,8 @@ const MAX_CALLS: u32 = 64;
 /// The most of devices and models in the answer to a registration, in bytes: what gRPC takes unless told otherwise is 4 MiB. What does not
 /// fit is told by calls.
 const MAX_ANSWER: usize = 3 << 20;
+/// The status of a call whose message is longer than tonic takes, which is 4 MiB: OUT_OF_RANGE.
+const TOO_LONG: &str = "11";
 /// The longest name, protocol, version or address, in bytes.
 const MAX_TEXT: usize = 253;
 /// Between attempts to make the socket.
@@ -136,10 +138,19 @@ impl Drop for Place {
 
 /// Generic over nothing: the generated service, without a router around it.
 async fn connection(stream: UnixStream, service: Service) {
+    let devices = service.devices.clone();
     let service = DeviceManagerServiceServer::new(service);
     let answer = service_fn(move |request: hyper::Request<Incoming>| {
-        let mut service = service.clone();
-        async move { service.call(request).await as Result<_, Infallible> }
+        let (mut service, devices) = (service.clone(), devices.clone());
+        async move {
+            let answer: Result<_, Infallible> = service.call(request).await;
+            if answer.as_ref().is_ok_and(|answer| answer.headers().get("grpc-status").is_some_and(|of| of == TOO_LONG))
+            {
+                debug!("a report of more than 4 MiB was refused");
+                devices.lock().counters.refused += 1;
+            }
+            answer
+        }
     });
     let served = http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(MAX_CALLS)

@@ -57,6 +57,8 @@ pub(crate) struct Counters {
     pub(crate) values: u64,
     /// Values and states refused: of the wrong type, out of bounds, unknown, too large.
     pub(crate) refused: u64,
+    /// Samples whose time was put right.
+    pub(crate) corrected: u64,
     /// Calls of mappers that failed.
     pub(crate) failed_calls: u64,
     /// Calls of mappers that were answered, by what they are for: register, update, remove, models.

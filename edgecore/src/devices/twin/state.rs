@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use skerry_proto::device::PropertyType;
+use skerry_proto::device::{PropertyType, stamp};
 use skerry_proto::dmi;
 
 use super::shape::Shape;
@@ -21,6 +21,8 @@ const SILENT: Duration = Duration::from_secs(60);
 const ORPHANED: Duration = Duration::from_secs(5);
 /// How long after a device that is not of this node was dropped its mapper is told so again, if it goes on about it.
 const STRANGE: Duration = Duration::from_secs(60);
+/// What is said of a device whose samples' times cannot be.
+const WRONG_TIME: &str = "samples of it are from the future, or from before the ones before them; their times are put right: look at its clock and this node's";
 /// The longest value that goes along with the news of it, in bytes; a longer one is asked for.
 const MAX_NEWS: usize = 4 << 10;
 
@@ -194,11 +196,11 @@ impl Twins {
         let Some(device) = self.devices.get_mut(slot as usize).and_then(Option::as_deref_mut) else {
             return Err(Refused::NoDevice);
         };
-        let Device { key, shape, active, owner, .. } = device;
+        let Device { key, shape, active, owner, trouble, .. } = device;
         let Some(shape) = shape.as_ref() else { return Err(Refused::NoDevice) };
         let is_new = active.is_none();
         let active = active.get_or_insert_with(|| Box::new(Active::new(shape, now)));
-        let (mut wrong, mut refused) = (None, 0_u32);
+        let (mut wrong, mut refused, mut corrected) = (None, 0_u32, 0_u64);
         let mut is_urgent = false;
         for twin in said {
             let Some(place) = shape.place(&twin.property_name) else {
@@ -228,7 +230,13 @@ impl Twins {
                     continue;
                 }
                 room = (room + old).saturating_sub(said.value.len());
-                let at = said.metadata.get("timestamp").and_then(|text| text.parse().ok()).unwrap_or(now.wall);
+                let claimed = said.metadata.get("timestamp").and_then(|text| text.parse().ok());
+                let mut at = claimed.unwrap_or(now.wall);
+                if is_reported {
+                    let last = kept.as_ref().map_or(i64::MIN, |sample| sample.at);
+                    let (right, is_corrected) = stamp(claimed, now.wall, last);
+                    (at, corrected) = (right, corrected + u64::from(is_corrected));
+                }
                 let extra = if said.metadata.len() > 1 { extras(said.metadata.iter()) } else { None };
                 let changed = match kept {
                     Some(sample) => {
@@ -264,6 +272,10 @@ impl Twins {
                 }
             }
         }
+        if corrected > 0 && trouble.as_deref() != Some(WRONG_TIME) {
+            *trouble = Some(WRONG_TIME.into());
+        }
+        self.counters.corrected += corrected;
         self.bytes = MAX_VALUES.saturating_sub(room);
         let taken = said.len() as u64;
         (active.heard, active.last_seen, active.by_itself) = (now.mono, now.wall, owner.is_none());

@@ -436,6 +436,27 @@ fn values_that_cannot_be_are_refused_and_the_rest_is_taken() {
 }
 
 #[test]
+fn times_that_cannot_be_are_put_right_and_counted() {
+    let mut twins = one();
+    let mut say = |at: Option<i64>, now: Now| {
+        let mut said = values(&[("t", "21")]);
+        let reported = said[0].reported.as_mut().unwrap();
+        reported.metadata = at.map(|at| ("timestamp".to_owned(), at.to_string())).into_iter().collect();
+        twins.report_values("ns/d", None, &said, now).unwrap();
+        let twin = twins.twin("ns/d", now).unwrap();
+        let at = twin.properties[0].reported.as_ref().unwrap().timestamp;
+        (at - START.wall, twins.counters.corrected, twin.message.is_some())
+    };
+    assert_eq!(say(Some(START.wall - 5000), START), (-5000, 0, false));
+    assert_eq!(say(Some(i64::MAX), START), (0, 1, true));
+    // The source's clock was set back, then this node's.
+    assert_eq!(say(Some(START.wall - 1), START), (0, 2, true));
+    let back = Now { wall: START.wall - 3_600_000, ..START };
+    assert_eq!(say(None, back), (-3_600_000, 3, true));
+    assert_eq!(say(Some(i64::MIN), back), (-3_600_000, 4, true));
+}
+
+#[test]
 fn what_a_mapper_reports_changes_nothing_that_mappers_are_told() {
     let mut twins = one();
     let info = MapperInfo { protocol: "modbus".to_owned(), address: "/a".to_owned(), ..MapperInfo::default() };
