@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::apiserver::{Apiserver, Kind, Metrics};
 use crate::backend::{Backend, BackendError, Feed, FeedEvent, NodeCheck, NodeIdentity, RegisterError};
 use crate::closure::{Closures, Session, Source};
-use crate::devices::{crds, review};
+use crate::devices::{crds, lost, review};
 use crate::kubelet::{self, Kubelets, Ports};
 use crate::nodes::autonomy::Autonomy;
 use crate::nodes::leases::Leases;
@@ -171,6 +171,10 @@ pub async fn connect(
             let (client, shared) = (client.clone(), shared.clone());
             move || crds::run(client.clone(), shared.clone())
         }),
+        supervise::keep("lost devices", {
+            let (api, shared) = (api.clone(), shared.clone());
+            move || lost::run(api.clone(), shared.clone())
+        }),
         supervise::keep("device reviews", {
             let (api, shared) = (api.clone(), shared.clone());
             move || review::run(api.clone(), shared.clone())
@@ -270,6 +274,9 @@ impl Backend for K8sBackend {
         let reports = self.upstream.open(node, epoch, session.claims());
         for (_, _, facts) in self.shared.closures().pods_of(&node.name) {
             self.upstream.pod_seen(&node.name, &facts);
+        }
+        for uid in self.shared.closures().unknown_devices(&node.name) {
+            self.upstream.device_hidden(&node.name, &uid);
         }
         K8sFeed {
             shared: self.shared.clone(),

@@ -14,6 +14,7 @@ use tracing::warn;
 use super::pods::release;
 use super::{Closures, Node, Reference, Source, objects, sanitise, version_less};
 
+pub(crate) mod lost;
 #[cfg(test)]
 mod tests;
 
@@ -67,6 +68,11 @@ impl DeviceInput {
 }
 
 impl DeviceInput {
+    /// Node and UID of a device that shows that nothing is known of it.
+    pub(crate) fn is_unknown(&self) -> Option<(&str, &str)> {
+        (self.state == lost::UNKNOWN).then_some((&*self.node, &*self.uid))
+    }
+
     /// What reports are held against; whether it fits its model is not known here.
     pub(crate) fn facts(self) -> DeviceFacts {
         DeviceFacts { node: self.node, uid: self.uid, state: self.state, problem: None }
@@ -111,6 +117,8 @@ pub(super) struct Devices {
     lists: u64,
     fetch: VecDeque<Arc<str>>,
     fetch_wake: Arc<Notify>,
+    /// Those that show a state, and that no node has any more.
+    left: BTreeSet<Arc<str>>,
     review: BTreeSet<Arc<str>>,
     review_wake: Arc<Notify>,
 }
@@ -197,6 +205,7 @@ impl Devices {
             }
         }
         self.review.remove(&key);
+        self.left.remove(&key);
         Some((key, device))
     }
 
@@ -272,6 +281,7 @@ impl Closures {
                 }
             }
         }
+        let was_left = self.devices.left.contains(key.as_str());
         let before = self.devices.take(&key);
         let (key, before) = match before {
             Some((key, before)) => (key, Some(before)),
@@ -283,6 +293,8 @@ impl Closures {
         let name = name.unwrap_or_else(|| node.as_str().into());
         let is_ours = self.nodes.contains_key(&name);
         let (mut was_on, mut was) = (None, None);
+        let was_ours = before.as_ref().is_some_and(|before| matches!(before.place, Place::Held(_)));
+        let is_left = !is_ours && lost::is_known(&state) && (was_ours || was_left);
         if let Some(before) = before {
             if let Place::Held(held) = before.place {
                 self.release_model(&before.node, held.model.as_ref());
@@ -306,6 +318,9 @@ impl Closures {
             key.clone(),
             Device { uid, resource_version: resource_version.into(), node: name.clone(), seen, place },
         );
+        if is_left {
+            self.devices.left.insert(key.clone());
+        }
         self.subscribers.mark(&name, Collection::Devices, &key);
         if let Some(was_on) = was_on.filter(|was_on| *was_on != name) {
             self.subscribers.mark(&was_on, Collection::Devices, &key);
@@ -475,7 +490,12 @@ impl Closures {
         let keys: Vec<Arc<str>> = self.devices.keys(name).cloned().collect();
         for key in keys {
             if let Some((key, device)) = self.devices.take(&key) {
-                self.devices.put(key, Device { place: place(), ..device });
+                let place = place();
+                let shows = matches!(&device.place, Place::Held(held) if lost::is_known(&held.state));
+                if shows && matches!(place, Place::Elsewhere) {
+                    self.devices.left.insert(key.clone());
+                }
+                self.devices.put(key, Device { place, ..device });
             }
         }
     }

@@ -87,6 +87,8 @@ pub(crate) struct NodeInput {
     pub(crate) shown: NodeShown,
     /// The session that has it, as far as the Node says.
     pub(crate) claim: u64,
+    /// Kubernetes has not heard of it for too long.
+    pub(crate) lost: bool,
 }
 
 impl NodeInput {
@@ -106,9 +108,16 @@ impl NodeInput {
                 .as_str()
                 .and_then(|text| text.parse().ok())
                 .unwrap_or_default(),
+            lost: is_lost(&node),
             object: sanitise::object(Collection::Node, node),
         }
     }
+}
+
+/// Whether its Ready condition is Unknown, as the node lifecycle controller makes it when the lease is not renewed.
+pub(crate) fn is_lost(node: &Value) -> bool {
+    let conditions = node["status"]["conditions"].as_array();
+    conditions.into_iter().flatten().any(|one| one["type"] == "Ready" && one["status"] == "Unknown")
 }
 
 /// What a Node's arrival changed.
@@ -160,6 +169,7 @@ struct Node {
     shown: NodeShown,
     /// The newest session that the Node names, whoever has it.
     claim: u64,
+    lost: bool,
     /// The newest session here that nobody else may have.
     here: u64,
     /// All its pods are known.
@@ -272,7 +282,7 @@ impl Closures {
 
     /// A Node is there.
     pub(crate) fn node_applied(&mut self, input: NodeInput) -> NodeChange {
-        let NodeInput { identity, resource_version, object, autonomous, capacity, shown, claim } = input;
+        let NodeInput { identity, resource_version, object, autonomous, capacity, shown, claim, lost } = input;
         let mut change = NodeChange::default();
         if let Some(node) = self.nodes.get_mut(identity.name.as_str()) {
             if node.uid == identity.uid {
@@ -281,6 +291,7 @@ impl Closures {
                 node.resource_version = resource_version;
                 node.capacity = capacity;
                 node.shown = shown;
+                node.lost = lost;
                 if claim > node.claim {
                     node.claim = claim;
                     self.subscribers.wake(&identity.name);
@@ -304,6 +315,7 @@ impl Closures {
             capacity,
             shown,
             claim,
+            lost,
             here: 0,
             listed: false,
             deleted_meanwhile: HashSet::new(),

@@ -2,6 +2,7 @@
 
 mod check;
 pub(crate) mod crds;
+pub(crate) mod lost;
 pub(crate) mod review;
 #[cfg(test)]
 mod schema;

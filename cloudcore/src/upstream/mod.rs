@@ -136,6 +136,14 @@ impl Upstream {
         }
     }
 
+    /// A Device is shown as unknown although its node's session lives: it is asked to report once more.
+    pub(crate) fn device_hidden(&self, node: &str, uid: &str) {
+        let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
+        if lock(&queue.state).device_hidden(uid) {
+            queue.news.notify_one();
+        }
+    }
+
     /// A pod is gone: what was reported for it is forgotten.
     pub(crate) fn pod_gone(&self, node: &str, uid: &str) {
         if let Some(queue) = lock(&self.queues).get(node) {

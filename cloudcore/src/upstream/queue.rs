@@ -29,7 +29,7 @@ pub(super) struct State {
     node: Allowance,
     /// When the next thing would be due that devices have written, if each came in its time.
     devices: Duration,
-    /// What the edge is to report once more; each at most once, so no more than its pods and itself.
+    /// What the edge is to report once more; each at most once, so no more than its pods, its devices and itself.
     wanted: VecDeque<(ReportKind, String)>,
     /// Reports that came to their end, and why they were refused, if they were: no more than the edge may have on their way at once.
     ended: VecDeque<(u64, String)>,
@@ -176,6 +176,15 @@ impl State {
         let again = !self.expects(ReportKind::NodeStatus, uid) && self.node.take(now);
         if again {
             self.wanted.push_back((ReportKind::NodeStatus, uid.to_owned()));
+        }
+        again
+    }
+
+    /// A device is shown as unknown: has it reported once more. Answers whether it is.
+    pub(super) fn device_hidden(&mut self, uid: &str) -> bool {
+        let again = !self.expects(ReportKind::DeviceStatus, uid);
+        if again {
+            self.wanted.push_back((ReportKind::DeviceStatus, uid.to_owned()));
         }
         again
     }
@@ -360,5 +369,15 @@ mod tests {
         }
         assert!(!state.node_hidden("e", Duration::from_secs(9)));
         assert!(state.node_hidden("e", Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn a_device_that_is_hidden_is_asked_for_once() {
+        let mut state = State::default();
+        assert!(state.device_hidden("d"));
+        assert!(!state.device_hidden("d"), "it is about to be asked for");
+        assert_eq!(state.wanted(), Some((ReportKind::DeviceStatus, "d".to_owned())));
+        state.push(Report { kind: ReportKind::DeviceStatus, ..report(1, "d") });
+        assert!(!state.device_hidden("d"), "it is about to be written");
     }
 }

@@ -55,7 +55,7 @@ impl Sink<DynamicObject> for Devices {
     }
 
     fn apply(&mut self, object: DynamicObject) {
-        there(&self.watches.shared, self.kind, &object, self.list);
+        there(&self.watches, self.kind, &object, self.list);
     }
 
     fn delete(&mut self, object: DynamicObject) {
@@ -84,20 +84,25 @@ impl Sink<DynamicObject> for Devices {
             if found.and_then(|object| object.metadata.uid.as_deref()) != Some(uid) {
                 gone(&watches.shared, kind, key, uid);
             }
-            found.into_iter().for_each(|object| there(&watches.shared, kind, object, list));
+            found.into_iter().for_each(|object| there(watches, kind, object, list));
         };
         let confirm = self.watches.clone().confirm((kind, self.source), unseen, confirming, take);
         supervise::spawn("confirm deletions of devices", confirm);
     }
 }
 
-fn there(shared: &Shared, kind: Kind, object: &DynamicObject, list: u64) {
+fn there(watches: &Watches, kind: Kind, object: &DynamicObject, list: u64) {
+    let shared = &watches.shared;
     if kind == Kind::DeviceModel {
         let input = DeviceInput::model(kind.json(object));
         return shared.closures().model_applied(input, list);
     }
     let input = input(shared, object);
+    let hidden = input.is_unknown().map(|(node, uid)| (node.to_owned(), uid.to_owned()));
     shared.closures().device_applied(input, list);
+    if let Some((node, uid)) = hidden {
+        watches.upstream.device_hidden(&node, &uid);
+    }
 }
 
 fn input(shared: &Shared, device: &DynamicObject) -> DeviceInput {

@@ -21,7 +21,7 @@ pub(crate) use self::stream::follow;
 use crate::apiserver::{Apiserver, Kind, backoff};
 use crate::backend::NodeIdentity;
 use crate::backend_k8s::Shared;
-use crate::closure::{NodeInput, PodInput, Source, sanitise};
+use crate::closure::{self, NodeInput, PodInput, Source, sanitise};
 use crate::kubelet::{Ports, Shown};
 use crate::nodes::autonomy::Autonomy;
 use crate::nodes::{self, EPOCH_ANNOTATION};
@@ -163,8 +163,7 @@ impl Watches {
     }
 
     fn node_there(&self, node: &DynamicObject, listed_with_pods: bool) {
-        let conditions = node.data["status"]["conditions"].as_array();
-        if conditions.into_iter().flatten().any(|one| one["type"] == "Ready" && one["status"] == "Unknown") {
+        if closure::is_lost(&node.data) {
             self.upstream.node_hidden(&node.name_any());
         }
         let mut input = NodeInput::of(Kind::Node.json(node));

@@ -241,3 +241,69 @@ fn a_list_that_lacks_something_says_what() {
     closures.device_applied(DeviceInput::device(device("d", "a", 1, "m"), true), 2);
     assert_eq!(closures.devices_unseen(2), []);
 }
+
+fn lose(closures: &mut Closures, name: &str, ready: &str) {
+    let conditions = json!([{"type": "Ready", "status": ready}]);
+    let node = json!({"metadata": {"name": name, "uid": format!("uid-{name}")}, "status": {"conditions": conditions}});
+    closures.node_applied(NodeInput::of(node));
+}
+
+fn unheard(closures: &Closures) -> Vec<String> {
+    closures.unheard().iter().map(|device| device.key.to_string()).collect()
+}
+
+#[test]
+fn devices_of_a_lost_node_are_named_a_few_at_a_time_until_they_show_it() {
+    let mut closures = ready();
+    listed(&mut closures);
+    for name in ["1", "2", "3"] {
+        apply(&mut closures, device(name, "a", 1, "m"));
+    }
+    let mut silent = device("silent", "a", 1, "m");
+    silent["status"] = Value::Null;
+    apply(&mut closures, silent);
+    apply(&mut closures, device("other", "b", 1, "m"));
+    lose(&mut closures, "a", "False");
+    assert!(closures.unheard().is_empty(), "a node that is not ready is there");
+    let session = closures.open(&identity("a"), 1, 0);
+    lose(&mut closures, "a", "Unknown");
+    assert!(closures.unheard().is_empty(), "its session says more than its condition");
+    closures.close(&session);
+    assert_eq!(unheard(&closures), ["n/1", "n/2"]);
+    for device in closures.unheard() {
+        closures.marked_unheard(&device);
+    }
+    assert_eq!(unheard(&closures), ["n/3"]);
+    assert_eq!(closures.unknown_devices("a"), ["uid-1", "uid-2"]);
+    lose(&mut closures, "a", "True");
+    assert!(closures.unheard().is_empty());
+    // What it reports of one is shown.
+    apply(&mut closures, device("1", "a", 2, "m"));
+    assert_eq!(closures.unknown_devices("a"), ["uid-2"]);
+}
+
+#[test]
+fn a_device_that_no_edge_node_has_any_more_is_named() {
+    let mut closures = ready();
+    listed(&mut closures);
+    for name in ["stays", "moved", "nobodys"] {
+        apply(&mut closures, device(name, "a", 1, "m"));
+    }
+    apply(&mut closures, device("foreign", "worker", 1, "m"));
+    apply(&mut closures, device("moved", "b", 2, "m"));
+    apply(&mut closures, device("nobodys", "", 2, "m"));
+    assert_eq!(unheard(&closures), ["n/nobodys"]);
+    // Something else about it changes.
+    apply(&mut closures, device("nobodys", "", 3, "m"));
+    assert_eq!(unheard(&closures), ["n/nobodys"]);
+    closures.node_removed("a", None);
+    assert_eq!(unheard(&closures), ["n/nobodys", "n/stays"]);
+    for device in closures.unheard() {
+        closures.marked_unheard(&device);
+    }
+    assert!(closures.unheard().is_empty());
+    // Back before it was marked: its node will say.
+    closures.node_removed("b", None);
+    node(&mut closures, "b");
+    assert!(closures.unheard().is_empty());
+}
