@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skerry_proto::device::{DeviceReport, DeviceStatusStatus};
 use skerry_proto::wire::{self, Collection, frame::Body};
+use skerry_tests::paths;
 use skerry_tests::peer::Session;
 use skerry_tests::wait::until;
 
@@ -21,6 +22,10 @@ fn manifests_for_kubeedge_apply_and_what_cannot_be_is_refused_at_once() -> Resul
             world.admin().run(&[&established[..], &[&format!("crd/{name}.devices.kubeedge.io")]].concat())?;
         }
         world.kubectl.apply(SAMPLES)?;
+        for protocol in ["http", "modbus", "mqtt", "opcua", "virtual"] {
+            let example = paths::repository().join(format!("device-mappers/{protocol}/example.yaml"));
+            world.kubectl.run(&["apply", "--dry-run=server", "-f", &example.display().to_string()])?;
+        }
         let table = world.kubectl.run(&["get", "devices"])?;
         for word in ["NODE", "MODEL", "PROTOCOL", "STATE", "boiler-1", "edge-node", "boiler-model", "modbus"] {
             ensure!(table.contains(word), "kubectl get devices does not show {word}:\n{table}");

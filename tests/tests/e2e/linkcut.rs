@@ -6,10 +6,12 @@ use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use rand::RngExt as _;
-use serde_json::json;
+use serde_json::{Value, json};
 use skerry_proto::AUTONOMY_ANNOTATION;
 use skerry_tests::kubectl::{container_ids, is_ready};
 use skerry_tests::manifests::{container, list, sleeper};
+use skerry_tests::mapper;
+use skerry_tests::process::Process;
 use skerry_tests::relay::Flow;
 use skerry_tests::wait::until;
 
@@ -28,9 +30,13 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         world.run_pods(&list(&pods), "app=sleeper", 4)?;
         let before = world.running()?;
 
+        let mapper = gauge(world)?;
         world.relay.cut();
         world.wait_node_lost()?;
         ensure!(world.running()? == before, "the cut touched pods: {before:?} {:?}", world.running());
+        until("the device to be shown as unknown", 90, || {
+            Ok(gauge_state(world)?.iter().all(|state| state == "unknown"))
+        })?;
         world.kubectl.delete("pod", "goes")?;
         world.kubectl.apply(&config("green"))?;
         world.kubectl.apply(&sleeper("comes", &node, false).to_string())?;
@@ -50,6 +56,8 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         })?;
         world.wait_ready("app=sleeper", 4)?;
         world.wait_node_ready()?;
+        until("the device to be shown as it is", 60, || Ok(gauge_state(world)?.iter().all(|state| state == "ok")))?;
+        mapper.kill();
         let mut expected = before;
         expected.remove(&("goes".to_owned(), "main".to_owned()));
         let mut after = world.running()?;
@@ -240,6 +248,33 @@ fn pods_of_an_autonomous_node_are_not_evicted() -> Result<()> {
         world.relay.heal();
         world.wait_node_ready()
     })
+}
+
+/// A device, read, and its mapper.
+fn gauge(world: &World) -> Result<Process> {
+    let mut command = mapper::command(&world.edge, "virtual", &world.dir().join("gauge"))?;
+    let mapper = Process::spawn("the virtual mapper", &mut command, &world.dir().join("mapper-virtual.log"))?;
+    world.kubectl.create(&json!({
+        "apiVersion": "devices.kubeedge.io/v1beta1", "kind": "DeviceModel", "metadata": {"name": "gauge"},
+        "spec": {"protocol": "virtualProtocol", "properties": [{"name": "level", "type": "INT", "accessMode": "ReadWrite"}]},
+    }))?;
+    world.kubectl.create(&json!({
+        "apiVersion": "devices.kubeedge.io/v1beta1", "kind": "Device", "metadata": {"name": "gauge"},
+        "spec": {
+            "deviceModelRef": {"name": "gauge"}, "nodeName": world.edge.name(),
+            "protocol": {"protocolName": "virtualProtocol"}, "properties": [{"name": "level", "reportToCloud": true}],
+        },
+    }))?;
+    until("the device to be shown as it is", 60, || Ok(gauge_state(world)?.iter().all(|state| state == "ok")))?;
+    Ok(mapper)
+}
+
+/// What Device and DeviceStatus say of it.
+fn gauge_state(world: &World) -> Result<[Value; 2]> {
+    let of = |kind| -> Result<Value> {
+        Ok(world.kubectl.find(kind, "gauge")?.unwrap_or_default()["status"]["state"].clone())
+    };
+    Ok([of("device")?, of("devicestatus")?])
 }
 
 fn config(colour: &str) -> String {

@@ -13,6 +13,7 @@ mod hostile;
 mod join;
 mod linkcut;
 mod modbus;
+mod mqtt;
 mod nodedelete;
 mod ops;
 mod powercycle;
