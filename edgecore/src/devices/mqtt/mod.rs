@@ -56,6 +56,9 @@ mod topic;
 /// Name of the file of passwords in the data directory, in the format of `mosquitto_passwd`.
 pub const PASSWORDS: &str = "mqtt-passwd";
 
+/// How often a broker is looked for that nobody needs yet.
+const NO_DEVICES: Duration = Duration::from_secs(60);
+
 /// What the module is given.
 #[derive(Clone, Debug)]
 pub struct Parts {
@@ -140,10 +143,21 @@ async fn serve(parts: Parts, mut broker: Broker) {
         }
         tokio::select! {
             () = shutdown.cancelled() => break,
-            () = tokio::time::sleep(backoff.wait()) => {}
+            () = pause(&devices, backoff.wait()) => {}
         }
     }
     broker.end().await;
+}
+
+/// Waits before the next try: without devices until there is one, for a box that never has any is not to be woken for them.
+async fn pause(devices: &Devices, wait: Duration) {
+    let mut changes = devices.subscribe();
+    let has_devices = devices.lock().len() > 0;
+    if has_devices {
+        tokio::time::sleep(wait).await;
+    } else {
+        drop(tokio::time::timeout(NO_DEVICES, changes.recv()).await);
+    }
 }
 
 impl Devices {
