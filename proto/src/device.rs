@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-pub use self::stamp::{AHEAD, stamp};
+pub use self::stamp::{AHEAD, NANOSECONDS, cycle, stamp};
 pub use self::value::{Domain, MAX_VALUE, Unfit};
 
 mod stamp;

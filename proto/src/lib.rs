@@ -13,9 +13,9 @@ mod dictionary;
 pub mod frame;
 #[cfg(test)]
 mod fuzz;
+pub mod mqtt;
 pub mod mux;
 pub mod ops;
-pub mod mqtt;
 pub mod payload;
 #[cfg(feature = "streams")]
 pub mod streams;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use skerry_proto::device::AccessMode;
+use skerry_proto::device::{AccessMode, NANOSECONDS};
 use skerry_proto::dmi;
 use tracing::warn;
 
@@ -15,8 +15,6 @@ use crate::value::Kind;
 const DEFAULT_CYCLE: Duration = Duration::from_secs(1);
 /// Bounds of a cycle; what is outside is clamped.
 const CYCLES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(86_400));
-/// Milliseconds from which on a cycle is taken for nanoseconds, as KubeEdge's older manifests have it: eleven days.
-const NANOSECONDS: i64 = 1_000_000_000;
 /// How often at least an unchanged value is reported, of a property that states no report cycle.
 const DEFAULT_REPORT: Duration = Duration::from_secs(60);
 
@@ -144,15 +142,10 @@ fn desired(twin: &dmi::TwinProperty) -> Option<Desired> {
 }
 
 fn cycle(property: &str, stated: i64) -> Option<Duration> {
-    let stated = match stated {
-        ..=0 => return None,
-        NANOSECONDS.. => {
-            warn!(property, cycle = stated, "a cycle of more than eleven days is taken for nanoseconds");
-            stated / 1_000_000
-        }
-        _ => stated,
-    };
-    let cycle = Duration::from_millis(u64::try_from(stated).unwrap_or(0));
+    let cycle = skerry_proto::device::cycle(stated)?;
+    if stated >= NANOSECONDS {
+        warn!(property, cycle = stated, "a cycle of more than eleven days is taken for nanoseconds");
+    }
     if cycle < CYCLES.0 || cycle > CYCLES.1 {
         warn!(property, ?cycle, least = ?CYCLES.0, most = ?CYCLES.1, "the cycle is clamped");
     }

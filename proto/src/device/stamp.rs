@@ -1,4 +1,6 @@
-//! When a value was sampled: one rule for mappers, which hear sources, and for edgecore, which hears mappers.
+//! When a value was sampled, and how often: one rule for mappers, which hear sources, and for edgecore, which hears mappers.
+
+use std::time::Duration;
 
 /// When a sample was taken, and whether that had to be corrected.
 ///
@@ -20,6 +22,16 @@ pub fn stamp(source: Option<i64>, now: i64, last: i64) -> (i64, bool) {
 /// How far a source's clock may be ahead of ours, milliseconds.
 pub const AHEAD: i64 = 60_000;
 
+/// A cycle of so many milliseconds or more, eleven days, is one of nanoseconds, which older manifests of KubeEdge's have.
+pub const NANOSECONDS: i64 = 1_000_000_000;
+
+/// `collectCycle` and `reportCycle` of a Device; `None` if it does not say.
+#[must_use]
+pub fn cycle(stated: i64) -> Option<Duration> {
+    let nanoseconds = if stated < NANOSECONDS { stated.checked_mul(1_000_000)? } else { stated };
+    u64::try_from(nanoseconds).ok().filter(|cycle| *cycle > 0).map(Duration::from_nanos)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -33,6 +45,13 @@ mod tests {
         assert_eq!(stamp(Some(9_000_000), 1_000_000, 0), (1_000_000, true), "from the future");
         assert_eq!(stamp(Some(990_000), 1_000_000, 995_000), (995_000, true), "before the previous one");
         assert_eq!(stamp(None, 1_000_000, 9_000_000), (1_000_000, true), "this machine's clock was set back");
+    }
+
+    #[test]
+    fn cycles_are_milliseconds_and_of_older_manifests_nanoseconds() {
+        let cycles = [i64::MIN, -5, 0, 500, 10_000_000_000, i64::MAX].map(cycle);
+        let [years, ten] = [Duration::from_nanos(i64::MAX as u64), Duration::from_secs(10)];
+        assert_eq!(cycles, [None, None, None, Some(Duration::from_millis(500)), Some(ten), Some(years)]);
     }
 
     proptest! {

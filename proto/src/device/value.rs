@@ -70,8 +70,12 @@ impl Domain {
                 self.check_bounds(number)
             }
             PropertyType::Float | PropertyType::Double => {
-                let number = value.parse::<f64>().ok().filter(|number| self.kind.holds(*number));
-                self.check_bounds(number.ok_or_else(|| wrong(self.kind.number()))?)
+                let number = value.parse::<f64>().ok().filter(|number| number.is_finite());
+                let number = number.ok_or_else(|| wrong("a number"))?;
+                if !self.kind.holds(number) {
+                    return Err(wrong("a number of 32 bits"));
+                }
+                self.check_bounds(number)
             }
             PropertyType::Boolean if value == "true" || value == "false" => Ok(()),
             PropertyType::Boolean => Err(wrong("true or false")),
@@ -106,13 +110,6 @@ impl PropertyType {
         match self {
             Self::Float => (number as f32).is_finite(),
             _ => number.is_finite(),
-        }
-    }
-
-    fn number(self) -> &'static str {
-        match self {
-            Self::Float => "a number of 32 bits",
-            _ => "a number",
         }
     }
 }

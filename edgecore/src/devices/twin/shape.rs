@@ -4,12 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use skerry_proto::device::{AccessMode, DeviceModelSpec, DeviceSpec, Domain, Unfit};
+use skerry_proto::device::{AccessMode, DeviceModelSpec, DeviceSpec, Domain, Unfit, cycle};
 
 /// Between reports of a property to the cloud, unless the Device says otherwise.
 const REPORT_CYCLE: Duration = Duration::from_secs(60);
 /// No property is reported more often.
 const SHORTEST_CYCLE: Duration = Duration::from_secs(1);
+/// A property of which nothing is heard for so many reads, and for so many of the cycles in which mappers say again what has not changed, is
+/// not read any more.
+const MISSED_READS: u32 = 3;
+/// See [`MISSED_READS`].
+const MISSED_REPORTS: u32 = 2;
 /// Key of a property's `visitors.configData`: how much a number must change to be reported to the cloud.
 const DEAD_BAND: &str = "reportDeadBand";
 
@@ -33,8 +38,8 @@ pub(crate) struct Property {
     /// Whether its values go into the DeviceStatus, and how long after the one before.
     pub(super) report: Option<Duration>,
     pub(super) dead_band: f64,
-    /// How long after a read the next is due.
-    pub(super) collect: Duration,
+    /// After so long without a word of it something is wrong.
+    pub(super) silence: Duration,
 }
 
 impl Shape {
@@ -46,10 +51,8 @@ impl Shape {
                 strangers.push(of.name.as_str().into());
                 continue;
             };
-            let cycle = |millis: i64, default| match u64::try_from(millis) {
-                Ok(millis @ 1..) => Duration::from_millis(millis),
-                _ => default,
-            };
+            let report = cycle(of.report_cycle).unwrap_or(REPORT_CYCLE);
+            let collect = cycle(of.collect_cycle).unwrap_or(SHORTEST_CYCLE);
             let band =
                 of.visitors.as_ref().and_then(|visitors| visitors.config_data.as_ref()?.get(DEAD_BAND)?.as_f64());
             properties.push(Property {
@@ -57,9 +60,9 @@ impl Shape {
                 domain: Domain::of(base),
                 access: base.access_mode,
                 unit: base.unit.as_str().into(),
-                report: of.report_to_cloud.then(|| cycle(of.report_cycle, REPORT_CYCLE).max(SHORTEST_CYCLE)),
+                report: of.report_to_cloud.then(|| report.max(SHORTEST_CYCLE)),
                 dead_band: band.filter(|band| *band > 0.0).unwrap_or(0.0),
-                collect: cycle(of.collect_cycle, SHORTEST_CYCLE),
+                silence: (collect * MISSED_READS).max(report * MISSED_REPORTS),
             });
         }
         Self {

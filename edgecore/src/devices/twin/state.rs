@@ -13,9 +13,7 @@ use super::{Device, MAX_VALUES, MapperId, Now, Refused, Twins};
 
 /// A state that changes more often than this is shown only when it has stayed.
 const DAMPED: Duration = Duration::from_secs(10);
-/// A device of which nothing is heard for so many reads, and at least [`SILENT`], is in a state that nobody knows.
-const MISSED: u32 = 3;
-/// See [`MISSED`].
+/// A device of which nothing is heard for so long, or longer where its properties may be silent for longer, is in a state that nobody knows.
 const SILENT: Duration = Duration::from_secs(60);
 /// How long a device's mapper may be away before nobody knows its state.
 const ORPHANED: Duration = Duration::from_secs(5);
@@ -122,8 +120,8 @@ pub(super) struct Active {
     /// As it is known.
     known: State,
     shown_at: Option<Duration>,
-    /// Whether its mapper says states, so that a value alone says none.
-    spoken: bool,
+    /// The state that its mapper said last: where it says any, a value alone says none.
+    spoken: Option<State>,
     heard: Duration,
     /// Whether it was no mapper's when it was heard: it speaks for itself.
     by_itself: bool,
@@ -143,7 +141,7 @@ impl Active {
             state: State::Unknown,
             known: State::Unknown,
             shown_at: None,
-            spoken: false,
+            spoken: None,
             heard: now.mono,
             by_itself: false,
             last_seen: now.wall,
@@ -279,8 +277,8 @@ impl Twins {
         self.bytes = MAX_VALUES.saturating_sub(room);
         let taken = said.len() as u64;
         (active.heard, active.last_seen, active.by_itself) = (now.mono, now.wall, owner.is_none());
-        if !active.spoken || active.known == State::Unknown {
-            active.known = State::Online;
+        if active.spoken.is_none() || active.known == State::Unknown {
+            active.known = active.spoken.filter(|said| said.is_up()).unwrap_or(State::Online);
         }
         if active.known.is_up() {
             active.last_online = now.wall;
@@ -317,7 +315,7 @@ impl Twins {
         let Some(shape) = device.shape.clone() else { return Err(Refused::NoDevice) };
         let by_itself = device.owner.is_none();
         let active = device.active.get_or_insert_with(|| Box::new(Active::new(&shape, now)));
-        (active.known, active.spoken, active.heard, active.by_itself) = (state, true, now.mono, by_itself);
+        (active.known, active.spoken, active.heard, active.by_itself) = (state, Some(state), now.mono, by_itself);
         active.last_seen = now.wall;
         if state.is_up() {
             active.last_online = now.wall;
@@ -388,11 +386,9 @@ impl Twins {
             };
             let Some(device) = self.get_mut(slot) else { continue };
             let (Some(active), Some(shape)) = (&mut device.active, &device.shape) else { continue };
-            let pace = shape.properties.iter().map(|property| property.collect).max().unwrap_or_default();
+            let silence = shape.properties.iter().map(|property| property.silence).max().unwrap_or_default();
             let silent = now.mono.saturating_sub(active.heard);
-            if active.known != State::Unknown
-                && (silent > SILENT.max(pace * MISSED) || (orphaned && silent >= ORPHANED))
-            {
+            if active.known != State::Unknown && (silent > SILENT.max(silence) || (orphaned && silent >= ORPHANED)) {
                 active.known = State::Unknown;
             }
             if active.known != active.state {

@@ -564,10 +564,14 @@ fn a_state_is_shown_at_once_and_one_that_flaps_when_it_stays() {
     assert_eq!(state(&mut twins, START.after(32)), State::Online);
     assert_eq!(state(&mut twins, START.after(40)), State::Unknown);
     twins.connected(id, true, START.after(41));
-    twins.report_state("ns/d", None, "online", START.after(60)).unwrap();
-    assert_eq!(state(&mut twins, START.after(119)), State::Online);
-    assert_eq!(state(&mut twins, START.after(121)), State::Unknown);
+    twins.report_state("ns/d", None, "ok", START.after(60)).unwrap();
+    // What has not changed is said again once in a report cycle of a minute.
+    assert_eq!(state(&mut twins, START.after(179)), State::Ok);
+    assert_eq!(state(&mut twins, START.after(181)), State::Unknown);
     assert_eq!(twins.twin("ns/d", START).unwrap().last_seen, Some(START.after(60).wall));
+    // A value shows that it is as it was said to be.
+    twins.report_values("ns/d", None, &values(&[("t", "1")]), START.after(200)).unwrap();
+    assert_eq!(state(&mut twins, START.after(200)), State::Ok);
 }
 
 #[test]
