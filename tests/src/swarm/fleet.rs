@@ -13,9 +13,9 @@ use rustls::ClientConfig;
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::api::{Api, Connection};
 use super::node::{Node, Seen};
 use super::{Answer, Command, PODS, SHARED, Status, join, objects};
+use crate::api::{Api, CORE, Connection};
 
 /// Joins at once: cloudcore takes 64.
 const JOINS: usize = 24;
@@ -101,7 +101,7 @@ impl Fleet {
 
     async fn populate(&self) -> Result<()> {
         let api = Api::of(&self.options.kubeconfig)?;
-        api.connect().await?.create("configmaps", &objects::config_map(SHARED, 0)).await?;
+        api.connect().await?.create(&format!("{CORE}/configmaps"), &objects::config_map(SHARED, 0)).await?;
         let nodes = self.options.nodes;
         let writers = (0..WRITERS).map(|writer| {
             let api = &api;
@@ -119,7 +119,7 @@ impl Fleet {
     async fn touch(&mut self) -> Result<()> {
         self.round += 1;
         let data = json!({"data": objects::config_map(SHARED, self.round)["data"]});
-        Api::of(&self.options.kubeconfig)?.connect().await?.merge("configmaps", SHARED, &data).await
+        Api::of(&self.options.kubeconfig)?.connect().await?.merge(&format!("{CORE}/configmaps/{SHARED}"), &data).await
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "as the other commands")]
@@ -159,11 +159,11 @@ impl Fleet {
 }
 
 async fn populate_one(connection: &mut Connection, name: &str) -> Result<()> {
-    connection.create("configmaps", &objects::config_map(name, 0)).await?;
-    connection.create("secrets", &objects::secret(name)).await?;
+    connection.create(&format!("{CORE}/configmaps"), &objects::config_map(name, 0)).await?;
+    connection.create(&format!("{CORE}/secrets"), &objects::secret(name)).await?;
     for number in 0..PODS {
         connection
-            .create("pods", &objects::pod(name, number))
+            .create(&format!("{CORE}/pods"), &objects::pod(name, number))
             .await
             .with_context(|| format!("pod {number} of {name}"))?;
     }

@@ -9,8 +9,8 @@ use rcgen::{CertificateParams, KeyPair};
 use rustls::ClientConfig;
 use skerry_proto::payload::{JoinRequest, JoinResponse};
 
-use super::api::client_config;
 use super::objects;
+use crate::api::client_config;
 use crate::peer;
 
 /// Joins as node number `index`; what its sessions are opened with.

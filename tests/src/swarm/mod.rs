@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use self::fleet::{Fleet, Options};
 
-mod api;
 mod fleet;
 mod join;
 mod node;

@@ -18,6 +18,7 @@ use crate::agents::Bench;
 
 mod agents;
 mod control;
+mod devices;
 mod figures;
 mod link;
 mod ops;
@@ -35,6 +36,8 @@ pub(crate) enum Group {
     Link,
     /// What kubectl and monitoring see of a node.
     Ops,
+    /// What devices cost a node, and how fast they are reached.
+    Devices,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -56,6 +59,8 @@ struct Arguments {
     /// For how long `link` listens to an idle node.
     #[arg(long, default_value_t = 600)]
     idle_seconds: u64,
+    #[command(flatten)]
+    devices: devices::Options,
 }
 
 fn main() -> Result<()> {
@@ -75,6 +80,7 @@ fn main() -> Result<()> {
     match arguments.group {
         Some(Group::Scale) => return scale::run(run.path(), arguments.nodes),
         Some(Group::Link) => return link::run(run.path(), Duration::from_secs(arguments.idle_seconds)),
+        Some(Group::Devices) => return devices::run(run.path(), &arguments.devices),
         Some(Group::Weight | Group::Pods | Group::Ops) | None => {}
     }
     eprintln!("starting a control plane");

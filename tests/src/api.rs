@@ -19,18 +19,21 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
+/// The core group, in the namespace `default`.
+pub const CORE: &str = "/api/v1/namespaces/default";
+
 /// Where the apiserver is and who we are.
-pub(super) struct Api {
+pub struct Api {
     address: SocketAddr,
     connector: TlsConnector,
 }
 
 /// A connection to it.
-pub(super) struct Connection(SendRequest<Full<Bytes>>);
+pub struct Connection(SendRequest<Full<Bytes>>);
 
 impl Api {
     /// From a kubeconfig of the harness's own, which is JSON and names files.
-    pub(super) fn of(kubeconfig: &Path) -> Result<Self> {
+    pub fn of(kubeconfig: &Path) -> Result<Self> {
         let config: Value = serde_json::from_slice(&std::fs::read(kubeconfig)?).context("not a kubeconfig of ours")?;
         let cluster = &config["clusters"][0]["cluster"];
         let server = cluster["server"].as_str().context("no server")?;
@@ -44,7 +47,8 @@ impl Api {
         Ok(Self { address, connector })
     }
 
-    pub(super) async fn connect(&self) -> Result<Connection> {
+    /// Connects once.
+    pub async fn connect(&self) -> Result<Connection> {
         let stream = TcpStream::connect(self.address).await?;
         stream.set_nodelay(true)?;
         let stream = self.connector.connect(ServerName::IpAddress(self.address.ip().into()), stream).await?;
@@ -55,16 +59,14 @@ impl Api {
 }
 
 impl Connection {
-    /// Creates an object in the namespace `default`.
-    pub(super) async fn create(&mut self, plural: &str, object: &Value) -> Result<()> {
-        let path = format!("/api/v1/namespaces/default/{plural}");
-        self.send(Method::POST, &path, "application/json", object).await
+    /// Creates an object in a collection, given by its path.
+    pub async fn create(&mut self, collection: &str, object: &Value) -> Result<()> {
+        self.send(Method::POST, collection, "application/json", object).await
     }
 
-    /// Changes one.
-    pub(super) async fn merge(&mut self, plural: &str, name: &str, patch: &Value) -> Result<()> {
-        let path = format!("/api/v1/namespaces/default/{plural}/{name}");
-        self.send(Method::PATCH, &path, "application/merge-patch+json", patch).await
+    /// Changes one, given by its path.
+    pub async fn merge(&mut self, path: &str, patch: &Value) -> Result<()> {
+        self.send(Method::PATCH, path, "application/merge-patch+json", patch).await
     }
 
     async fn send(&mut self, method: Method, path: &str, kind: &str, body: &Value) -> Result<()> {
@@ -86,7 +88,7 @@ impl Connection {
 }
 
 /// A client that trusts one CA and shows one certificate; all PEM.
-pub(super) fn client_config(ca: &[u8], certificate: &[u8], key: &[u8]) -> Result<ClientConfig> {
+pub(crate) fn client_config(ca: &[u8], certificate: &[u8], key: &[u8]) -> Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     for root in CertificateDer::pem_slice_iter(ca) {
         roots.add(root?)?;
