@@ -96,7 +96,7 @@ struct Bed {
     relay: Relay,
     cloud: Cloudcore,
     _runtime: Runtime,
-    _control: ControlPlane,
+    control: ControlPlane,
 }
 
 impl Bed {
@@ -134,7 +134,7 @@ impl Bed {
             relay,
             cloud,
             _runtime: runtime,
-            _control: control,
+            control,
         })
     }
 
@@ -162,13 +162,16 @@ impl Bed {
         self.edge.pid().context("edgecore does not run")
     }
 
-    /// What cloudcore has asked the apiserver to write so far.
+    /// What was written about devices so far, as the apiserver counts it: without what it refused.
     fn writes(&self) -> Result<f64> {
-        let (_, text) = self.cloud.admin("/metrics")?;
-        let requests = text.lines().filter(|line| line.starts_with("skerry_apiserver_requests_total{"));
-        let writes =
-            requests.filter(|line| !["\"get\"", "\"list\"", "\"watch\""].iter().any(|verb| line.contains(verb)));
-        Ok(writes.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        let text = self.kubectl.run(&["get", "--raw", "/metrics"])?;
+        let requests = text.lines().filter(|line| {
+            line.starts_with("apiserver_request_total{")
+                && line.contains("group=\"devices.kubeedge.io\"")
+                && line.contains("code=\"2")
+                && ["POST", "PUT", "PATCH", "DELETE"].iter().any(|verb| line.contains(&format!("verb=\"{verb}\"")))
+        });
+        Ok(requests.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 }
 
