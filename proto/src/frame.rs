@@ -10,7 +10,7 @@ use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_f
 use crate::sync::{MAX_FRAME, MAX_INVENTORY};
 use crate::wire::Frame;
 
-/// The most fields that what a frame holds may have: an inventory's rows are most of them.
+/// The most fields that what a frame holds may have: an inventory's rows are most of them. A larger inventory comes in several frames.
 const MAX_FIELDS: usize = MAX_INVENTORY + 64;
 
 /// Why bytes are no frame.

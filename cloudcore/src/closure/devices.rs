@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use serde_json::Value;
-use skerry_proto::sync::{Collection, Object};
+use skerry_proto::sync::{Collection, MAX_DEVICES, MAX_DEVICES_BYTES, Object};
 use tokio::sync::Notify;
 use tracing::warn;
 
@@ -18,8 +18,8 @@ pub(crate) mod lost;
 #[cfg(test)]
 mod tests;
 
-/// Devices that one node gets; what is said for them fits into one inventory. More are left out, and their Device says so.
-pub(crate) const MOST: usize = 5_000;
+/// Devices that one node gets; more, or more than [`MAX_DEVICES_BYTES`] of names, are left out, and an event on each says so. Few in tests.
+pub(crate) const MOST: usize = if cfg!(test) { 500 } else { MAX_DEVICES };
 
 /// A Device or DeviceModel of the apiserver's.
 #[derive(Clone, Debug)]
@@ -160,6 +160,8 @@ struct OnNode {
     missing: usize,
     held: usize,
     left_out: usize,
+    /// Bytes of keys and UIDs of those that are held.
+    names: usize,
 }
 
 #[derive(Debug)]
@@ -170,6 +172,10 @@ struct Model {
 }
 
 impl OnNode {
+    fn is_full(&self, key: &str, uid: &str) -> bool {
+        self.held >= MOST || self.names + key.len() + uid.len() > MAX_DEVICES_BYTES
+    }
+
     fn count(&mut self, place: &Place) -> Option<&mut usize> {
         match place {
             Place::Elsewhere => None,
@@ -185,6 +191,9 @@ impl Devices {
         let on = self.nodes.entry(device.node.clone()).or_default();
         on.keys.insert(key.clone());
         on.count(&device.place).into_iter().for_each(|count| *count += 1);
+        if matches!(device.place, Place::Held(_)) {
+            on.names += key.len() + device.uid.len();
+        }
         if matches!(device.place, Place::Missing) {
             self.fetch.push_back(key.clone());
             self.fetch_wake.notify_one();
@@ -200,6 +209,9 @@ impl Devices {
         if let Some(on) = self.nodes.get_mut(&device.node) {
             on.keys.remove(&key);
             on.count(&device.place).into_iter().for_each(|count| *count -= 1);
+            if matches!(device.place, Place::Held(_)) {
+                on.names -= key.len() + device.uid.len();
+            }
             if on.keys.is_empty() {
                 self.nodes.remove(&device.node);
             }
@@ -305,7 +317,7 @@ impl Closures {
         let place = match object {
             _ if !is_ours => Place::Elsewhere,
             None => Place::Missing,
-            Some(_) if self.devices.nodes.get(&name).is_some_and(|on| on.held >= MOST) => Place::LeftOut,
+            Some(_) if self.devices.nodes.get(&name).is_some_and(|on| on.is_full(&key, &uid)) => Place::LeftOut,
             Some(object) => {
                 let object = objects::succeeding(object, was.as_ref().map(|was| &was.object));
                 let model = model.map(|model| (Collection::DeviceModels, model));

@@ -36,7 +36,9 @@ pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
 
 fn problem(review: &Review) -> (&'static str, Option<String>) {
     let Some(device) = &review.device else {
-        let problem = format!("its node has {MOST} devices already: it does not get this one before another goes");
+        let problem = format!(
+            "its node has {MOST} devices already, or as many bytes of their names: it does not get this one before another goes"
+        );
         return ("TooManyDevices", Some(problem));
     };
     let problem = match spec::<DeviceSpec>(device) {

@@ -15,7 +15,7 @@ use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_STREAMS, Mux, 
 use crate::payload::{JoinRequest, JoinResponse, NodeReport, PodReport, Refusal, Settings, Token};
 use crate::sync::{
     Collection, Edge, EdgeInput, EdgeOutput, Encoding, Entry, Hub, HubInput, HubOutput, MAX_FRAME, MAX_INVENTORY,
-    MAX_INVENTORY_BYTES, MAX_OBJECT, MAX_REPORT, Op, REPORT_WINDOW, decode,
+    MAX_OBJECT, MAX_REPORT, Op, REPORT_WINDOW, decode, max_inventory,
 };
 use crate::token::JoinToken;
 use crate::wire::{self, Frame, frame::Body};
@@ -58,10 +58,11 @@ pub(super) fn hub(heard: &[Vec<u8>]) {
                     assert!(report.payload.len() <= MAX_REPORT);
                     assert!(reports.insert(report.id) && reports.len() <= REPORT_WINDOW);
                 }
-                HubOutput::Inventory(_, rows) => {
+                HubOutput::Inventory(collection, rows) => {
+                    let (count, bytes) = max_inventory(collection);
                     let names = |row: &Entry| row.key.len() + row.uid.len();
-                    assert!(rows.len() <= MAX_INVENTORY + 10);
-                    assert!(rows.iter().map(names).sum::<usize>() <= MAX_INVENTORY_BYTES + 1000);
+                    assert!(rows.len() <= count + 10);
+                    assert!(rows.iter().map(names).sum::<usize>() <= bytes + 1000);
                 }
                 HubOutput::InSync => {}
                 HubOutput::Close(_) => {

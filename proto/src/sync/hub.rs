@@ -14,8 +14,8 @@ use prost::Message as _;
 use self::held::{Desired, Held, Knowledge};
 use super::revisions::Freshness;
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_INVENTORY, MAX_INVENTORY_BYTES, MAX_NAME, MAX_REPORT, Object, PROTOCOL,
-    REPORT_WINDOW, Report, decode, decoded_size, rank,
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_NAME, MAX_REPORT, Object, PROTOCOL, REPORT_WINDOW, Report, decode,
+    decoded_size, max_inventory, rank,
 };
 use crate::dictionary;
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
@@ -406,11 +406,12 @@ impl Hub {
             return Err(format!("an inventory with a name of more than {MAX_NAME} bytes"));
         }
         parts.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
-        if parts.len() > MAX_INVENTORY {
-            return Err(format!("an inventory of more than {MAX_INVENTORY} rows"));
+        let (rows, bytes) = max_inventory(collection);
+        if parts.len() > rows {
+            return Err(format!("an inventory of more than {rows} rows"));
         }
-        if parts.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>() > MAX_INVENTORY_BYTES {
-            return Err(format!("an inventory with more than {MAX_INVENTORY_BYTES} bytes of names"));
+        if parts.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>() > bytes {
+            return Err(format!("an inventory with more than {bytes} bytes of names"));
         }
         if !part.last {
             held.knowledge = Knowledge::Asked(parts);

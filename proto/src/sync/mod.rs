@@ -57,10 +57,15 @@ pub const MAX_OBJECT: usize = 10 << 20;
 pub const REPORT_WINDOW: usize = 16;
 /// The largest report after decompression, in bytes: what etcd takes, and room for how JSON says it. A hub refuses a larger one for good.
 pub const MAX_REPORT: usize = 2 << 20;
-/// The most rows a hub accepts in one inventory: far above what a node can hold.
+/// The most rows a hub accepts in one inventory of anything but devices: far above what a node can hold.
 pub const MAX_INVENTORY: usize = 10_000;
-/// The most bytes of keys and UIDs that a hub accepts in one inventory: so much it remembers of what a node says it holds.
+/// The most bytes of keys and UIDs that a hub accepts in one inventory of anything but devices: so much it remembers of what a node says it
+/// holds.
 pub const MAX_INVENTORY_BYTES: usize = 1 << 20;
+/// The most devices that a hub may want an edge to hold.
+pub const MAX_DEVICES: usize = 50_000;
+/// The most bytes of keys and UIDs that they may have together.
+pub const MAX_DEVICES_BYTES: usize = MAX_DEVICES * 128;
 /// The longest key or UID either side accepts, in bytes: namespace, name, a service account and an audience.
 const MAX_NAME: usize = 1024;
 /// Rows in one inventory frame.
@@ -175,6 +180,15 @@ pub fn is_coalesced(kind: ReportKind) -> bool {
     match kind {
         ReportKind::PodStatus | ReportKind::NodeStatus | ReportKind::DeviceStatus => true,
         ReportKind::Event | ReportKind::Unspecified => false,
+    }
+}
+
+/// The most rows, and bytes of keys and UIDs, that a hub accepts in one inventory. Of devices it is twice what an edge may be wanted to hold:
+/// when others take their place, they are sent first, and a session may end in between.
+pub const fn max_inventory(collection: Collection) -> (usize, usize) {
+    match collection {
+        Collection::Devices => (2 * MAX_DEVICES, 2 * MAX_DEVICES_BYTES),
+        _ => (MAX_INVENTORY, MAX_INVENTORY_BYTES),
     }
 }
 
