@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 /// What the history of one property may take, in bytes; a longer value is not kept in it. About 40 numbers.
-pub(crate) const HISTORY: usize = 512;
+pub(crate) const HISTORY: usize = 256;
 /// Of what a mapper adds to a value, in bytes, names and all; more is left out.
 const MAX_EXTRA: usize = 1 << 10;
 
@@ -46,43 +46,78 @@ pub(super) fn extras<'a>(metadata: impl Iterator<Item = (&'a String, &'a String)
     (!extras.is_empty()).then(|| extras.into())
 }
 
-/// The last values of a property: a ring of records, each its time, its length and its bytes.
+/// The last values of a property: a ring of records, each the time since the one before, its length, both as varints, and its bytes. With
+/// whole times it would be twice as large for the same number of values.
 #[derive(Debug, Default)]
-pub(super) struct History(VecDeque<u8>);
+pub(super) struct History {
+    ring: VecDeque<u8>,
+    /// What the time of the oldest counts from.
+    origin: i64,
+    /// Of the newest.
+    newest: i64,
+}
 
-/// Time and length.
-const RECORD: usize = 8 + 2;
+/// Time and length, at most: ten bytes and two.
+const RECORD: usize = 10 + 2;
 
 impl History {
     /// Adds a value; the oldest go for it.
     pub(super) fn push(&mut self, at: i64, text: &str) {
-        let Ok(length) = u16::try_from(text.len()) else { return };
+        let mut head = [0; RECORD];
+        let mut length = 0;
         if RECORD + text.len() > HISTORY {
             return;
         }
-        while self.0.len() + RECORD + text.len() > HISTORY {
-            let Some(length) = self.length_at(0) else { break };
-            self.0.drain(..(RECORD + length).min(self.0.len()));
+        // Clocks go back too.
+        let since = at.wrapping_sub(self.newest);
+        for mut number in [((since << 1) ^ (since >> 63)).cast_unsigned(), text.len() as u64] {
+            loop {
+                let byte = number.to_le_bytes()[0] & 0x7f;
+                number >>= 7;
+                head[length] = byte | if number > 0 { 0x80 } else { 0 };
+                length += 1;
+                if number == 0 {
+                    break;
+                }
+            }
         }
-        self.0.extend(at.to_le_bytes());
-        self.0.extend(length.to_le_bytes());
-        self.0.extend(text.as_bytes());
+        while self.ring.len() + length + text.len() > HISTORY {
+            let Some((at, _, to)) = self.record(0, self.origin) else { break };
+            self.origin = at;
+            self.ring.drain(..to);
+        }
+        self.ring.extend(&head[..length]);
+        self.ring.extend(text.as_bytes());
+        self.newest = at;
     }
 
-    fn length_at(&self, at: usize) -> Option<usize> {
-        Some(usize::from(u16::from_le_bytes([*self.0.get(at + 8)?, *self.0.get(at + 9)?])))
+    /// The record at a place: its time, counted from that of the one before, and where its text begins and ends.
+    fn record(&self, at: usize, before: i64) -> Option<(i64, usize, usize)> {
+        let (since, at) = self.varint(at)?;
+        let (length, at) = self.varint(at)?;
+        let since = (since >> 1).cast_signed() ^ -(since & 1).cast_signed();
+        Some((before.wrapping_add(since), at, (at + usize::try_from(length).ok()?).min(self.ring.len())))
+    }
+
+    fn varint(&self, mut at: usize) -> Option<(u64, usize)> {
+        let (mut number, mut shift) = (0, 0);
+        loop {
+            let byte = *self.ring.get(at)?;
+            number |= u64::from(byte & 0x7f) << shift;
+            (at, shift) = (at + 1, shift + 7);
+            if byte & 0x80 == 0 || shift > 63 {
+                return Some((number, at));
+            }
+        }
     }
 
     /// From the oldest to the newest.
     pub(super) fn read(&self) -> Vec<(i64, String)> {
-        let (mut at, mut samples) = (0, Vec::new());
-        while let Some(length) = self.length_at(at) {
-            let mut time = [0; 8];
-            time.iter_mut().zip(self.0.range(at..at + 8)).for_each(|(to, byte)| *to = *byte);
-            at += RECORD;
-            let text: Vec<u8> = self.0.range(at..(at + length).min(self.0.len())).copied().collect();
-            samples.push((i64::from_le_bytes(time), String::from_utf8_lossy(&text).into_owned()));
-            at += length;
+        let (mut place, mut time, mut samples) = (0, self.origin, Vec::new());
+        while let Some((at, from, to)) = self.record(place, time) {
+            let text: Vec<u8> = self.ring.range(from..to).copied().collect();
+            samples.push((at, String::from_utf8_lossy(&text).into_owned()));
+            (place, time) = (to, at);
         }
         samples
     }
@@ -96,13 +131,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_history_is_the_end_of_what_was_said_and_bounded(texts in proptest::collection::vec(".{0,40}", 0..60)) {
+        fn a_history_is_the_end_of_what_was_said_and_bounded(step: i64, texts in proptest::collection::vec(".{0,20}", 0..60)) {
             let mut history = History::default();
             let mut all = Vec::new();
-            for (at, text) in (0..).zip(&texts) {
+            for (number, text) in (0_i64..).zip(&texts) {
+                let at = number.wrapping_mul(step);
                 history.push(at, text);
                 all.push((at, text.clone()));
-                prop_assert!(history.0.len() <= HISTORY);
+                prop_assert!(history.ring.len() <= HISTORY);
             }
             let kept = history.read();
             prop_assert_eq!(&all[all.len() - kept.len()..], &kept[..]);
