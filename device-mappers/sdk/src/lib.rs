@@ -15,6 +15,7 @@ pub mod counters;
 mod device;
 mod directory;
 pub mod driver;
+mod footprint;
 pub mod health;
 pub mod net;
 pub mod payload;

@@ -1,0 +1,57 @@
+//! The memory that starting took and running does not need: pages of code that were touched once. They would stay mapped, and count as this
+//! process's, until the kernel is short of memory; given back, what is needed again comes from the page cache.
+
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use nix::sys::mman::{MmapAdvise, madvise};
+use tracing::debug;
+
+/// By then a start is over: the mapper is registered and its devices are connected, or are being tried.
+const SETTLED: Duration = Duration::from_secs(15);
+
+/// Waits until the start is over, then gives back the code it used.
+pub(crate) async fn settle() {
+    tokio::time::sleep(SETTLED).await;
+    let maps = crate::task::blocking(|| std::fs::read_to_string("/proc/self/maps")).await.unwrap_or_default();
+    let bytes: usize = maps.lines().filter_map(code).map(give_back).sum();
+    debug!(bytes, "code that only the start used is given back");
+}
+
+/// The addresses of a mapping of code: a file's, private, and not writable, so that nothing in it can differ from the file.
+fn code(line: &str) -> Option<(usize, usize)> {
+    let mut words = line.split_ascii_whitespace();
+    let (range, permissions) = (words.next()?, words.next()?);
+    let inode = words.nth(2)?;
+    if permissions != "r-xp" || inode == "0" {
+        return None;
+    }
+    let (from, to) = range.split_once('-')?;
+    Some((usize::from_str_radix(from, 16).ok()?, usize::from_str_radix(to, 16).ok()?))
+}
+
+#[expect(unsafe_code, reason = "madvise")]
+fn give_back((from, to): (usize, usize)) -> usize {
+    let Some(start) = NonNull::new(std::ptr::with_exposed_provenance_mut::<c_void>(from)) else { return 0 };
+    // SAFETY: the range is a private mapping of a file without write permission, so its pages are the file's: dropped ones are mapped
+    // again at the next access with the same content.
+    match unsafe { madvise(start, to - from, MmapAdvise::MADV_DONTNEED) } {
+        Ok(()) => to - from,
+        Err(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_goes_on_without_its_code() {
+        assert_eq!(code("7ffd1000-7ffd3000 r-xp 00000000 00:00 0      [vdso]"), None);
+        assert_eq!(code("55d0a000-55d0c000 rw-p 00002000 fe:00 1234   /usr/bin/mapper"), None);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let given: usize = maps.lines().filter_map(code).map(give_back).sum();
+        assert!(given > 1 << 20, "{given}");
+    }
+}
