@@ -56,8 +56,10 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         })?;
         world.wait_ready("app=sleeper", 4)?;
         world.wait_node_ready()?;
-        until("the device to be shown as it is", 60, || Ok(gauge_state(world)?.iter().all(|state| state == "ok")))
-            .with_context(|| format!("it is shown as {:?}", gauge_state(world)))?;
+        until("the device to be shown as it is", 60, || {
+            Ok(gauge_state(world)?.iter().all(|state| state == "ok" || state == "online"))
+        })
+        .with_context(|| format!("it is shown as {:?}", gauge_state(world)))?;
         mapper.kill();
         let mut expected = before;
         expected.remove(&("goes".to_owned(), "main".to_owned()));
