@@ -23,7 +23,7 @@ use crate::driver::Driver;
 use crate::report::Reports;
 use crate::service::Service;
 use crate::sink::Sinks;
-use crate::{footprint, session, task};
+use crate::{session, task};
 
 /// A device and its model, as edgecore sends them.
 const LARGEST_REQUEST: usize = 4 << 20;
@@ -103,7 +103,6 @@ async fn serve<D: Driver>(driver: D, arguments: Arguments) -> anyhow::Result<()>
         let metrics = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         task::spawn("metrics", serve_metrics(metrics));
     }
-    task::spawn("footprint", footprint::settle());
     let sending = Arc::clone(&reports);
     task::spawn("reports", async move { sending.run().await });
     let service = Arc::clone(&directory);

@@ -15,7 +15,6 @@ pub mod counters;
 mod device;
 mod directory;
 pub mod driver;
-mod footprint;
 pub mod health;
 pub mod net;
 pub mod payload;
