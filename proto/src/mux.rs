@@ -27,13 +27,15 @@ use crate::wire::{self, Frame, frame::Body};
 
 mod error;
 mod id;
+mod receive;
+mod send;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 /// The most payload in one frame, in bytes: at 256 kbit/s it takes 128 ms.
 pub const CUT: usize = 4 << 10;
-/// Streams that one side may have opened at a time.
+/// Streams of one class that one side may have opened at a time.
 pub const MAX_STREAMS: usize = 128;
 /// The longest header of a stream, in bytes.
 pub const MAX_HEADER: usize = CUT;
@@ -41,7 +43,8 @@ pub const MAX_HEADER: usize = CUT;
 pub const MAX_REASON: usize = 256;
 /// What one stream may have waiting to be sent, in bytes.
 pub const STREAM_BUFFER: usize = 64 << 10;
-/// What all streams of one class may have waiting to be sent, in bytes.
+/// What all streams of one class may have waiting to be sent, in bytes. Beyond it a stream still takes one frame ([`CUT`]): those whose
+/// readers have stopped would otherwise hold up all others.
 pub const CLASS_BUFFER: usize = 1 << 20;
 /// What a stream may have on its way and unread at the most, in bytes: at a round trip of 100 ms that is 10 MB/s.
 pub const MAX_WINDOW: usize = 1 << 20;
@@ -163,7 +166,7 @@ impl Mux {
         if header.len() > MAX_HEADER {
             return Err(OpenError::Header(header.len()));
         }
-        if self.opened_by(self.side) >= MAX_STREAMS {
+        if self.opened_by(self.side, class) >= MAX_STREAMS {
             return Err(OpenError::TooMany);
         }
         let next = &mut self.classes[class.index()].next[self.side.index()];
@@ -179,8 +182,7 @@ impl Mux {
     pub fn write(&mut self, id: StreamId, data: &[u8]) -> usize {
         let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.may_write()) else { return 0 };
         let lane = &mut self.classes[id.class().index()];
-        let room = (STREAM_BUFFER - stream.buffer.len()).min(CLASS_BUFFER - lane.bytes);
-        let taken = room.min(data.len());
+        let taken = stream.room(lane.bytes).min(data.len());
         stream.buffer.extend_from_slice(&data[..taken]);
         stream.starved = taken < data.len();
         lane.bytes += taken;
@@ -220,79 +222,9 @@ impl Mux {
         }
     }
 
-    /// So many bytes of [`Event::Data`] are done with: the peer may send as many more.
-    pub fn consumed(&mut self, id: StreamId, bytes: usize) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        stream.unread -= bytes.min(stream.unread);
-        if stream.measure && self.probe.is_none() {
-            self.streams.values_mut().for_each(|stream| stream.taken = 0);
-            self.probes += 1;
-            let token = PROBE | self.probes;
-            self.probe = Some(token);
-            self.control(Frame { body: Some(Body::Ping(wire::Ping { token })) });
-        }
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        stream.taken += bytes;
-        if stream.owes() {
-            self.chore(id);
-        }
-    }
-
-    /// Takes a frame of the peer's. After a violation the session has to end.
-    pub fn receive(&mut self, frame: Frame) -> Result<(), Violation> {
-        match frame.body {
-            Some(Body::StreamOpen(open)) => self.opened(open),
-            Some(Body::StreamData(data)) => self.data(data),
-            Some(Body::StreamCredit(credit)) => self.credit(&credit),
-            Some(Body::StreamReset(reset)) => self.was_reset(&reset),
-            Some(Body::ControlPart(part)) => self.part(&part),
-            Some(Body::Ping(ping)) if ping.token & PROBE != 0 => {
-                self.answer = Some(ping.token);
-                Ok(())
-            }
-            Some(Body::Pong(pong)) if pong.token & PROBE != 0 => {
-                self.measured(pong.token);
-                Ok(())
-            }
-            body => {
-                let overtakes = matches!(body, None | Some(Body::Ping(_) | Body::Pong(_) | Body::Goodbye(_)));
-                if self.assembly.is_some() && !overtakes {
-                    return Err(Violation::Interleaved);
-                }
-                self.events.push_back(Event::Control(Frame { body }));
-                Ok(())
-            }
-        }
-    }
-
     /// What happened since it was asked last, one at a time.
     pub fn poll(&mut self) -> Option<Event> {
         pop(&mut self.events)
-    }
-
-    /// The next frame to send; taken is sent. [`Event::Writable`] may follow from it.
-    pub fn next_frame(&mut self) -> Option<Frame> {
-        // Credit and resets come between two control frames: they are small and few, and neither may keep the other from going.
-        if (self.control_was_last || self.is_control_empty())
-            && let Some(body) = Class::ALL.into_iter().find_map(|class| self.next_chore(class))
-        {
-            self.control_was_last = false;
-            return Some(Frame { body: Some(body) });
-        }
-        if let Some(frame) = self.next_control() {
-            self.control_was_last = true;
-            return Some(frame);
-        }
-        let body = Class::ALL.into_iter().find_map(|class| self.next_of(class));
-        self.control_was_last = false;
-        body.map(|body| Frame { body: Some(body) })
-    }
-
-    /// The next frame to send of one class, or of control where that is `None`.
-    pub fn next_frame_of(&mut self, class: Option<Class>) -> Option<Frame> {
-        let Some(class) = class else { return self.next_control() };
-        let body = self.next_chore(class).or_else(|| self.next_of(class))?;
-        Some(Frame { body: Some(body) })
     }
 
     /// What waits to be sent.
@@ -329,239 +261,9 @@ impl Mux {
         self.control.is_empty() && self.urgent.is_empty() && self.answer.is_none()
     }
 
-    fn next_control(&mut self) -> Option<Frame> {
-        if let Some(token) = self.answer.take() {
-            return Some(Frame { body: Some(Body::Pong(wire::Pong { token })) });
-        }
-        if let Some(frame) = pop(&mut self.urgent) {
-            self.control_bytes -= frame.encoded_len();
-            return Some(frame);
-        }
-        match pop(&mut self.control)? {
-            Control::Whole(frame) => {
-                self.control_bytes -= frame.encoded_len();
-                Some(frame)
-            }
-            Control::Parts(mut rest) => {
-                let data = rest.split_to(CUT.min(rest.len()));
-                let last = rest.is_empty();
-                self.control_bytes -= data.len();
-                if !last {
-                    self.control.push_front(Control::Parts(rest));
-                }
-                Some(Frame { body: Some(Body::ControlPart(wire::ControlPart { data, last })) })
-            }
-        }
-    }
-
-    fn next_chore(&mut self, class: Class) -> Option<Body> {
-        let id = self.classes[class.index()].chores.pop_front()?;
-        // Whatever is removed is taken out of the queue.
-        let stream = self.streams.get_mut(&id)?;
-        stream.has_chore = false;
-        if let Reset::Due(reason) = &mut stream.reset {
-            let reason = std::mem::take(reason);
-            stream.reset = Reset::Sent;
-            self.remove_if_over(id);
-            return Some(Body::StreamReset(wire::StreamReset { id: id.into(), reason }));
-        }
-        let bytes = stream.owed();
-        stream.window += bytes;
-        stream.measure = true;
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        Some(Body::StreamCredit(wire::StreamCredit { id: id.into(), bytes }))
-    }
-
-    /// A round trip is over: windows are fitted to what was read in it.
-    fn measured(&mut self, token: u64) {
-        if self.probe.take_if(|probe| *probe == token).is_none() {
-            return;
-        }
-        let mut owing = Vec::new();
-        for (id, stream) in self.streams.iter_mut().filter(|(_, stream)| stream.measure) {
-            stream.measure = false;
-            if stream.taken * 2 >= stream.limit {
-                let more = stream.limit.min(MAX_WINDOW - stream.limit).min(MAX_GROWTH - self.growth);
-                self.growth += more;
-                stream.limit += more;
-                stream.measure = more > 0;
-            } else if stream.taken * 4 >= stream.limit {
-                // It may have begun in the middle of what came at once: once more, from the beginning of what comes next.
-                stream.measure = true;
-            } else if stream.taken * 8 < stream.limit {
-                // Not what the peer was told of already.
-                let less = (stream.limit / 2).min(stream.limit - stream.class.window()).min(stream.owed());
-                self.growth -= less;
-                stream.limit -= less;
-            }
-            if stream.owes() {
-                owing.push(*id);
-            }
-        }
-        for id in owing {
-            self.chore(id);
-        }
-    }
-
-    fn next_of(&mut self, class: Class) -> Option<Body> {
-        let lane = &mut self.classes[class.index()];
-        loop {
-            let id = lane.ready.pop_front()?;
-            let Some(stream) = self.streams.get_mut(&id) else { continue };
-            stream.is_ready = false;
-            if !stream.can_send() {
-                continue;
-            }
-            if let Some(header) = stream.header.take() {
-                self.schedule(id);
-                return Some(Body::StreamOpen(wire::StreamOpen { id: id.into(), header }));
-            }
-            let data = stream.buffer.split_to(CUT.min(stream.credit).min(stream.buffer.len())).freeze();
-            stream.credit -= data.len();
-            let fin = stream.finish == Finish::Wanted && stream.buffer.is_empty();
-            if fin {
-                stream.finish = Finish::Sent;
-            }
-            let was_full = lane.bytes >= CLASS_BUFFER;
-            lane.bytes -= data.len();
-            if std::mem::take(&mut stream.starved) {
-                self.events.push_back(Event::Writable(id));
-            }
-            if was_full {
-                self.relieve(class);
-            }
-            self.schedule(id);
-            if fin {
-                self.finished(id);
-            }
-            return Some(Body::StreamData(wire::StreamData { id: id.into(), data, fin }));
-        }
-    }
-
-    /// Our last data went.
-    fn finished(&mut self, id: StreamId) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        if let Some(reason) = stream.abandoned.take()
-            && !stream.ended
-        {
-            self.reset(id, &reason);
-        } else {
-            self.remove_if_over(id);
-        }
-    }
-
-    /// A class has room again.
-    fn relieve(&mut self, class: Class) {
-        for (id, stream) in self.streams.iter_mut().filter(|(id, _)| id.class() == class) {
-            if stream.starved && stream.buffer.len() < STREAM_BUFFER {
-                stream.starved = false;
-                self.events.push_back(Event::Writable(*id));
-            }
-        }
-    }
-
-    fn opened(&mut self, open: wire::StreamOpen) -> Result<(), Violation> {
-        let peer = self.side.other();
-        let id = StreamId::parse(open.id).filter(|id| id.side() == peer).ok_or(Violation::Id(open.id))?;
-        let next = &mut self.classes[id.class().index()].next[peer.index()];
-        if id.number() < *next {
-            return Err(Violation::Reused(id));
-        }
-        // Numbers may be left out: of streams that were reset before they were told of.
-        *next = id.number() + 1;
-        if open.header.len() > MAX_HEADER {
-            return Err(Violation::Header(id, open.header.len()));
-        }
-        if self.opened_by(peer) >= MAX_STREAMS {
-            return Err(Violation::TooMany);
-        }
-        self.streams.insert(id, Stream::new(id.class(), None));
-        self.events.push_back(Event::Opened { id, header: open.header });
-        Ok(())
-    }
-
-    fn data(&mut self, wire::StreamData { id, data, fin }: wire::StreamData) -> Result<(), Violation> {
-        let id = self.known(id)?;
-        let stream = self.streams.get_mut(&id).filter(|stream| !stream.ended).ok_or(Violation::Ended(id))?;
-        if data.is_empty() && !fin {
-            return Err(Violation::Empty(id));
-        }
-        if data.len() > stream.window {
-            return Err(Violation::Overrun { id, bytes: data.len(), credit: stream.window });
-        }
-        stream.window -= data.len();
-        stream.unread += data.len();
-        stream.ended = fin;
-        // On its way when we reset, or when the reader left.
-        if stream.reset == Reset::No && stream.abandoned.is_none() {
-            if !data.is_empty() {
-                self.events.push_back(Event::Data(id, data));
-            }
-            if fin {
-                self.events.push_back(Event::Finished(id));
-            }
-        }
-        self.remove_if_over(id);
-        Ok(())
-    }
-
-    fn credit(&mut self, credit: &wire::StreamCredit) -> Result<(), Violation> {
-        let id = self.known(credit.id)?;
-        // It may have crossed the end.
-        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
-        let bytes = usize::try_from(credit.bytes).unwrap_or(usize::MAX);
-        if bytes > MAX_WINDOW - stream.credit {
-            return Err(Violation::Credit(id, credit.bytes));
-        }
-        stream.credit += bytes;
-        self.schedule(id);
-        Ok(())
-    }
-
-    fn was_reset(&mut self, reset: &wire::StreamReset) -> Result<(), Violation> {
-        let id = self.known(reset.id)?;
-        // It may have crossed the end.
-        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
-        stream.ended = true;
-        if stream.reset == Reset::No {
-            self.events.push_back(Event::Reset(id, shortened(&reset.reason)));
-            if stream.finish != Finish::Sent {
-                stream.reset = Reset::Due(String::new());
-                self.drop_buffer(id);
-                self.chore(id);
-            }
-        }
-        self.remove_if_over(id);
-        Ok(())
-    }
-
-    fn part(&mut self, part: &wire::ControlPart) -> Result<(), Violation> {
-        let assembly = self.assembly.get_or_insert_default();
-        if assembly.len() + part.data.len() > MAX_FRAME {
-            return Err(Violation::TooLarge);
-        }
-        assembly.extend_from_slice(&part.data);
-        if !part.last {
-            return Ok(());
-        }
-        let whole = self.assembly.take().unwrap_or_default().freeze();
-        let frame = frame::decode(whole).map_err(|_| Violation::Malformed)?;
-        if frame.body.as_ref().is_some_and(|body| !body.is_control()) {
-            return Err(Violation::Malformed);
-        }
-        self.events.push_back(Event::Control(frame));
-        Ok(())
-    }
-
-    /// The id of a stream that is or was.
-    fn known(&self, id: u32) -> Result<StreamId, Violation> {
-        let known = StreamId::parse(id).ok_or(Violation::Unknown(id))?;
-        let next = self.classes[known.class().index()].next[known.side().index()];
-        if known.number() < next { Ok(known) } else { Err(Violation::Unknown(id)) }
-    }
-
-    fn opened_by(&self, side: Side) -> usize {
-        self.streams.keys().filter(|id| id.side() == side).count()
+    /// Of one class: what is said of streams of two has no order on some transports, and the peer may not have heard yet that one has ended.
+    fn opened_by(&self, side: Side, class: Class) -> usize {
+        self.streams.keys().filter(|id| (id.side(), id.class()) == (side, class)).count()
     }
 
     /// Gives a stream a turn if it can use one.
@@ -588,12 +290,7 @@ impl Mux {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         let dropped = std::mem::take(&mut stream.buffer).len();
         stream.starved = false;
-        let lane = &mut self.classes[id.class().index()];
-        let was_full = lane.bytes >= CLASS_BUFFER;
-        lane.bytes -= dropped;
-        if was_full {
-            self.relieve(id.class());
-        }
+        self.relieve(id.class(), dropped);
     }
 
     fn remove_if_over(&mut self, id: StreamId) {

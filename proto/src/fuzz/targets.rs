@@ -150,9 +150,10 @@ pub(super) fn mux(heard: &[Vec<u8>]) {
         if let Some(frame) = mux.next_frame() {
             assert!(frame.encoded_len() <= CUT + 32);
         }
-        assert!(mux.streams() <= 2 * MAX_STREAMS);
-        assert!(mux.waiting().streams.iter().all(|bytes| *bytes <= CLASS_BUFFER));
-        assert!(unread <= MAX_STREAMS * 2 * (64 << 10) + MAX_GROWTH);
+        let most = 2 * MAX_STREAMS;
+        assert!(mux.streams() <= most * Class::ALL.len());
+        assert!(mux.waiting().streams.iter().all(|bytes| *bytes <= CLASS_BUFFER + most * CUT));
+        assert!(unread <= most * Class::ALL.len() * (64 << 10) + MAX_GROWTH);
     }
 }
 

@@ -7,7 +7,7 @@ use crate::sync::MAX_FRAME;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// [`MAX_STREAMS`].
-    #[error("{MAX_STREAMS} streams are open already")]
+    #[error("{MAX_STREAMS} streams of the class are open already")]
     TooMany,
     /// [`MAX_HEADER`].
     #[error("a header of {0} bytes is longer than {MAX_HEADER}")]
@@ -27,7 +27,7 @@ pub enum Violation {
     #[error("stream {0} is opened a second time")]
     Reused(StreamId),
     /// [`MAX_STREAMS`].
-    #[error("more than {MAX_STREAMS} streams at a time")]
+    #[error("more than {MAX_STREAMS} streams of one class at a time")]
     TooMany,
     /// [`MAX_HEADER`].
     #[error("stream {0} has a header of {1} bytes where {MAX_HEADER} are allowed")]

@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::Class;
+use super::{CLASS_BUFFER, CUT, Class, STREAM_BUFFER};
 
 #[derive(Debug)]
 pub(super) struct Stream {
@@ -76,6 +76,12 @@ impl Stream {
 
     pub(super) fn may_write(&self) -> bool {
         self.reset == Reset::No && self.finish == Finish::No
+    }
+
+    /// What more it takes while its class has so many bytes waiting.
+    pub(super) fn room(&self, waiting: usize) -> usize {
+        let frame = CUT.saturating_sub(self.buffer.len());
+        (STREAM_BUFFER - self.buffer.len()).min(CLASS_BUFFER.saturating_sub(waiting).max(frame))
     }
 
     pub(super) fn can_send(&self) -> bool {

@@ -187,13 +187,15 @@ impl Pair {
         let waiting = mux.waiting();
         for class in Class::ALL {
             let bytes = waiting.streams[class.index()];
-            assert!(bytes <= CLASS_BUFFER);
+            // A frame for each that found the class full.
+            let open = mux.streams.keys().filter(|id| id.class() == class).count();
+            assert!(bytes <= CLASS_BUFFER + open * CUT);
             let buffered: usize =
                 mux.streams.iter().filter(|(id, _)| id.class() == class).map(|(_, s)| s.buffer.len()).sum();
             assert_eq!(bytes, buffered);
         }
         assert!(mux.streams.values().all(|stream| stream.buffer.len() <= STREAM_BUFFER));
-        assert!(mux.streams() <= 2 * MAX_STREAMS);
+        assert!(mux.streams() <= 2 * Class::ALL.len() * MAX_STREAMS);
         assert!(
             chores(mux) <= mux.streams()
                 && mux.classes.iter().map(|lane| lane.ready.len()).sum::<usize>() <= mux.streams()
@@ -467,6 +469,66 @@ fn who_opens_and_resets_without_reading_is_stopped() {
         .find_map(|id: u32| edge.receive(open(id, 0)).and_then(|()| edge.receive(reset(id))).err());
     assert_eq!(stopped, Some(Violation::TooMany));
     assert!(chores(&edge) <= MAX_STREAMS);
+}
+
+#[test]
+fn a_place_of_one_class_is_none_of_another() {
+    let (mut cloud, mut edge) = (Mux::new(Side::Cloud), Mux::new(Side::Edge));
+    for _ in 0..MAX_STREAMS {
+        cloud.open(Class::Ops, Bytes::new()).unwrap();
+    }
+    assert_eq!(cloud.open(Class::Ops, Bytes::new()), Err(OpenError::TooMany));
+    cloud.open(Class::Api, Bytes::new()).unwrap();
+    for class in [Class::Ops, Class::Api] {
+        while let Some(frame) = cloud.next_frame_of(Some(class)) {
+            edge.receive(frame).unwrap();
+        }
+    }
+    assert_eq!(edge.streams(), MAX_STREAMS + 1);
+}
+
+#[test]
+fn readers_that_have_stopped_hold_up_no_others() {
+    const MUCH: usize = 1 << 20;
+    let (mut cloud, mut edge) = (Mux::new(Side::Cloud), Mux::new(Side::Edge));
+    // What can go goes; one stream is read.
+    let pump = |cloud: &mut Mux, edge: &mut Mux, reading: Option<StreamId>| {
+        let mut read = 0;
+        while let Some(frame) = edge.next_frame() {
+            cloud.receive(frame).unwrap();
+            while let Some(event) = cloud.poll() {
+                if let Event::Data(id, data) = event
+                    && Some(id) == reading
+                {
+                    read += data.len();
+                    cloud.consumed(id, data.len());
+                }
+            }
+            while let Some(frame) = cloud.next_frame() {
+                edge.receive(frame).unwrap();
+            }
+        }
+        read
+    };
+    for _ in 0..32 {
+        let stalled = edge.open(Class::Ops, Bytes::new()).unwrap();
+        while edge.write(stalled, &[1; 10_000]) > 0 {
+            pump(&mut cloud, &mut edge, None);
+        }
+    }
+    assert!(edge.waiting().streams[Class::Ops.index()] >= CLASS_BUFFER);
+    let reading = edge.open(Class::Ops, Bytes::new()).unwrap();
+    let (mut written, mut read) = (0, 0);
+    while written < MUCH {
+        let taken = edge.write(reading, &vec![2; MUCH - written]);
+        assert!(taken > 0, "{written} bytes went, and then no more");
+        written += taken;
+        read += pump(&mut cloud, &mut edge, Some(reading));
+        assert!(edge.streams[&reading].room(edge.waiting().streams[Class::Ops.index()]) > 0);
+        let told = std::iter::from_fn(|| edge.poll()).any(|event| event == Event::Writable(reading));
+        assert!(told || written == MUCH, "nobody is told that there is room");
+    }
+    assert_eq!(read, MUCH);
 }
 
 #[test]

@@ -20,8 +20,9 @@ use self::quic::Quic;
 pub use self::quic::{ALPN, alert, client_config, lost, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
-use crate::mux::{Side, Waiting};
+use crate::mux::{CUT, Class, Side, Waiting};
 use crate::streams::{Carrier, Incoming, Received, Streams};
+use crate::sync::MAX_FRAME;
 use crate::wire::{Frame, Goodbye, frame::Body};
 
 mod congestion;
@@ -35,6 +36,8 @@ mod ws;
 pub const UNSENT: u32 = 4 << 10;
 /// Bytes that TLS is to take before the system does.
 pub const TLS_BUFFER: usize = 16 << 10;
+/// The longest frame of a class of streams, in bytes. Those are cut at [`CUT`]; what is longer has only its sender to thank.
+const MAX_CUT_FRAME: usize = 2 * CUT;
 /// Batches that are sent before what came is looked at.
 const BURST: usize = 16;
 
@@ -217,6 +220,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
             Err(violation) => Err(End::Garbage(violation.to_string())),
         })
     }
+}
+
+/// The longest frame of a class, or of control where that is `None`, in bytes.
+fn longest(class: Option<Class>) -> usize {
+    if class.is_some() { MAX_CUT_FRAME } else { MAX_FRAME }
 }
 
 fn malformed(error: &impl std::fmt::Display) -> End {

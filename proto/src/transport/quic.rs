@@ -16,11 +16,10 @@ use quinn::{
     WriteError, rustls,
 };
 
-use super::{BURST, End, Meter, congestion, malformed};
+use super::{BURST, End, Meter, congestion, longest, malformed};
 use crate::frame;
-use crate::mux::{CUT, Class, MAX_WINDOW, class_of};
+use crate::mux::{Class, MAX_WINDOW, class_of};
 use crate::streams::Carrier;
-use crate::sync::MAX_FRAME;
 use crate::wire::Frame;
 
 /// The protocol as TLS negotiates it (RFC 7301).
@@ -33,8 +32,6 @@ const CLASS_WINDOW: u32 = MAX_WINDOW as u32;
 const IDLE: Duration = Duration::from_secs(60);
 /// Bytes that are read at once.
 const CHUNK: usize = 4 << 10;
-/// The longest frame of a lane that carries streams: those are cut, and what has come of one is held until it is whole.
-const MAX_CUT_FRAME: usize = 2 * CUT;
 /// The most that the length of a frame takes.
 const MAX_VARINT: usize = 10;
 
@@ -280,11 +277,6 @@ fn bound(connection: &Connection) {
     // It wants room for a whole datagram, and counts what a datagram has beside data.
     let room = path.cwnd.saturating_sub(mtu) / 16 * 15;
     connection.set_send_window(room.max(mtu));
-}
-
-/// The longest frame of a lane, in bytes.
-fn longest(class: Option<Class>) -> usize {
-    if class.is_some() { MAX_CUT_FRAME } else { MAX_FRAME }
 }
 
 fn accept(connection: &Connection) -> Accepting {

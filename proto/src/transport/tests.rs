@@ -294,6 +294,23 @@ fn why_a_connection_is_gone_is_told() {
 }
 
 #[tokio::test]
+async fn a_frame_of_a_stream_that_was_not_cut_is_garbage() {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let cloud = WebSocketStream::from_raw_socket(near, Role::Server, Some(ws_config())).await;
+    let mut cloud = Wire::over_websocket(cloud, Side::Cloud, ());
+    let mut edge = WebSocketStream::from_raw_socket(far, Role::Client, Some(ws_config())).await;
+    let open = crate::wire::StreamOpen { id: 3, header: Bytes::new() };
+    let long = crate::wire::StreamData { id: 3, data: vec![0; 3 * CUT].into(), fin: false };
+    for body in [Body::StreamOpen(open), Body::StreamData(long)] {
+        let bytes = prost::Message::encode_to_vec(&Frame { body: Some(body) });
+        futures_util::SinkExt::send(&mut edge, tungstenite::Message::Binary(bytes.into())).await.unwrap();
+    }
+    assert!(matches!(cloud.next(true).await, Ok(Event::Opened(_))));
+    let Err(End::Garbage(told)) = cloud.next(true).await else { panic!("it is taken") };
+    assert!(told.contains("more than are cut"), "{told}");
+}
+
+#[tokio::test]
 async fn garbage_on_quic_is_told() {
     use prost::Message as _;
     let control = ping(1).encode_length_delimited_to_vec();

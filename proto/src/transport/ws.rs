@@ -11,8 +11,9 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, Error, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
-use super::{BURST, End, Meter, malformed};
+use super::{BURST, End, Meter, longest, malformed};
 use crate::frame;
+use crate::mux::class_of;
 use crate::streams::Carrier;
 use crate::sync::MAX_FRAME;
 use crate::wire::Frame;
@@ -77,8 +78,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
             };
             return Poll::Ready(match message {
                 Message::Binary(bytes) => {
-                    meter.received(bytes.len());
-                    frame::decode(bytes).map_err(|error| malformed(&error))
+                    let length = bytes.len();
+                    meter.received(length);
+                    match frame::decode(bytes) {
+                        Ok(frame) if class_of(&frame).is_some_and(|class| length > longest(class)) => {
+                            Err(End::Garbage(format!("a frame of a stream has {length} bytes, more than are cut")))
+                        }
+                        decoded => decoded.map_err(|error| malformed(&error)),
+                    }
                 }
                 Message::Text(_) => Err(End::Garbage("a frame is text where it must be binary".to_owned())),
                 Message::Close(_) => Err(End::Closed),
