@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Sleep;
 use tracing::debug;
 
-use super::spdy::Frames;
+use super::spdy::{Frames, Kind};
 use crate::retry::chain;
 use crate::supervise::spawn;
 
@@ -68,8 +68,8 @@ pub(super) struct Relayed {
 pub(super) struct Upgrades {
     client: OnUpgrade,
     node: OnUpgrade,
-    /// It is exec's or attach's, in SPDY.
-    has_status: bool,
+    /// In SPDY, what it is for.
+    spdy: Option<Kind>,
     _exchange: Exchange,
 }
 
@@ -179,9 +179,14 @@ pub(super) async fn forward(
     let switched = upgrade_of(response.headers());
     without_hop(response.headers_mut());
     with_upgrade(response.headers_mut(), switched.as_ref());
-    let spdy = switched.is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1"));
-    let has_status = spdy && matches!(route, "exec" | "attach");
-    let upgrades = Upgrades { client, node, has_status, _exchange: exchange };
+    let is_spdy = switched.is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1"));
+    let spdy = match route {
+        "exec" | "attach" => Some(Kind::Command),
+        "portForward" => Some(Kind::PortForward),
+        _ => None,
+    }
+    .filter(|_| is_spdy);
+    let upgrades = Upgrades { client, node, spdy, _exchange: exchange };
     Ok((response.map(|_| Either::Left(Full::default())), Some(upgrades)))
 }
 
@@ -200,14 +205,14 @@ enum Broke {
 }
 
 impl Upgrades {
-    /// Copies both ways until the node has ended, or the client is gone. A client whose command broke off is told so.
+    /// Copies both ways until the node has ended, or the client is gone. A client whose command or port-forward broke off is told so.
     pub(super) async fn copy(self, name: &str) {
-        let Self { client, node, has_status, _exchange } = self;
+        let Self { client, node, spdy, _exchange } = self;
         let upgraded = tokio::time::timeout(UPGRADE_PATIENCE, async { tokio::try_join!(client, node) }).await;
         let Ok(Ok((client, node))) = upgraded else { return };
         let (from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
         let (from_node, mut to_node) = tokio::io::split(TokioIo::new(node));
-        let mut frames = has_status.then(Frames::default);
+        let mut frames = spdy.map(Frames::new);
         let up = async {
             pump(from_client, &mut to_node, None).await?;
             to_node.shutdown().await.map_err(Broke::Writing)

@@ -140,11 +140,11 @@ impl<R: Reviews> Server<R> {
         let mut trouble = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
         // Made with the first connection: most nodes have none.
         let mut of_node = None;
-        loop {
+        let patience = loop {
             let accepted = tokio::select! {
                 // Whoever is connected was connected to a node that is gone, or somebody else's.
-                () = door.closed.cancelled() => return,
-                () = self.stop.cancelled() => break,
+                () = door.closed.cancelled() => break FAREWELL,
+                () = self.stop.cancelled() => break drain,
                 () = connections.reap() => continue,
                 accepted = listening.accept() => accepted,
             };
@@ -153,7 +153,7 @@ impl<R: Reviews> Server<R> {
                 Err(error) => {
                     warn!(port = door.port, "cannot accept a connection: {error}");
                     tokio::select! {
-                        () = door.closed.cancelled() => return,
+                        () = door.closed.cancelled() => break FAREWELL,
                         () = tokio::time::sleep(trouble.wait()) => continue,
                     }
                 }
@@ -161,15 +161,16 @@ impl<R: Reviews> Server<R> {
             trouble.reset();
             tokio::select! {
                 () = self.strangers.room() => {}
-                () = door.closed.cancelled() => return,
-                () = self.stop.cancelled() => break,
+                () = door.closed.cancelled() => break FAREWELL,
+                () = self.stop.cancelled() => break drain,
             }
             let of_node = Arc::clone(of_node.get_or_insert_with(|| Arc::new(Semaphore::new(MAX_OF_NODE))));
             let (server, door, stranger) = (Arc::clone(&self), Arc::clone(&door), self.strangers.take());
             connections.spawn(async move { Box::pin(server.connection(door, of_node, stream, stranger)).await });
-        }
+        };
         drop(listening);
-        connections.drain(drain).await;
+        // The session of a node that is gone ends too, and what goes over it is told so.
+        connections.drain(patience).await;
     }
 
     async fn connection(

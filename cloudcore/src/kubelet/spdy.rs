@@ -1,8 +1,12 @@
-//! What is looked at of SPDY/3.1 on its way from a node to a client of exec or attach: where frames begin.
+//! What is looked at of SPDY/3.1 on its way from a node to a client: where frames begin, so that what breaks off can be told so.
 //!
 //! The status of a remote command comes last, on the stream that client-go opens first. A connection that ends before it is taken for a
 //! command that succeeded (client-go's `watchErrorStream` reads an empty error stream as no error), so that a link that breaks in the middle of `kubectl exec`
 //! would end with exit code 0 and half of the output. So what breaks off is given the status that says so.
+//!
+//! A client of port-forward does not hear of the end at all: the apiserver that carries its frames in a WebSocket closes that under a lock
+//! which its reader holds until the client says something (apiserver's `tunnelingWebsocketUpgraderConn`), and kubectl says nothing by itself. A frame GOAWAY
+//! gets through, and ends the client's connection as any end would.
 //!
 //! Frames have a head of eight bytes (SPDY protocol draft 3.1, 2.2): data frames the stream's id, a control frame its version and type; then flags and a length of 24
 //! bits. Data frames are passed on in pieces, each with a head of its own, so that there is always a boundary to end at.
@@ -14,18 +18,30 @@ const CONTROL: u8 = 0x80;
 const FIN: u8 = 0x01;
 /// The first stream that a client opens: client-go's error stream.
 const ERROR_STREAM: u32 = 1;
-/// The type of the control frame that ends a stream at once.
+/// The types of the control frames that end a stream at once, and the connection.
 const RST_STREAM: u8 = 3;
+const GOAWAY: u8 = 7;
+/// A frame GOAWAY that answers for no stream, because of an `INTERNAL_ERROR`.
+const GOING_AWAY: [u8; 16] = [CONTROL, 3, 0, GOAWAY, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 2];
 /// The longest control frame that is looked for as a whole; their headers are few and short.
 const MAX_CONTROL: usize = 64 << 10;
 
+/// What a connection is for, and so what its client understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// exec and attach.
+    Command,
+    PortForward,
+}
+
 /// The frames of one direction.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Frames {
+    kind: Kind,
     /// Of a head or a control frame, what has come.
     begun: Vec<u8>,
     data: Option<Data>,
-    /// The status has come.
+    /// How it ends has come.
     told: bool,
     /// This is not what it should be: it is passed on as it is.
     lost: bool,
@@ -40,6 +56,10 @@ struct Data {
 }
 
 impl Frames {
+    pub(super) fn new(kind: Kind) -> Self {
+        Self { kind, begun: Vec::new(), data: None, told: false, lost: false }
+    }
+
     /// Passes on what can be.
     pub(super) fn step(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while !input.is_empty() {
@@ -56,7 +76,7 @@ impl Frames {
                 out.extend_from_slice(now);
                 input = rest;
                 if data.left == 0 {
-                    self.told |= data.stream == ERROR_STREAM;
+                    self.told |= self.kind == Kind::Command && data.stream == ERROR_STREAM;
                     self.data = None;
                 }
                 continue;
@@ -79,8 +99,13 @@ impl Frames {
         if head[0] & CONTROL != 0 {
             self.lost = length(&head) > MAX_CONTROL;
             if self.lost || self.begun.len() == HEAD + length(&head) {
-                // A success of the oldest protocols has no status, the stream just ends.
-                self.told |= head[3] == RST_STREAM && self.begun[HEAD..].starts_with(&ERROR_STREAM.to_be_bytes());
+                self.told |= match self.kind {
+                    // A success of the oldest protocols has no status, the stream just ends.
+                    Kind::Command => {
+                        head[3] == RST_STREAM && self.begun[HEAD..].starts_with(&ERROR_STREAM.to_be_bytes())
+                    }
+                    Kind::PortForward => head[3] == GOAWAY,
+                };
                 out.append(&mut self.begun);
             }
             return;
@@ -90,16 +115,19 @@ impl Frames {
         let (flags, left) = (head[4], length(&head));
         if left == 0 {
             out.extend_from_slice(&head);
-            self.told |= stream == ERROR_STREAM && flags & FIN != 0;
+            self.told |= self.kind == Kind::Command && stream == ERROR_STREAM && flags & FIN != 0;
         } else {
             self.data = Some(Data { stream, flags, left });
         }
     }
 
-    /// What is to be said to a client whose command broke off, if its end has not been told.
+    /// What is to be said to a client whose connection broke off, if its end has not been told.
     pub(super) fn broken(&self, message: &str) -> Option<Vec<u8>> {
         if self.told || self.lost {
             return None;
+        }
+        if self.kind == Kind::PortForward {
+            return Some(GOING_AWAY.to_vec());
         }
         // What remotecommand's v4 and v5 read there; older ones take any text for an error.
         let status = json!({
@@ -178,7 +206,7 @@ mod tests {
     proptest! {
         #[test]
         fn frames_arrive_whole_in_whatever_pieces(cuts in proptest::collection::vec(1usize..700, 1..40)) {
-            let (wire, mut frames, mut out) = (wire(), Frames::default(), Vec::new());
+            let (wire, mut frames, mut out) = (wire(), Frames::new(Kind::Command), Vec::new());
             let (mut rest, mut cuts) = (&wire[..], cuts.into_iter().cycle());
             while !rest.is_empty() {
                 let (now, then) = rest.split_at(cuts.next().unwrap().min(rest.len()));
@@ -191,7 +219,7 @@ mod tests {
 
         #[test]
         fn what_breaks_off_anywhere_says_so(at in 0usize..3060) {
-            let (wire, mut frames, mut out) = (wire(), Frames::default(), Vec::new());
+            let (wire, mut frames, mut out) = (wire(), Frames::new(Kind::Command), Vec::new());
             let at = at.min(wire.len() - 1);
             frames.step(&wire[..at], &mut out);
             out.extend(frames.broken("the node's session ended").expect("it was not told"));
@@ -202,8 +230,19 @@ mod tests {
         }
 
         #[test]
+        fn forwarded_ports_that_break_off_anywhere_end_by_going_away(at in 0usize..3060) {
+            let (wire, mut frames, mut out) = (wire(), Frames::new(Kind::PortForward), Vec::new());
+            frames.step(&wire[..at.min(wire.len())], &mut out);
+            out.extend(frames.broken("the node's session ended").expect("streams that end are no end of all"));
+            let (controls, _) = read(&out);
+            prop_assert_eq!(controls.last().unwrap(), &GOING_AWAY);
+            frames.step(&GOING_AWAY, &mut out);
+            prop_assert!(at < wire.len() || frames.broken("no").is_none(), "once is enough");
+        }
+
+        #[test]
         fn anything_is_passed_on(wire in proptest::collection::vec(any::<u8>(), 0..4096)) {
-            let (mut frames, mut out) = (Frames::default(), Vec::new());
+            let (mut frames, mut out) = (Frames::new(Kind::Command), Vec::new());
             frames.step(&wire, &mut out);
             prop_assert!(frames.begun.len() <= MAX_CONTROL + HEAD);
         }

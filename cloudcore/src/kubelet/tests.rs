@@ -11,6 +11,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Empty, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http1::SendRequest;
+use hyper::header::HeaderValue;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -395,11 +396,11 @@ fn text(code: StatusCode, text: impl Into<Bytes>) -> Response<Body> {
     Response::builder().status(code).body(body).unwrap()
 }
 
-fn switching() -> Response<Body> {
+fn switching(protocol: Option<HeaderValue>) -> Response<Body> {
     let mut response = text(StatusCode::SWITCHING_PROTOCOLS, "");
     let headers = response.headers_mut();
     headers.insert("connection", "Upgrade".parse().unwrap());
-    headers.insert("upgrade", "SPDY/3.1".parse().unwrap());
+    headers.insert("upgrade", protocol.unwrap_or(HeaderValue::from_static("SPDY/3.1")));
     headers.insert("x-stream-protocol-version", "v4.channel.k8s.io".parse().unwrap());
     response
 }
@@ -410,6 +411,8 @@ async fn kubelet(
     produced: Arc<AtomicUsize>,
 ) -> Result<Response<Body>, hyper::Error> {
     let path = request.uri().path().to_owned();
+    let protocol = request.headers().get("upgrade").cloned();
+    let is_spdy = protocol.as_ref().is_some_and(|protocol| protocol == "SPDY/3.1");
     Ok(match path.split('/').nth(1).unwrap_or_default() {
         // What came of the head.
         "pods" => {
@@ -454,20 +457,20 @@ async fn kubelet(
             response.headers_mut().insert("location", "https://elsewhere/".parse().unwrap());
             response
         }
-        // A command that says the first half of something, and no more: in SPDY, a frame of ten bytes of which five come.
-        "attach" => {
+        // What says the first half of something, and no more: in SPDY, a frame of ten bytes of which five come.
+        "attach" | "portForward" if is_spdy => {
             let upgraded = hyper::upgrade::on(&mut request);
-            drop(supervise::spawn("test attach", async move {
+            drop(supervise::spawn("test streams", async move {
                 let mut io = TokioIo::new(upgraded.await.unwrap());
                 io.write_all(&[0, 0, 0, 3, 0, 0, 0, 10, b'h', b'e', b'l', b'l', b'o']).await.unwrap();
                 std::future::pending::<()>().await;
             }));
-            switching()
+            switching(protocol)
         }
         // Reads to the end, then says how much that was: what comes back needs the half that is still open.
         "exec" | "portForward" => {
             let upgraded = hyper::upgrade::on(&mut request);
-            drop(supervise::spawn("test port-forward", async move {
+            drop(supervise::spawn("test echo", async move {
                 let mut io = TokioIo::new(upgraded.await.unwrap());
                 io.write_all(b"ready").await.unwrap();
                 let mut got = Vec::new();
@@ -477,7 +480,7 @@ async fn kubelet(
                     io.shutdown().await.unwrap();
                 }
             }));
-            switching()
+            switching(protocol)
         }
         _ => text(StatusCode::NOT_FOUND, "404 page not found"),
     })

@@ -51,9 +51,9 @@ async fn bodies_go_both_ways_at_once() {
 }
 
 /// Sends the head of an upgrade; answers what comes until the end of the other head.
-async fn upgrade(stream: &mut TlsStream<TcpStream>, path: &str) -> String {
+async fn upgrade(stream: &mut TlsStream<TcpStream>, path: &str, protocol: &str) -> String {
     let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
+        "POST {path} HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\
          X-Stream-Protocol-Version: v4.channel.k8s.io\r\nContent-Length: 0\r\n\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -69,9 +69,9 @@ async fn an_upgrade_carries_bytes_until_both_halves_are_closed() {
     let bed = Bed::start().await;
     let edge = bed.connect("box-1", 1);
     let mut stream = bed.tls(bed.port("box-1"), &bed.admin("box-1")).await.unwrap();
-    let head = upgrade(&mut stream, "/portForward/ns/pod").await;
+    let head = upgrade(&mut stream, "/portForward/ns/pod", "bytes").await;
     assert!(head.starts_with("http/1.1 101 "), "{head}");
-    for header in ["connection: upgrade", "upgrade: spdy/3.1", "x-stream-protocol-version: v4.channel.k8s.io"] {
+    for header in ["connection: upgrade", "upgrade: bytes", "x-stream-protocol-version: v4.channel.k8s.io"] {
         assert!(head.contains(header), "{header} is not in {head}");
     }
     let mut ready = [0; 5];
@@ -90,23 +90,34 @@ async fn an_upgrade_carries_bytes_until_both_halves_are_closed() {
     until("nothing is left", || edge.open() == 0 && bed.metrics.open() == 0).await;
 }
 
-#[tokio::test]
-async fn a_command_that_breaks_off_is_no_success() {
+/// What a client gets at the end of streams that were cut off in the middle of a frame.
+async fn cut_off(path: &str) -> Vec<u8> {
     let bed = Bed::start().await;
     let (edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
-    let mut shell = bed.tls(bed.port("box-1"), &admin).await.unwrap();
-    upgrade(&mut shell, "/attach/ns/pod/c").await;
+    let mut client = bed.tls(bed.port("box-1"), &admin).await.unwrap();
+    upgrade(&mut client, path, "SPDY/3.1").await;
     let mut frame = [0; 13];
-    shell.read_exact(&mut frame).await.unwrap();
+    client.read_exact(&mut frame).await.unwrap();
     assert_eq!(&frame, b"\0\0\0\x03\0\0\0\x05hello", "a piece with a head of its own");
     edge.cut();
     let mut rest = Vec::new();
-    tokio::time::timeout(PATIENCE, shell.read_to_end(&mut rest)).await.expect("it ends").unwrap();
+    tokio::time::timeout(PATIENCE, client.read_to_end(&mut rest)).await.expect("it ends").unwrap();
+    rest
+}
+
+#[tokio::test]
+async fn a_command_that_breaks_off_is_no_success() {
+    let rest = cut_off("/attach/ns/pod/c").await;
     let (head, status) = rest.split_at(8);
     assert_eq!(head[..5], [0, 0, 0, 1, 1], "the error stream, and its end");
     let status: Value = serde_json::from_slice(status).unwrap();
     assert_eq!(status["status"], "Failure");
     assert!(status["message"].as_str().unwrap().contains("node box-1 broke off"), "{status}");
+}
+
+#[tokio::test]
+async fn forwarded_ports_that_break_off_are_told_to_be_gone() {
+    assert_eq!(cut_off("/portForward/ns/pod").await[..8], [0x80, 3, 0, 7, 0, 0, 0, 8], "GOAWAY");
 }
 
 #[tokio::test]
@@ -150,7 +161,7 @@ async fn what_is_under_way_ends_with_the_session() {
     let mut following = logs.get("/containerLogs/ns/pod/c?follow=true").await.into_body();
     assert_eq!(following.frame().await.unwrap().unwrap().into_data().unwrap(), "first line\n");
     let mut shell = bed.tls(port, &admin).await.unwrap();
-    upgrade(&mut shell, "/portForward/ns/pod").await;
+    upgrade(&mut shell, "/portForward/ns/pod", "bytes").await;
     shell.read_exact(&mut [0; 5]).await.unwrap();
     let mut waiting = bed.client(port, &admin).await;
     let waiting = async { waiting.get("/stats/summary").await };
@@ -206,7 +217,7 @@ async fn who_leaves_ends_what_was_under_way() {
     let mut following = logs.get("/containerLogs/ns/pod/c?follow=true").await.into_body();
     following.frame().await.unwrap().unwrap();
     let mut shell = bed.tls(port, &admin).await.unwrap();
-    upgrade(&mut shell, "/portForward/ns/pod").await;
+    upgrade(&mut shell, "/portForward/ns/pod", "bytes").await;
     let mut asking = bed.tls(port, &admin).await.unwrap();
     asking.write_all(b"GET /stats/summary HTTP/1.1\r\nHost: node\r\n\r\n").await.unwrap();
     until("both of them are under way", || edge.open() == 2).await;
