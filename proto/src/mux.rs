@@ -21,9 +21,7 @@ use prost::Message as _;
 pub use self::error::{OpenError, Violation};
 pub use self::id::{Class, Side, StreamId};
 use self::stream::{Finish, Reset, Stream};
-use crate::frame;
-use crate::sync::MAX_FRAME;
-use crate::wire::{self, Frame, frame::Body};
+use crate::wire::{Frame, frame::Body};
 
 mod error;
 mod id;

@@ -1,6 +1,5 @@
 //! What is sent next.
 
-use bytes::Bytes;
 use prost::Message as _;
 
 use super::stream::{Finish, Reset};

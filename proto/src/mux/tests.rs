@@ -8,7 +8,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::*;
-use crate::wire::{Goodbye, Ping};
+use crate::sync::MAX_FRAME;
+use crate::wire::{self, Goodbye, Ping};
 
 fn chores(mux: &Mux) -> usize {
     mux.classes.iter().map(|lane| lane.chores.len()).sum()
