@@ -148,6 +148,7 @@ pub async fn connect(
         autonomy: autonomy.clone(),
         ports: ports.clone(),
         deletions: deletions.clone(),
+        doubtful: Arc::default(),
     };
 
     let watch = |name, run: fn(Watches) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| {

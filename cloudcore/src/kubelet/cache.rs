@@ -1,10 +1,11 @@
-//! Answers that are good for some time, by the hash of what was asked; the oldest go when there are too many.
+//! Answers that are good for some time, by the hash of what was asked. When there are too many, those go that are good for the shortest time
+//! yet: what is nobody's is so for seconds, and a flood of that drives out no more than itself.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{self, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::Mutex;
 
 use crate::clock;
 
@@ -20,8 +21,8 @@ pub(crate) struct Cache<V> {
     most: usize,
     next: u64,
     answers: HashMap<Key, Answer<V>>,
-    /// In the order in which they came.
-    by_age: BTreeMap<u64, Key>,
+    /// Until when they are good, and their numbers.
+    by_end: BTreeMap<(Duration, u64), Key>,
 }
 
 #[derive(Debug)]
@@ -34,7 +35,7 @@ struct Answer<V> {
 impl<V> Cache<V> {
     /// At most so many.
     pub(crate) fn new(most: usize) -> Self {
-        Self { most, next: 0, answers: HashMap::new(), by_age: BTreeMap::new() }
+        Self { most, next: 0, answers: HashMap::new(), by_end: BTreeMap::new() }
     }
 
     /// What is known at this time.
@@ -47,21 +48,22 @@ impl<V> Cache<V> {
         let number = self.next;
         self.next += 1;
         if let Some(before) = self.answers.insert(key, Answer { value, until, number }) {
-            self.by_age.remove(&before.number);
+            self.by_end.remove(&(before.until, before.number));
         }
-        self.by_age.insert(number, key);
+        self.by_end.insert((until, number), key);
         while self.answers.len() > self.most {
-            let Some((_, oldest)) = self.by_age.pop_first() else { break };
-            self.answers.remove(&oldest);
+            let Some((_, first)) = self.by_end.pop_first() else { break };
+            self.answers.remove(&first);
         }
     }
 }
 
-/// What the apiserver is asked once for as long as its answer is good, by so many requests at once.
+/// What the apiserver is asked once for as long as its answer is good.
 #[derive(Debug)]
 pub(crate) struct Asked<V> {
-    answers: Mutex<Cache<V>>,
-    permits: Semaphore,
+    answers: sync::Mutex<Cache<V>>,
+    /// A question waits for those that have the same turn; what is asked twice has the same one.
+    turns: Vec<Mutex<()>>,
 }
 
 /// It does not answer in time.
@@ -71,7 +73,8 @@ pub(crate) struct Silence;
 impl<V: Clone> Asked<V> {
     /// At most so many answers are kept, and so many questions under way.
     pub(crate) fn new(most: usize, at_once: usize) -> Self {
-        Self { answers: Mutex::new(Cache::new(most)), permits: Semaphore::new(at_once) }
+        let turns = std::iter::repeat_with(Mutex::default).take(at_once).collect();
+        Self { answers: sync::Mutex::new(Cache::new(most)), turns }
     }
 
     /// What is known, or else what `ask` answers, which is then good for so long.
@@ -88,7 +91,11 @@ impl<V: Clone> Asked<V> {
             return Ok(answer);
         }
         let review = async {
-            let _permit = self.permits.acquire().await;
+            let turn = usize::from(key[0]) % self.turns.len().max(1);
+            let _turn = match self.turns.get(turn) {
+                Some(turn) => Some(turn.lock().await),
+                None => None,
+            };
             // Somebody may have asked meanwhile.
             if let Some(answer) = known() {
                 return Ok(answer);
@@ -130,13 +137,34 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_of_too_many_go() {
+    fn of_too_many_those_go_that_end_first() {
         let mut cache = Cache::new(2);
         for (number, question) in ["a", "b", "a", "c"].into_iter().enumerate() {
             cache.keep(key(question.as_bytes()), number, seconds(100));
         }
-        let known = |question: &str| cache.look(&key(question.as_bytes()), seconds(1)).copied();
-        assert_eq!((known("a"), known("b"), known("c")), (Some(2), None, Some(3)));
-        assert_eq!((cache.answers.len(), cache.by_age.len()), (2, 2));
+        let known = |cache: &Cache<usize>, question: &str| cache.look(&key(question.as_bytes()), seconds(1)).copied();
+        assert_eq!((known(&cache, "a"), known(&cache, "b"), known(&cache, "c")), (Some(2), None, Some(3)));
+        assert_eq!((cache.answers.len(), cache.by_end.len()), (2, 2));
+        // A flood of what is good for a short time only.
+        cache.keep(key(b"b"), 9, seconds(120));
+        for number in 0..100_usize {
+            cache.keep(key(&number.to_ne_bytes()), number, seconds(10));
+        }
+        assert_eq!((known(&cache, "b"), cache.answers.len()), (Some(9), 2));
+    }
+
+    #[tokio::test]
+    async fn what_many_ask_at_once_is_asked_once() {
+        let asked: Asked<u32> = Asked::new(8, 4);
+        let times = sync::atomic::AtomicU32::new(0);
+        let ask = || {
+            let ask = async {
+                tokio::task::yield_now().await;
+                Ok(times.fetch_add(1, sync::atomic::Ordering::SeqCst))
+            };
+            asked.get::<Silence>(b"who is it?", ask, |_| seconds(60))
+        };
+        let answers = futures_util::future::join_all((0..20).map(|_| ask())).await;
+        assert!(answers.into_iter().all(|answer| matches!(answer, Ok(0))));
     }
 }

@@ -116,6 +116,7 @@ impl Ports {
             listed: false,
             nodes: HashMap::new(),
             taken: HashSet::new(),
+            closing: HashMap::new(),
             shown: HashMap::new(),
             occupied: HashSet::new(),
             free_from: range.first,
@@ -208,7 +209,10 @@ impl Ports {
 
     /// Nobody listens on a port any more that came out of [`Ports::opened`].
     pub(crate) fn released(&self, port: u16) {
-        self.lock().released(port);
+        let mut inner = self.lock();
+        if let Some(name) = inner.released(port) {
+            self.settle(&mut inner, &name);
+        }
     }
 
     /// Waits for a port that is to be listened on, until it is given back. Cancel safe.

@@ -3,10 +3,11 @@
 //! Nothing is taken for gone because a list did not show it: a pod or Node that a new list lacks is asked for by name first. ConfigMaps and
 //! Secrets are watched by their metadata only; [`fetch`] gets those that are needed.
 
-use std::collections::HashSet;
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::ResourceExt;
 use kube::api::{Api, DynamicObject, ListParams};
@@ -46,6 +47,8 @@ pub(crate) struct Watches {
     pub(crate) autonomy: Arc<Autonomy>,
     pub(crate) ports: Arc<Ports>,
     pub(crate) deletions: broadcast::Sender<NodeIdentity>,
+    /// Nodes of which it is being asked whether they are gone, and whether that is to be asked once more.
+    pub(crate) doubtful: Arc<Mutex<HashMap<NodeIdentity, bool>>>,
 }
 
 /// What a stream's events do.
@@ -195,8 +198,38 @@ impl Watches {
         drop(self.deletions.send(node));
     }
 
+    /// Has it asked whether a Node is really gone: once at a time, however often that is in doubt.
+    fn confirm_node(&self, node: NodeIdentity) {
+        if let Some(again) = self.doubtful().get_mut(&node) {
+            *again = true;
+            return;
+        }
+        self.doubtful().insert(node.clone(), false);
+        let watches = self.clone();
+        supervise::spawn("confirm a Node's deletion", async move {
+            loop {
+                let asked = AssertUnwindSafe(watches.look_for_node(&node)).catch_unwind().await;
+                let mut doubtful = watches.doubtful();
+                // What was in doubt meanwhile may have happened behind the answer.
+                match doubtful.get_mut(&node) {
+                    Some(again) if *again && asked.is_ok() => *again = false,
+                    _ => drop(doubtful.remove(&node)),
+                }
+                match asked {
+                    Err(panic) => std::panic::resume_unwind(panic),
+                    Ok(()) if doubtful.contains_key(&node) => {}
+                    Ok(()) => return,
+                }
+            }
+        });
+    }
+
+    fn doubtful(&self) -> MutexGuard<'_, HashMap<NodeIdentity, bool>> {
+        self.doubtful.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Asks whether a Node is really gone, until there is an answer.
-    async fn confirm_node(self, node: NodeIdentity) {
+    async fn look_for_node(&self, node: &NodeIdentity) {
         let mut attempt = 0;
         loop {
             let found = self.api.get(Kind::Node, "", &node.name).await;
@@ -205,8 +238,8 @@ impl Watches {
                 Ok(found) if found.as_ref().and_then(ResourceExt::uid).as_deref() != Some(node.uid.as_str()) => {
                     let known = self.shared.closures().node_removed(&node.name, Some(&node.uid)).is_some();
                     // One that came and went between two lists was never known, and has a session all the same.
-                    if known || self.shared.closures().has_session(&node) {
-                        self.node_gone(node);
+                    if known || self.shared.closures().has_session(node) {
+                        self.node_gone(node.clone());
                     }
                     return found
                         .iter()
@@ -220,7 +253,7 @@ impl Watches {
                         node = node.name,
                         "the Node lost its label {EDGE_LABEL}: putting it back; delete the Node to remove it"
                     );
-                    if nodes::relabel(&self.api, &node).await.is_ok() {
+                    if nodes::relabel(&self.api, node).await.is_ok() {
                         return;
                     }
                 }
@@ -342,7 +375,7 @@ impl Sink<DynamicObject> for Nodes {
 
     fn delete(&mut self, node: DynamicObject) {
         let identity = NodeIdentity { name: node.name_any(), uid: node.uid().unwrap_or_default() };
-        supervise::spawn("confirm a Node's deletion", self.watches.clone().confirm_node(identity));
+        self.watches.confirm_node(identity);
     }
 
     fn complete(&mut self) {
@@ -352,7 +385,7 @@ impl Sink<DynamicObject> for Nodes {
         };
         let unseen = known.into_iter().filter(|node| !self.seen.contains(&node.name));
         for identity in unseen.chain(strangers) {
-            supervise::spawn("confirm a Node's deletion", self.watches.clone().confirm_node(identity));
+            self.watches.confirm_node(identity);
         }
         self.watches.ports.listed();
         self.watches.shared.closures().source_ready(Source::Nodes);

@@ -21,6 +21,8 @@ pub(super) struct Inner {
     pub(super) nodes: HashMap<String, Node>,
     /// Until nobody listens on them any more, which is a little longer than a node has them.
     pub(super) taken: HashSet<u16>,
+    /// Those of them that no node has any more, and the node that is to get one back.
+    pub(super) closing: HashMap<u16, Option<String>>,
     /// Ports that Nodes show: how many of them show it. Whoever gets a new one gets none of these, as long as there are others.
     pub(super) shown: HashMap<u16, u32>,
     /// Ports that something else on this machine listens on.
@@ -95,6 +97,11 @@ impl Inner {
             return;
         }
         let (had, node) = (held.shown_port, NodeIdentity { name: name.to_owned(), uid: held.uid.clone() });
+        if let Some(waiting @ None) = self.closing.get_mut(&had) {
+            // It is given back at once, and whoever knows the node knows it there.
+            *waiting = Some(node.name);
+            return;
+        }
         let mut tried = HashSet::new();
         loop {
             let Some(port) = self.next_port(had, &tried) else {
@@ -158,12 +165,16 @@ impl Inner {
         self.opened.retain(|(opened, _)| !Arc::ptr_eq(opened, &door));
         if self.opened.len() < before {
             self.released(door.port);
+        } else {
+            self.closing.insert(door.port, None);
         }
     }
 
-    pub(super) fn released(&mut self, port: u16) {
+    /// Answers which node waits for it.
+    pub(super) fn released(&mut self, port: u16) -> Option<String> {
         self.taken.remove(&port);
         self.free_from = self.free_from.min(port);
+        self.closing.remove(&port)?
     }
 
     /// Whether a Node has newly to be written.

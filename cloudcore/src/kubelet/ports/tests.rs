@@ -90,6 +90,25 @@ fn a_port_stays_the_nodes_until_the_node_is_deleted() {
 }
 
 #[test]
+fn who_comes_back_before_its_port_is_given_back_gets_it_again() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    ports.listed();
+    ports.connected(&node("a"), 1);
+    ports.seen(&node("a"), &shows(&host, 20000));
+    let (_door, listener) = ports.opened().now_or_never().expect("it is to be listened on");
+    // Another replica took it over, and it is back.
+    ports.disconnected(&node("a"), 1, "2026-01-01T00:00:00Z".parse().unwrap());
+    ports.seen(&node("a"), &shows("10.0.0.9", 20000));
+    assert_eq!(ports.port("a"), None);
+    ports.connected(&node("a"), 2);
+    assert_eq!(ports.port("a"), None, "somebody listens on it yet");
+    drop(listener);
+    ports.released(20000);
+    assert_eq!(ports.port("a"), Some(20000));
+}
+
+#[test]
 fn a_restart_finds_the_ports_in_the_nodes() {
     let host = own_host();
     let ports = ports_at(&host, 20000, 20009);
