@@ -120,10 +120,18 @@ fn streams(stdin: bool, tty: bool) -> String {
 async fn talk(node: &Node, path: &str, stdin: bool, tty: bool) -> anyhow::Result<ExitCode> {
     let io = node.upgrade(path, PROTOCOL).await?;
     let raw = (tty && stdin && terminal::is_typed_at()).then(Raw::new).transpose();
-    let _raw = raw.context("the terminal cannot be made raw")?;
+    let raw = raw.context("the terminal cannot be made raw")?;
     let input = if stdin { Some(terminal::input()?) } else { None };
     let sizes = if tty { Some(terminal::sizes()?) } else { None };
-    session(io, input, sizes, tty, show).await
+    let session = session(io, input, sizes, tty, show);
+    if raw.is_none() {
+        return session.await;
+    }
+    // A process that is just ended leaves the terminal as it is: without an echo, for whoever types next.
+    tokio::select! {
+        ended = session => ended,
+        signal = terminal::told_to_end() => Ok(ExitCode::from(128 + u8::try_from(signal?.as_raw_value())?)),
+    }
 }
 
 fn show(is_error: bool, data: &[u8]) -> io::Result<()> {

@@ -38,6 +38,16 @@ impl Drop for Raw {
     }
 }
 
+/// Waits until somebody has the process end, by SIGTERM or SIGHUP (the terminal is gone). Says by which, and from now on it is who waits
+/// here who has to end it.
+pub(super) async fn told_to_end() -> io::Result<SignalKind> {
+    let (mut terminate, mut hang_up) = (signal(SignalKind::terminate())?, signal(SignalKind::hangup())?);
+    Ok(tokio::select! {
+        _ = terminate.recv() => SignalKind::terminate(),
+        _ = hang_up.recv() => SignalKind::hangup(),
+    })
+}
+
 /// Whether somebody types.
 pub(super) fn is_typed_at() -> bool {
     io::stdin().is_terminal()

@@ -1,6 +1,8 @@
 //! What all pods of the kubelet share: handles, the node's facts, the recorder of events.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, PodStatus};
@@ -47,6 +49,8 @@ pub struct Parts {
     pub sandbox_turns: Semaphore,
 }
 
+/// The loop that looks after pods comes round this often, whatever happens.
+pub const ROUND: Duration = Duration::from_secs(60);
 /// Events on their way to the store; beyond it new ones are dropped.
 const EVENTS: usize = 256;
 
@@ -57,6 +61,8 @@ pub struct Context {
     recorder: Mutex<Recorder>,
     events: mpsc::Sender<Report>,
     probe_counts: Counts,
+    /// Milliseconds, monotonic.
+    round_at: AtomicU64,
 }
 
 impl std::ops::Deref for Context {
@@ -72,7 +78,20 @@ impl Context {
     pub fn new(parts: Parts, node: &str) -> (Self, mpsc::Receiver<Report>) {
         let (events, receiver) = mpsc::channel(EVENTS);
         let recorder = Mutex::new(Recorder::new(node));
-        (Self { parts, recorder, events, probe_counts: Counts::default() }, receiver)
+        let context = Self { parts, recorder, events, probe_counts: Counts::default(), round_at: AtomicU64::new(0) };
+        context.came_round();
+        (context, receiver)
+    }
+
+    /// The loop that looks after pods begins a round; it does at least every [`ROUND`].
+    pub fn came_round(&self) {
+        let now = u64::try_from(clock::monotonic().as_millis()).unwrap_or(u64::MAX);
+        self.round_at.store(now, Ordering::Relaxed);
+    }
+
+    /// How long ago that was.
+    pub fn since_round(&self) -> Duration {
+        clock::monotonic().saturating_sub(Duration::from_millis(self.round_at.load(Ordering::Relaxed)))
     }
 
     /// The node's facts of this moment.

@@ -118,6 +118,17 @@ pub fn start_rotation(file: &Path, max_size: u64, max_files: usize, now: Timesta
     Ok(Rotation::Renamed(renamed))
 }
 
+/// What was rotated from a log and is still there, the oldest first.
+pub fn rotated(file: &Path) -> Result<Vec<PathBuf>, PathError> {
+    let (Some(dir), Some(name)) = (file.parent(), file.file_name().and_then(|name| name.to_str())) else {
+        return Ok(Vec::new());
+    };
+    let stamp = |other: &str| DateTime::strptime(STAMP, other.strip_prefix(name)?.strip_prefix('.')?).ok();
+    let mut rotated: Vec<_> = names_in(dir)?.into_iter().filter_map(|other| Some((stamp(&other)?, other))).collect();
+    rotated.sort_unstable();
+    Ok(rotated.into_iter().map(|(_, name)| dir.join(name)).collect())
+}
+
 /// Gives a renamed log its name back, when the runtime did not open a new one. One that did appear stays.
 pub fn put_back(file: &Path, renamed: &Path) -> Result<(), PathError> {
     match fs::hard_link(renamed, file) {

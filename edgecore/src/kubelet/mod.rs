@@ -59,6 +59,22 @@ pub mod status;
 pub mod volumes;
 pub mod worker;
 
+/// While the kubelet looks after pods it can be asked of them.
+struct Measured<'a>(&'a watch::Sender<Option<Stats>>);
+
+impl<'a> Measured<'a> {
+    fn begin(stats: &'a watch::Sender<Option<Stats>>, context: Arc<Context>) -> Self {
+        stats.send_replace(Some(Stats::new(context)));
+        Self(stats)
+    }
+}
+
+impl Drop for Measured<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(None);
+    }
+}
+
 /// Runs the kubelet until shutdown.
 pub async fn run(parts: KubeletParts) {
     let KubeletParts { store, config, link_state: link, wanted, reset, stats, runtime: channel, shutdown } = parts;
@@ -111,7 +127,7 @@ pub async fn run(parts: KubeletParts) {
         };
         let (context, events) = Context::new(parts, &config.node_name);
         let context = Arc::new(context);
-        stats.send_replace(Some(Stats::new(context.clone())));
+        let _measured = Measured::begin(&stats, context.clone());
         context_sender.send_replace(Some(context.clone()));
         let pods = Pods::new(context.clone()).run(
             crate::runtime::events(cri, channel),

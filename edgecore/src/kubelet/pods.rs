@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::admission;
-use super::context::{Context, STATUS_NOTE, blocking};
+use super::context::{Context, ROUND, STATUS_NOTE, blocking};
 use super::gather::{Needs, parse};
 use super::memory::Memory;
 use super::observed::Observed;
@@ -117,6 +117,7 @@ impl Pods {
         let mut host_ips = facts.borrow_and_update().host_ips.clone();
         self.begin().await;
         loop {
+            self.context.came_round();
             if std::mem::take(&mut self.moved) {
                 self.want_tiers();
             }
@@ -159,6 +160,8 @@ impl Pods {
                 Some(ended) = self.ended.join_next_with_id(), if !self.ended.is_empty() => self.over(ended).await,
                 () = rest(next), if next.is_some() => self.take_up_anew().await,
                 () = tokio::time::sleep(DOUBT), if self.doubtful => self.compare().await,
+                // Round once more, to show that nothing holds this up.
+                () = tokio::time::sleep(ROUND), if !self.doubtful => {}
                 again = wanted.recv() => match again {
                     Ok((ReportKind::PodStatus, uid)) => self.report_again(|of| *of == uid),
                     Ok(_) => {}

@@ -2,9 +2,10 @@
 //! not wait longer, who dials starts over, and who has a session asks whether it still lives.
 //!
 //! The kernel tells it by rtnetlink. Pods that come and go change links, addresses and routes too, on veths and bridges; those say
-//! nothing about the way to the cloud and do not count. Where the kernel cannot be listened to, waits last as long as they last.
+//! nothing about the way to the cloud and do not count. While the kernel cannot be listened to, waits last as long as they last.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net;
@@ -15,7 +16,7 @@ use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockT
 use tokio::net::UnixDatagram;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::warn;
 
 use crate::clock;
 
@@ -25,18 +26,32 @@ const SETTLE: Duration = Duration::from_millis(200);
 const PACE: Duration = Duration::from_secs(1);
 /// No message is larger; of a larger one the beginning is read.
 const BUFFER: usize = 16 << 10;
+/// How long after the kernel would not be listened to it is tried again: a box may just have been out of memory.
+const AGAIN: Duration = Duration::from_secs(60);
 /// Interfaces that are known at once.
 const MAX_INTERFACES: usize = 4096;
 
 /// Counts up in `back` whenever the network may be back, until the shutdown.
 pub async fn run(back: watch::Sender<u64>, shutdown: CancellationToken) {
+    let mut was_said = false;
+    let listening = async {
+        loop {
+            let Err(error) = listen(&back).await;
+            if !std::mem::replace(&mut was_said, true) {
+                warn!(%error, "changes of the network are not heard of, waits for it last their time; it is tried again every minute");
+            }
+            tokio::time::sleep(AGAIN).await;
+            // What happened meanwhile is not known.
+            back.send_modify(|count| *count = count.wrapping_add(1));
+        }
+    };
     tokio::select! {
-        Err(error) = listen(&back) => debug!(%error, "changes of the network are not heard of; waits for it last their time"),
+        () = listening => {}
         () = shutdown.cancelled() => {}
     }
 }
 
-async fn listen(back: &watch::Sender<u64>) -> io::Result<()> {
+async fn listen(back: &watch::Sender<u64>) -> io::Result<Infallible> {
     let socket = subscribe()?;
     ask_for_interfaces(&socket).await?;
     let mut interfaces = Interfaces::default();

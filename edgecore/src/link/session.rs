@@ -233,9 +233,11 @@ impl<'a> Session<'a> {
         self.finish(ended).await
     }
 
-    /// Commits what was received, for the machine counts on it, and lets the connection go.
+    /// Lets the connection go, and commits what was received, for the machine counts on it. A slow disk keeps no stream open meanwhile.
     async fn finish(mut self, ended: Ended) -> (Ended, Option<Edge>) {
-        let store = self.link.store.clone();
+        self.link.streams.send_replace(None);
+        let (store, reason) = (self.link.store.clone(), ended.to_string());
+        let farewell = self.wire.finish(&reason, self.goodbye, FAREWELL);
         let commits = async {
             if let Some((jobs, commit)) = self.writing.take()
                 && commit.await.is_err()
@@ -245,11 +247,9 @@ impl<'a> Session<'a> {
             let rest: Vec<Job> = self.jobs.drain(..).collect();
             commit_jobs(&store, &rest).await
         };
-        let durable = matches!(tokio::time::timeout(LAST_COMMIT, commits).await, Ok(Ok(_)));
+        let ((), committed) = tokio::join!(farewell, tokio::time::timeout(LAST_COMMIT, commits));
         self.edge.step(clock::monotonic(), EdgeInput::Disconnected);
-        self.link.streams.send_replace(None);
-        self.wire.finish(&ended.to_string(), self.goodbye, FAREWELL).await;
-        (ended, durable.then_some(self.edge))
+        (ended, matches!(committed, Ok(Ok(_))).then_some(self.edge))
     }
 
     fn step(&mut self, input: EdgeInput) {

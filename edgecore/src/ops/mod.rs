@@ -36,6 +36,7 @@ use crate::supervise;
 pub(crate) mod answer;
 mod configz;
 mod files;
+mod health;
 mod logs;
 mod metrics;
 mod pods;
@@ -48,6 +49,8 @@ mod tests;
 
 /// Requests that are served at once; one more is refused.
 const MAX_REQUESTS: usize = 256;
+/// Commands of `/run` at once, whose output is kept until they end: as much of each as one message of the runtime's is.
+const MAX_RUNS: usize = 4;
 /// Streams that may wait to be taken.
 pub const WAITING: usize = 32;
 /// The longest head of a request, and what is buffered of an answer.
@@ -65,6 +68,7 @@ pub struct Ops {
     devices: Devices,
     mqtt: watch::Receiver<mqtt::Status>,
     places: Arc<Semaphore>,
+    runs: Arc<Semaphore>,
 }
 
 /// The streams that cloudcore opens, over restarts of who serves them.
@@ -119,15 +123,9 @@ impl Ops {
     /// Over a channel to the runtime. `stats` measures the pods, while the kubelet runs.
     pub fn new(store: Store, config: Arc<Config>, runtime: Channel, stats: watch::Receiver<Option<Stats>>) -> Self {
         let (devices, mqtt) = (Devices::new(store.clone()), watch::channel(mqtt::Status::default()).1);
-        Self {
-            store,
-            cri: Cri::new(runtime),
-            config,
-            stats,
-            devices,
-            mqtt,
-            places: Arc::new(Semaphore::new(MAX_REQUESTS)),
-        }
+        let places = |most| Arc::new(Semaphore::new(most));
+        let (places, runs) = (places(MAX_REQUESTS), places(MAX_RUNS));
+        Self { store, cri: Cri::new(runtime), config, stats, devices, mqtt, places, runs }
     }
 
     /// With the devices of the node, instead of none, and how their MQTT is.
@@ -204,7 +202,12 @@ impl Ops {
             Route::ContainerLogs(of) => logs::logs(self, &of, &query).await?,
             Route::Pods => json(&pods::desired(&self.store).await?),
             Route::RunningPods => json(&pods::in_runtime(&self.cri).await?),
-            Route::Healthz => text("ok"),
+            Route::Healthz { syncloop } => {
+                if syncloop {
+                    health::syncloop(self).map_err(Refusal::failed)?;
+                }
+                text("ok")
+            }
             Route::Configz => json(&configz::configz(&self.config)),
             Route::HostLogs(parts, slash) => files::host_logs(files::ROOT, parts, slash).await?,
             Route::Checkpoint => {

@@ -30,7 +30,10 @@ pub(super) enum Route {
     PortForward(PodPath),
     Pods,
     RunningPods,
-    Healthz,
+    /// Of everything that is looked at, or of what only says that somebody is there.
+    Healthz {
+        syncloop: bool,
+    },
     Configz,
     /// A path below `/var/log`, in its parts; whether it ended in a slash.
     HostLogs(Vec<String>, bool),
@@ -73,7 +76,8 @@ impl Route {
             ["portForward", namespace, name, uid] => (Self::PortForward(pod(namespace, name, Some(uid))), streams),
             ["pods"] => (Self::Pods, get),
             ["runningpods"] => (Self::RunningPods, get),
-            ["healthz"] | ["healthz", "ping" | "log" | "syncloop"] => (Self::Healthz, get),
+            ["healthz"] | ["healthz", "syncloop"] => (Self::Healthz { syncloop: true }, get),
+            ["healthz", "ping" | "log"] => (Self::Healthz { syncloop: false }, get),
             ["configz"] => (Self::Configz, get),
             ["logs", ref rest @ ..] => {
                 (Self::HostLogs(rest.iter().map(|part| (*part).to_owned()).collect(), ends_in_slash), get)
@@ -112,7 +116,8 @@ mod tests {
         assert_eq!(get("/logs/"), Ok(Route::HostLogs(vec![], true)));
         assert_eq!(get("/logs/pods/a%20b"), Ok(Route::HostLogs(vec!["pods".into(), "a b".into()], false)));
         assert_eq!(get("/metrics/cadvisor"), Ok(Route::Metrics("/metrics/cadvisor".into())));
-        assert_eq!(get("/healthz/syncloop"), Ok(Route::Healthz));
+        assert_eq!(get("/healthz/syncloop"), Ok(Route::Healthz { syncloop: true }));
+        assert_eq!(get("/healthz/ping"), Ok(Route::Healthz { syncloop: false }));
         for (method, path, status) in [
             (Method::GET, "/", 404),
             (Method::GET, "/exec/ns/p", 404),

@@ -6,16 +6,19 @@ use hyper::upgrade::Upgraded;
 use hyper::{Request, StatusCode};
 use k8s_openapi::api::core::v1::Pod;
 
-use super::Ops;
 use super::answer::{Answer, Refusal, whole};
 use super::pods;
 use super::query::Query;
 use super::relay;
 use super::route::{ContainerPath, PodPath};
+use super::{MAX_RUNS, Ops};
 use crate::runtime::cri::{Error, Stdio};
 
 /// What the runtime may take to say where a stream is to be had.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long a command of `/run` may take: as long as an idle stream of upstream's may stand.
+const RUN_PATIENCE: Duration = Duration::from_secs(4 * 3600);
 
 /// Runs a command, with its streams.
 pub(super) async fn exec<B>(
@@ -65,15 +68,23 @@ pub(super) async fn port_forward<B>(
     relay::open(request, &promptly(ops.cri.port_forward(&sandbox, ports)).await?).await
 }
 
-/// Runs a command to its end, and answers with what it said.
+/// Runs a command to its end, and answers with what it said. Some at a time: all of that is in memory.
 pub(super) async fn run(ops: &Ops, of: &ContainerPath, query: &Query) -> Result<Answer, Refusal> {
     let (_, id) = pods::running(&ops.store, of).await?;
+    let Ok(_place) = ops.runs.try_acquire() else {
+        let words = format!(
+            "{MAX_RUNS} commands are being run on this node, which is all it takes; use exec, or try again later"
+        );
+        return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, words));
+    };
     let command = query.first("cmd").unwrap_or_default();
     let words: Vec<String> = command.split(' ').map(str::to_owned).collect();
-    let done = ops.cri.exec_sync(&id, &words, None).await.map_err(|error| Refusal::failed(error.to_string()))?;
+    let done =
+        ops.cri.exec_sync(&id, &words, Some(RUN_PATIENCE)).await.map_err(|error| Refusal::failed(error.to_string()))?;
     if done.exit_code != 0 {
-        let said = String::from_utf8_lossy(&done.output);
-        return Err(Refusal::failed(format!("command '{command}' exited with {}: {said}", done.exit_code)));
+        let mut words = format!("command '{command}' exited with {}: ", done.exit_code);
+        words += &String::from_utf8_lossy(&done.output);
+        return Err(Refusal::failed(words));
     }
     Ok(whole("application/json", done.output.into()))
 }

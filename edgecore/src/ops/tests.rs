@@ -348,7 +348,13 @@ async fn pods_and_the_rest_are_told() {
     let pod = &running["items"][0];
     assert_eq!(pod["metadata"], json!({ "name": "web", "namespace": "default", "uid": "u1" }));
     assert_eq!(pod["spec"]["containers"][0]["name"], "main");
-    assert_eq!(bed.get("/healthz").await, (200, "ok".to_owned()));
+    assert_eq!(bed.get("/healthz/ping").await, (200, "ok".to_owned()));
+    let (status, words) = bed.get("/healthz").await;
+    assert!(status == 500 && words.contains("the kubelet does not run"), "{words}");
+    let slis = bed.get("/metrics/slis").await.1;
+    for line in ["{name=\"ping\",type=\"healthz\"} 1\n", "{name=\"syncloop\",type=\"healthz\"} 0\n"] {
+        assert!(slis.contains(line), "{slis}");
+    }
     let config = json(&bed.get("/configz").await.1);
     assert_eq!(config["kubeletconfig"]["containerLogMaxSize"], "10Mi");
     assert_eq!(bed.ask("POST", "/checkpoint/default/web/main").await.0, 501);
@@ -370,11 +376,11 @@ async fn only_the_kubelet_is_here_and_no_more_than_it_can_take() {
     let mut refused = link.open(Class::Ops, Bytes::from_static(KUBELET)).unwrap();
     let error = refused.read(&mut [0]).await.unwrap_err().to_string();
     assert!(error.contains("try again later"), "{error}");
-    assert_eq!(bed.get("/healthz").await.0, 503);
+    assert_eq!(bed.get("/healthz/ping").await.0, 503);
     drop(all);
-    assert_eq!(bed.get("/healthz").await.0, 200);
+    assert_eq!(bed.get("/healthz/ping").await.0, 200);
     let mut asking = link.open(Class::Ops, Bytes::from_static(KUBELET)).unwrap();
-    asking.write_all(b"GET /healthz HTTP/1.1\r\nHost: n\r\n\r\n").await.unwrap();
+    asking.write_all(b"GET /healthz/ping HTTP/1.1\r\nHost: n\r\n\r\n").await.unwrap();
     let mut answer = String::new();
     asking.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nok"), "{answer}");

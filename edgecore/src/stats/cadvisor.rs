@@ -3,10 +3,12 @@
 //! As with cAdvisor, a sum over everything counts twice: containers have `container` and `image`, what is above them has not. Traffic is
 //! its sandbox's, whose `container` is empty.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use super::cgroup::{Cpu, Memory, Throttling, Usage};
+use super::cgroup::{Cpu, Io, Memory, Pressure, Stall, Throttling, Usage};
 use super::page::{Family, Labels, Page, Seconds};
 use super::proc::{Interface, Traffic};
 use super::snapshot::Snapshot;
@@ -18,8 +20,12 @@ pub(super) struct Around {
     pub(super) machine: Machine,
     /// The sandbox's image.
     pub(super) sandbox_image: String,
-    /// Where images and writable layers are.
-    pub(super) disk: Option<Disk>,
+    /// Where images and writable layers are, and the device that is on.
+    pub(super) disk: Option<(Disk, String)>,
+    /// Device files of block devices, by their numbers.
+    pub(super) devices: BTreeMap<String, String>,
+    /// The node's own.
+    pub(super) interfaces: Vec<Interface>,
 }
 
 /// A cgroup and what it is called.
@@ -40,8 +46,9 @@ pub(super) fn page(snapshot: &Snapshot, around: &Around) -> Bytes {
     let rows = rows(snapshot, around.machine.memory);
     processor(&mut page, &rows);
     memory(&mut page, &rows);
-    file_systems(&mut page, &rows, around.disk.as_ref());
-    network(&mut page, snapshot, &around.sandbox_image);
+    pressure(&mut page, &rows);
+    file_systems(&mut page, &rows, around);
+    network(&mut page, snapshot, around);
     limits(&mut page, &rows);
     let none = Labels::default();
     page.gauge("container_scrape_error", "1 if there was an error while getting container metrics, 0 otherwise").add(
@@ -49,6 +56,15 @@ pub(super) fn page(snapshot: &Snapshot, around: &Around) -> Bytes {
         u8::from(snapshot.is_lacking),
         None,
     );
+    let version = Labels::new([
+        ("cadvisorRevision", ""),
+        ("cadvisorVersion", ""),
+        ("dockerVersion", ""),
+        ("kernelVersion", around.machine.kernel.as_str()),
+        ("osVersion", around.machine.os_image.as_str()),
+    ]);
+    let help = "A metric with a constant '1' value labeled by kernel version, OS version, docker version, cadvisor version & cadvisor revision.";
+    page.gauge("cadvisor_version_info", help).add(&version, 1, None);
     let machine = Labels::new([
         ("boot_id", around.machine.boot_id.as_str()),
         ("machine_id", around.machine.machine_id.as_str()),
@@ -166,6 +182,7 @@ fn memory(page: &mut Page, rows: &[Row<'_>]) {
     gauge("container_memory_cache", "Number of bytes of page cache memory.", |memory| memory.cache);
     gauge("container_memory_mapped_file", "Size of memory mapped files in bytes.", |memory| memory.mapped);
     gauge("container_memory_swap", "Container swap usage in bytes.", |memory| memory.swap);
+    gauge("container_memory_max_usage_bytes", "Maximum memory usage recorded in bytes", |memory| memory.peak);
     let mut family = page.counter("container_memory_failures_total", "Cumulative count of memory allocation failures.");
     for row in rows {
         let Some(memory) = &row.usage.memory else { continue };
@@ -182,11 +199,79 @@ fn memory(page: &mut Page, rows: &[Row<'_>]) {
             family.add(&row.labels, processes, Some(row.usage.at));
         }
     }
+    let mut family = page.gauge("container_threads", "Number of threads running inside the container");
+    for row in rows {
+        if let Some(threads) = row.usage.processes {
+            family.add(&row.labels, threads, Some(row.usage.at));
+        }
+    }
+    let mut family =
+        page.counter("container_oom_events_total", "Count of out of memory events observed for the container");
+    for row in rows {
+        if let Some(kills) = row.usage.oom_kills {
+            family.add(&row.labels, kills, Some(row.usage.at));
+        }
+    }
+    let mut family = page.gauge("container_last_seen", "Last time a container was seen by the exporter");
+    for row in rows {
+        family.add(&row.labels, row.usage.at.as_second(), Some(row.usage.at));
+    }
 }
 
-/// Which device it is nobody says: the sum of all, with an empty label.
-fn file_systems(page: &mut Page, rows: &[Row<'_>], disk: Option<&Disk>) {
-    let of = |row: &Row<'_>| row.labels.and("device", "");
+/// How long something was waited for: all of it stalled, or some of it waiting.
+fn pressure(page: &mut Page, rows: &[Row<'_>]) {
+    type Part = (&'static str, &'static str, fn(&Pressure) -> Option<Stall>, bool);
+    let parts: [Part; 6] = [
+        (
+            "container_pressure_cpu_stalled_seconds_total",
+            "Total time duration no tasks in the container could make progress due to CPU congestion.",
+            |pressure| pressure.cpu,
+            true,
+        ),
+        (
+            "container_pressure_cpu_waiting_seconds_total",
+            "Total time duration tasks in the container have waited due to CPU congestion.",
+            |pressure| pressure.cpu,
+            false,
+        ),
+        (
+            "container_pressure_memory_stalled_seconds_total",
+            "Total time duration no tasks in the container could make progress due to memory congestion.",
+            |pressure| pressure.memory,
+            true,
+        ),
+        (
+            "container_pressure_memory_waiting_seconds_total",
+            "Total time duration tasks in the container have waited due to memory congestion.",
+            |pressure| pressure.memory,
+            false,
+        ),
+        (
+            "container_pressure_io_stalled_seconds_total",
+            "Total time duration no tasks in the container could make progress due to IO congestion.",
+            |pressure| pressure.io,
+            true,
+        ),
+        (
+            "container_pressure_io_waiting_seconds_total",
+            "Total time duration tasks in the container have waited due to IO congestion.",
+            |pressure| pressure.io,
+            false,
+        ),
+    ];
+    for (name, help, of, is_full) in parts {
+        let mut family = page.counter(name, help);
+        for row in rows {
+            if let Some(stall) = of(&row.usage.pressure) {
+                let micros = if is_full { stall.full.total } else { stall.some.total };
+                family.add(&row.labels, Seconds(micros.saturating_mul(1000)), Some(row.usage.at));
+            }
+        }
+    }
+}
+
+fn file_systems(page: &mut Page, rows: &[Row<'_>], around: &Around) {
+    let of = |row: &Row<'_>| row.labels.and("device", around.disk.as_ref().map_or("", |(_, device)| device));
     let mut family = page
         .gauge("container_fs_usage_bytes", "Number of bytes that are consumed by the container on this filesystem.");
     for row in rows {
@@ -197,7 +282,7 @@ fn file_systems(page: &mut Page, rows: &[Row<'_>], disk: Option<&Disk>) {
     let mut of_disk = |name, help, value: fn(&Disk) -> u64| {
         let mut family = page.gauge(name, help);
         for row in rows.iter().filter(|row| row.is_container) {
-            if let Some(disk) = disk {
+            if let Some((disk, _)) = &around.disk {
                 family.add(&of(row), value(disk), Some(row.usage.at));
             }
         }
@@ -209,22 +294,28 @@ fn file_systems(page: &mut Page, rows: &[Row<'_>], disk: Option<&Disk>) {
     );
     of_disk("container_fs_inodes_total", "Number of Inodes", |disk| disk.inodes);
     of_disk("container_fs_inodes_free", "Number of available Inodes", |disk| disk.inodes_free);
-    let mut family = page.counter("container_fs_reads_bytes_total", "Cumulative count of bytes read");
-    for row in rows {
-        if let Some(io) = row.usage.io {
-            family.add(&of(row), io.read, Some(row.usage.at));
+    let mut of_devices = |name, help, value: fn(&Io) -> u64| {
+        let mut family = page.counter(name, help);
+        for row in rows {
+            for io in &row.usage.io {
+                let device = around.devices.get(&io.device).unwrap_or(&io.device);
+                family.add(&row.labels.and("device", device), value(io), Some(row.usage.at));
+            }
         }
-    }
-    let mut family = page.counter("container_fs_writes_bytes_total", "Cumulative count of bytes written");
-    for row in rows {
-        if let Some(io) = row.usage.io {
-            family.add(&of(row), io.written, Some(row.usage.at));
-        }
-    }
+    };
+    of_devices("container_fs_reads_bytes_total", "Cumulative count of bytes read", |io| io.read);
+    of_devices("container_fs_reads_total", "Cumulative count of reads completed", |io| io.reads);
+    of_devices("container_fs_writes_bytes_total", "Cumulative count of bytes written", |io| io.written);
+    of_devices("container_fs_writes_total", "Cumulative count of writes completed", |io| io.writes);
 }
 
-fn network(page: &mut Page, snapshot: &Snapshot, image: &str) {
+fn network(page: &mut Page, snapshot: &Snapshot, around: &Around) {
+    let image = around.sandbox_image.as_str();
+    let node = labels("/", "", "", "", "", "");
     let mut rows: Vec<(Labels, &Interface, Timestamp)> = Vec::new();
+    for interface in &around.interfaces {
+        rows.push((node.and("interface", &interface.name), interface, snapshot.node.at));
+    }
     for pod in &snapshot.pods {
         let sandbox = pod.listed.sandbox.as_ref().map(|sandbox| sandbox.id.as_str()).unwrap_or_default();
         let id = if pod.sandbox_path.is_empty() { &pod.path } else { &pod.sandbox_path };

@@ -40,8 +40,11 @@ pub(super) struct Usage {
     pub(super) cpu: Option<Cpu>,
     pub(super) memory: Option<Memory>,
     pub(super) processes: Option<u64>,
+    /// Processes that were killed because there was no memory.
+    pub(super) oom_kills: Option<u64>,
     pub(super) pressure: Pressure,
-    pub(super) io: Option<Io>,
+    /// Of each block device.
+    pub(super) io: Vec<Io>,
     pub(super) limits: Limits,
 }
 
@@ -76,17 +79,23 @@ pub(super) struct Memory {
     pub(super) cache: Option<u64>,
     pub(super) mapped: Option<u64>,
     pub(super) swap: Option<u64>,
+    /// The most that it ever was.
+    pub(super) peak: Option<u64>,
     pub(super) faults: Option<u64>,
     pub(super) major_faults: Option<u64>,
     /// None: as much as there is.
     pub(super) limit: Option<u64>,
 }
 
-/// Bytes from and to block devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Bytes and operations from and to a block device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Io {
+    /// Its numbers, `major:minor`.
+    pub(super) device: String,
     pub(super) read: u64,
     pub(super) written: u64,
+    pub(super) reads: u64,
+    pub(super) writes: u64,
 }
 
 /// CPU limits in v1's terms.
@@ -111,15 +120,15 @@ pub(super) struct Pressure {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Stall {
     /// All of them at once.
-    full: Share,
+    pub(super) full: Share,
     /// Some of them.
-    some: Share,
+    pub(super) some: Share,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-struct Share {
+pub(super) struct Share {
     /// In all; as the kernel counts, in microseconds.
-    total: u64,
+    pub(super) total: u64,
     avg10: f64,
     avg60: f64,
     avg300: f64,
@@ -163,7 +172,15 @@ fn read_v1(place: impl Fn(&str) -> Option<PathBuf>, depth: Depth, usage: &mut Us
             cpu.system = keyed(&stat, "system").map(|ticks| ticks.saturating_mul(TICK));
             cpu.throttling = text("cpu", "cpu.stat").and_then(|stat| throttling(&stat));
         }
-        usage.io = text("blkio", "blkio.throttle.io_service_bytes_recursive").map(|text| io_v1(&text));
+        let of_devices = |file: &str| text("blkio", file).unwrap_or_default();
+        usage.io = io_v1(
+            &of_devices("blkio.throttle.io_service_bytes_recursive"),
+            &of_devices("blkio.throttle.io_serviced_recursive"),
+        );
+        usage.oom_kills = text("memory", "memory.oom_control").and_then(|text| keyed(&text, "oom_kill"));
+        if let Some(memory) = &mut usage.memory {
+            memory.peak = value("memory", "memory.max_usage_in_bytes");
+        }
         usage.limits = Limits {
             shares: value("cpu", "cpu.shares"),
             period: value("cpu", "cpu.cfs_period_us"),
@@ -195,7 +212,11 @@ fn read_v2(dir: &Path, depth: Depth, usage: &mut Usage) {
         };
     }
     if depth >= Depth::All {
-        usage.io = text("io.stat").map(|text| io_v2(&text));
+        usage.io = io_v2(&text("io.stat").unwrap_or_default());
+        usage.oom_kills = text("memory.events").and_then(|text| keyed(&text, "oom_kill"));
+        if let Some(memory) = &mut usage.memory {
+            memory.peak = value("memory.peak");
+        }
         usage.limits = limits_v2(value("cpu.weight"), &text("cpu.max").unwrap_or_default());
     }
 }
@@ -239,6 +260,7 @@ fn memory_v1(usage: u64, stat: &str) -> Memory {
         cache: keyed(stat, "total_cache"),
         mapped: keyed(stat, "total_mapped_file"),
         swap: keyed(stat, "total_swap"),
+        peak: None,
         faults: keyed(stat, "total_pgfault"),
         major_faults: keyed(stat, "total_pgmajfault"),
         limit: None,
@@ -253,35 +275,53 @@ fn memory_v2(usage: u64, stat: &str) -> Memory {
         cache: keyed(stat, "file"),
         mapped: keyed(stat, "file_mapped"),
         swap: None,
+        peak: None,
         faults: keyed(stat, "pgfault"),
         major_faults: keyed(stat, "pgmajfault"),
         limit: None,
     }
 }
 
-/// Lines `8:0 Read 4096`, of all devices.
-fn io_v1(text: &str) -> Io {
-    let mut io = Io::default();
-    for line in text.lines() {
-        let mut words = line.split_ascii_whitespace();
-        let (Some(_), Some(operation), Some(bytes)) = (words.next(), words.next(), words.next()) else { continue };
-        let bytes: u64 = bytes.parse().unwrap_or_default();
-        match operation {
-            "Read" => io.read = io.read.saturating_add(bytes),
-            "Write" => io.written = io.written.saturating_add(bytes),
-            _ => {}
+/// Lines `8:0 Read 4096`: of bytes, and of operations.
+fn io_v1(bytes: &str, operations: &str) -> Vec<Io> {
+    let mut devices: Vec<Io> = Vec::new();
+    let mut add = |text: &str, of: fn(&mut Io, bool) -> &mut u64| {
+        for line in text.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (Some(device), Some(operation), Some(count)) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            let is_read = match operation {
+                "Read" => true,
+                "Write" => false,
+                _ => continue,
+            };
+            let at = devices.iter().position(|known| known.device == device).unwrap_or_else(|| {
+                devices.push(Io { device: device.to_owned(), ..Io::default() });
+                devices.len() - 1
+            });
+            *of(&mut devices[at], is_read) = count.parse().unwrap_or_default();
         }
-    }
-    io
+    };
+    add(bytes, |io, is_read| if is_read { &mut io.read } else { &mut io.written });
+    add(operations, |io, is_read| if is_read { &mut io.reads } else { &mut io.writes });
+    devices
 }
 
-/// Lines `8:0 rbytes=4096 wbytes=0 …`, of all devices.
-fn io_v2(text: &str) -> Io {
-    let sum = |key: &str| {
-        let words = text.split_ascii_whitespace().filter_map(|word| word.strip_prefix(key)?.parse::<u64>().ok());
-        words.fold(0, u64::saturating_add)
+/// Lines `8:0 rbytes=4096 wbytes=0 rios=1 wios=0 …`; a device that did nothing has none of it.
+fn io_v2(text: &str) -> Vec<Io> {
+    let of_line = |line: &str| {
+        let (device, rest) = line.split_once(' ')?;
+        let value = |key: &str| rest.split_ascii_whitespace().find_map(|word| word.strip_prefix(key)?.parse().ok());
+        Some(Io {
+            device: device.to_owned(),
+            read: value("rbytes=")?,
+            written: value("wbytes=").unwrap_or_default(),
+            reads: value("rios=").unwrap_or_default(),
+            writes: value("wios=").unwrap_or_default(),
+        })
     };
-    Io { read: sum("rbytes="), written: sum("wbytes=") }
+    text.lines().filter_map(of_line).collect()
 }
 
 fn limits_v2(weight: Option<u64>, max: &str) -> Limits {
@@ -371,11 +411,19 @@ mod tests {
     fn bytes_of_devices() {
         let v1 = "8:0 Read 4096\n8:0 Write 512\n8:0 Sync 4608\n8:0 Async 0\n8:0 Discard 0\n8:0 Total 4608\n\
             253:0 Read 4\n253:0 Write 0\nTotal 4612\n";
-        assert_eq!(io_v1(v1), Io { read: 4100, written: 512 });
+        let served = "8:0 Read 2\n8:0 Write 1\n8:0 Total 3\nTotal 3\n";
+        let io = |device: &str, [read, written, reads, writes]: [u64; 4]| Io {
+            device: device.to_owned(),
+            read,
+            written,
+            reads,
+            writes,
+        };
+        assert_eq!(io_v1(v1, served), [io("8:0", [4096, 512, 2, 1]), io("253:0", [4, 0, 0, 0])]);
         let v2 =
             "8:0 rbytes=90112 wbytes=4096 rios=4 wios=1 dbytes=0 dios=0\n7:7 \n253:0 rbytes=8 wbytes=0 rios=1 wios=0\n";
-        assert_eq!(io_v2(v2), Io { read: 90_120, written: 4096 });
-        assert_eq!((io_v1("Total 0\n"), io_v2("")), (Io::default(), Io::default()));
+        assert_eq!(io_v2(v2), [io("8:0", [90_112, 4096, 4, 1]), io("253:0", [8, 0, 1, 0])]);
+        assert!(io_v1("Total 0\n", "").is_empty() && io_v2("").is_empty());
     }
 
     #[test]
@@ -421,7 +469,7 @@ mod tests {
         assert_eq!((cpu.usage, cpu.user, cpu.system), (41_977_393_657_532, Some(2_000_000_000), Some(500_000_000)));
         assert_eq!(usage.memory.unwrap().limit, None);
         assert_eq!(usage.limits, Limits { shares: Some(1024), period: Some(100_000), quota: None });
-        assert_eq!((usage.processes, usage.io), (None, None));
+        assert!(usage.processes.is_none() && usage.io.is_empty() && usage.oom_kills.is_none());
         fs::remove_file(at("cpuacct").join("cpuacct.usage")).unwrap();
         let mut less = Usage::default();
         read_v1(|controller| Some(at(controller)).filter(|_| controller != "cpu"), Depth::Core, &mut less);
@@ -440,7 +488,9 @@ mod tests {
             ("memory.max", "134217728\n"),
             ("pids.current", "12\n"),
             ("cpu.pressure", none),
-            ("io.stat", "8:0 rbytes=1 wbytes=2\n"),
+            ("io.stat", "8:0 rbytes=1 wbytes=2 rios=3 wios=4\n"),
+            ("memory.events", "low 0\nhigh 0\nmax 3\noom 2\noom_kill 1\noom_group_kill 0\n"),
+            ("memory.peak", "70000000\n"),
             ("cpu.weight", "39\n"),
             ("cpu.max", "max 100000\n"),
         ];
@@ -453,10 +503,13 @@ mod tests {
         let all = depth(Depth::All);
         let memory = all.memory.unwrap();
         assert_eq!((memory.working_set, memory.swap, memory.limit), (37_591_296, Some(0), Some(128 << 20)));
-        assert_eq!((all.processes, all.io), (Some(12), Some(Io { read: 1, written: 2 })));
+        assert_eq!((all.processes, all.oom_kills, memory.peak), (Some(12), Some(1), Some(70_000_000)));
+        let io = Io { device: "8:0".to_owned(), read: 1, written: 2, reads: 3, writes: 4 };
+        assert_eq!(all.io, [io]);
         assert!(all.pressure.cpu.is_some() && all.pressure.memory.is_none());
         let core = depth(Depth::Core);
-        assert_eq!((core.memory, core.processes, core.io), (all.memory, None, None));
+        let without_peak = all.memory.map(|memory| Memory { peak: None, ..memory });
+        assert!(core.memory == without_peak && core.processes.is_none() && core.io.is_empty());
         assert_eq!(depth(Depth::Cpu).memory, None);
     }
 }

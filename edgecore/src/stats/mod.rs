@@ -158,10 +158,22 @@ impl Stats {
         let wanted = Wanted { depth: Depth::All, network: true, disk: false, layers };
         let mut snapshot = self.take(listed, wanted, &turn).await;
         snapshot.is_lacking |= !is_whole;
+        let names = snapshot.devices();
         let around = blocking(move || Around {
             machine: Machine::read(),
             sandbox_image,
-            disk: image_fs.and_then(|(place, _)| Disk::read(place.as_ref())),
+            disk: image_fs.and_then(|(place, _)| {
+                let device = proc::device_of(place.as_ref()).map(|numbers| proc::device_name(&numbers));
+                Some((Disk::read(place.as_ref())?, device.unwrap_or_default()))
+            }),
+            devices: names
+                .into_iter()
+                .map(|numbers| {
+                    let name = proc::device_name(&numbers);
+                    (numbers, name)
+                })
+                .collect(),
+            interfaces: proc::interfaces("self").unwrap_or_default(),
         });
         cadvisor::page(&snapshot, &around.await)
     }
@@ -172,6 +184,11 @@ impl Stats {
         let (own, (_, booted)) = blocking(|| (proc::own(), proc::node_stat())).await;
         let booted = booted.and_then(|at| Timestamp::from_second(at).ok());
         own::page(&self.0.context.node().name, observed.as_ref(), own.as_ref(), booted, mqtt)
+    }
+
+    /// How long the loop that looks after pods has not come round.
+    pub fn since_round(&self) -> Duration {
+        self.0.context.since_round()
     }
 
     /// The page `/metrics/probes`.

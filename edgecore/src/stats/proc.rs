@@ -1,6 +1,8 @@
 //! What `/proc` says: the node's memory, interfaces of a network namespace, this process.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
@@ -62,6 +64,20 @@ pub(super) fn node_memory() -> Option<NodeMemory> {
     meminfo(&fs::read_to_string("/proc/meminfo").ok()?, &vmstat)
 }
 
+/// The device file of a block device, by its numbers (`major:minor`); those where it has none.
+pub(super) fn device_name(numbers: &str) -> String {
+    let name = fs::read_link(format!("/sys/dev/block/{numbers}")).ok();
+    let name = name.as_ref().and_then(|path| path.file_name()).and_then(|name| name.to_str());
+    // The kernel writes a slash so.
+    name.map_or_else(|| numbers.to_owned(), |name| format!("/dev/{}", name.replace('!', "/")))
+}
+
+/// The numbers of the block device that a file system is on.
+pub(super) fn device_of(path: &Path) -> Option<String> {
+    let device = path.ancestors().find_map(|path| fs::metadata(path).ok())?.dev();
+    Some(format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device)))
+}
+
 /// CPU time of all CPUs since the boot in nanoseconds, and when the boot was, in seconds of Unix time.
 pub(super) fn node_stat() -> (Option<u64>, Option<i64>) {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
@@ -115,6 +131,7 @@ fn meminfo(text: &str, vmstat: &str) -> Option<NodeMemory> {
         cache: bytes("Cached"),
         mapped: bytes("Mapped"),
         swap: Some(swap_total.saturating_sub(bytes("SwapFree").unwrap_or(swap_total))),
+        peak: None,
         faults: keyed(vmstat, "pgfault"),
         major_faults: keyed(vmstat, "pgmajfault"),
         limit: None,

@@ -1,6 +1,6 @@
 //! The node and its pods at one moment: what a page is written from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -75,6 +75,18 @@ pub(super) struct Wanted {
     pub(super) disk: bool,
     /// Writable layers by container id.
     pub(super) layers: std::collections::HashMap<String, FilesystemUsage>,
+}
+
+impl Snapshot {
+    /// The numbers of the block devices that something was read from or written to.
+    pub(super) fn devices(&self) -> BTreeSet<String> {
+        let pods = self
+            .pods
+            .iter()
+            .flat_map(|pod| std::iter::once(&pod.usage).chain(pod.containers.iter().map(|container| &container.usage)));
+        let usages = [&self.node, &self.all_pods].into_iter().chain(pods);
+        usages.flat_map(|usage| &usage.io).map(|io| io.device.clone()).collect()
+    }
 }
 
 impl Wanted {

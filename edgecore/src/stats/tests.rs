@@ -94,6 +94,8 @@ impl Bench {
                 ("pids.current", "3\n".to_owned()),
                 ("cpu.pressure", "some avg10=0.50 avg60=0.00 avg300=0.00 total=7\n".to_owned()),
                 ("cpu.max", "50000 100000\n".to_owned()),
+                ("io.stat", "8:7777 rbytes=1 wbytes=2 rios=3 wios=4\n".to_owned()),
+                ("memory.events", "oom 2\noom_kill 1\n".to_owned()),
                 pid,
             ];
             return put(at(""), &files);
@@ -245,6 +247,17 @@ async fn cadvisors_page_is_labelled_as_cadvisor_does() {
             sample.is("container_network_receive_bytes_total", &labels)
         });
         assert_eq!(traffic.count(), here);
+        let of_node = [("id", "/"), ("pod", "")];
+        let traffic = samples.iter().filter(|sample| sample.is("container_network_receive_bytes_total", &of_node));
+        assert_eq!(traffic.count(), here);
+        if version == 2 {
+            let device = [labels[0], labels[1], labels[2], ("device", "8:7777")];
+            assert_eq!(of("container_fs_reads_total", &device), Some(3.0));
+            assert_eq!(of("container_fs_writes_bytes_total", &device), Some(2.0));
+            assert_eq!(of("container_oom_events_total", &labels), Some(1.0));
+            assert_eq!(of("container_pressure_cpu_waiting_seconds_total", &labels), Some(0.000_007));
+        }
+        assert!(of("container_last_seen", &labels) > Some(1.7e9) && of("cadvisor_version_info", &[]) == Some(1.0));
     }
 }
 

@@ -1,9 +1,10 @@
 //! `/containerLogs`: a container's log from the file that the runtime writes, followed while the container runs.
 //!
-//! A reader that is slow holds up the reading and nothing else: a piece is read when the one before was taken. Nothing is a task; a client
-//! that leaves drops the body, and with it the file.
+//! A reader that is slow holds up the reading and nothing else: a piece is read when the one before was taken. A client that leaves drops
+//! the body, and with it the file; one that has stopped has a file that was removed let go of by [`let_go`].
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,6 +23,7 @@ use crate::clock;
 use crate::kubelet::context::blocking;
 use crate::kubelet::spec::Spec;
 use crate::runtime::Cri;
+use crate::supervise;
 
 mod lines;
 mod options;
@@ -33,6 +35,9 @@ const FIRST_WAIT: Duration = Duration::from_millis(25);
 const LONGEST_WAIT: Duration = Duration::from_millis(200);
 /// How often a container whose log says nothing is asked for.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long whoever reads may pause before a file that was removed is let go of; at the most twice as long.
+const PAUSED: Duration = Duration::from_secs(60);
 
 /// Answers with a container's log.
 pub(super) async fn logs(ops: &Ops, of: &ContainerPath, query: &Query) -> Result<Answer, Refusal> {
@@ -58,7 +63,22 @@ pub(super) async fn logs(ops: &Ops, of: &ContainerPath, query: &Query) -> Result
     });
     let reader = reader.await.map_err(|error| unavailable(format!("cannot read {}: {error}", file.path)))?;
     let follow = options.follow.then(|| Follow { cri: ops.cri.clone(), id, looked: None, ended: !file.is_running });
+    let reader = Arc::new(Mutex::new(reader));
+    supervise::spawn("paused log", let_go(Arc::downgrade(&reader)));
     Ok(pieces("text/plain", read(reader, follow)))
+}
+
+/// Looks now and then, for as long as somebody reads a log, whether it holds a file that nobody else has.
+async fn let_go(reader: Weak<Mutex<Reader>>) {
+    loop {
+        tokio::time::sleep(PAUSED).await;
+        let Some(reader) = reader.upgrade() else { return };
+        blocking(move || lock(&reader).let_go()).await;
+    }
+}
+
+fn lock(reader: &Mutex<Reader>) -> MutexGuard<'_, Reader> {
+    reader.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Of a log that is followed.
@@ -72,21 +92,16 @@ struct Follow {
     ended: bool,
 }
 
-fn read(reader: Reader, follow: Option<Follow>) -> impl Stream<Item = io::Result<Bytes>> + Send {
+fn read(reader: Arc<Mutex<Reader>>, follow: Option<Follow>) -> impl Stream<Item = io::Result<Bytes>> + Send {
     stream::try_unfold(Some((reader, follow)), |state| async move {
-        let Some((mut reader, mut follow)) = state else { return Ok(None) };
+        let Some((reader, mut follow)) = state else { return Ok(None) };
         let mut wait = FIRST_WAIT;
         loop {
             // Asked before the file is read to its end: what it wrote before it ended is in there.
             let is_last = follow.as_ref().is_none_or(|follow| follow.ended);
             let follows = follow.is_some();
-            let read;
-            (reader, read) = blocking(move || {
-                let read = reader.piece(follows);
-                (reader, read)
-            })
-            .await;
-            let (piece, next) = read?;
+            let reading = Arc::clone(&reader);
+            let (piece, next) = blocking(move || lock(&reading).piece(follows)).await?;
             let over = next == Next::Done || next == Next::End && is_last;
             if !piece.is_empty() {
                 return Ok(Some((Bytes::from(piece), (!over).then_some((reader, follow)))));
