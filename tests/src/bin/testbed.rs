@@ -173,8 +173,10 @@ fn leave(kubectl: &Kubectl, dir: &Path) -> Result<()> {
     kubectl.run(&["delete", "namespace", EXAMPLE, "--ignore-not-found", "--wait=false"])?;
     if std::fs::read_to_string(dir.join(GUEST))? == DEVICES {
         let manifest = paths::repository().join("deploy/devices.yaml").display().to_string();
-        let devices = kubectl.output(&["get", "devices", "-A", "-o", "jsonpath={.items[*].metadata.namespace}"])?;
-        if devices.stdout.split_whitespace().all(|namespace| namespace == EXAMPLE) {
+        // Whatever goes wrong here, nothing of anybody's is deleted.
+        let kinds = "devices,devicemodels,devicestatuses";
+        let namespaces = kubectl.run(&["get", kinds, "-A", "-o", "jsonpath={.items[*].metadata.namespace}"])?;
+        if namespaces.split_whitespace().all(|namespace| namespace == EXAMPLE) {
             kubectl.run(&["delete", "-f", &manifest, "--ignore-not-found", "--wait=false"])?;
         } else {
             println!(
