@@ -36,13 +36,17 @@ pub async fn run(back: watch::Sender<u64>, shutdown: CancellationToken) {
     let mut was_said = false;
     let listening = async {
         loop {
+            let begun = clock::monotonic();
             let Err(error) = listen(&back).await;
+            let was_heard = clock::monotonic().saturating_sub(begun) > AGAIN;
             if !std::mem::replace(&mut was_said, true) {
                 warn!(%error, "changes of the network are not heard of, waits for it last their time; it is tried again every minute");
             }
             tokio::time::sleep(AGAIN).await;
-            // What happened meanwhile is not known.
-            back.send_modify(|count| *count = count.wrapping_add(1));
+            if was_heard {
+                // What happened meanwhile is not known.
+                back.send_modify(|count| *count = count.wrapping_add(1));
+            }
         }
     };
     tokio::select! {

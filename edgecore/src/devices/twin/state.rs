@@ -270,7 +270,9 @@ impl Twins {
                 }
             }
         }
-        if corrected > 0 && trouble.as_deref() != Some(WRONG_TIME) {
+        if corrected == 0 {
+            drop(trouble.take_if(|trouble| **trouble == *WRONG_TIME));
+        } else if trouble.is_none() {
             *trouble = Some(WRONG_TIME.into());
         }
         self.counters.corrected += corrected;

@@ -64,11 +64,13 @@ pub(super) async fn logs(ops: &Ops, of: &ContainerPath, query: &Query) -> Result
     let reader = reader.await.map_err(|error| unavailable(format!("cannot read {}: {error}", file.path)))?;
     let follow = options.follow.then(|| Follow { cri: ops.cri.clone(), id, looked: None, ended: !file.is_running });
     let reader = Arc::new(Mutex::new(reader));
-    supervise::spawn("paused log", let_go(Arc::downgrade(&reader)));
+    if options.follow {
+        supervise::spawn("paused log", let_go(Arc::downgrade(&reader)));
+    }
     Ok(pieces("text/plain", read(reader, follow)))
 }
 
-/// Looks now and then, for as long as somebody reads a log, whether it holds a file that nobody else has.
+/// Looks now and then, for as long as somebody follows a log, whether it holds a file that nobody else has.
 async fn let_go(reader: Weak<Mutex<Reader>>) {
     loop {
         tokio::time::sleep(PAUSED).await;

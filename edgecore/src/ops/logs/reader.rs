@@ -70,7 +70,7 @@ impl Reader {
             && there.nlink() == 0
         {
             self.lost = there.len().saturating_sub(at);
-            self.file = None;
+            (self.file, self.replaced) = (None, false);
         }
     }
 
