@@ -40,7 +40,7 @@ fn a_modbus_device_follows_the_cloud_and_the_box_through_cuts_and_crashes() -> R
         plant.kill();
         until("the device to be missed", 30, || Ok(state(world)? == "offline"))?;
         plant.restart()?;
-        until("what is wanted to be written to a device that is back", 5, || Ok(plant.register(1, 0)? == 250))?;
+        until("what is wanted to be written to a device that is back", 30, || Ok(plant.register(1, 0)? == 250))?;
 
         // All of it falls over but the disk.
         world.edge.kill();

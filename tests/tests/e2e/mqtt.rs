@@ -92,7 +92,7 @@ fn clients_of_a_broker_on_the_box_speak_with_devices() -> Result<()> {
         let broker =
             procfs::processes().into_iter().find(|entry| entry.parent == edgecore && entry.program() == "mosquitto");
         kill(Pid::from_raw(broker.context("mosquitto is edgecore's child")?.pid), Signal::SIGKILL)?;
-        until("the value to be retained by the next broker", 5, || {
+        until("the value to be retained by the next broker", 30, || {
             let topic = format!("devices/{namespace}/press/level");
             let mut command = Command::new("mosquitto_sub");
             let output = process::run(command.args(["-C", "1", "-W", "1", "-t", &topic]), 10)?;
