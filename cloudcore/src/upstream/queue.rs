@@ -16,6 +16,10 @@ const WAITING: usize = 256;
 /// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
 const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
+/// Devices that are asked for one by one; instead of more, all are: each asking costs the edge a look at all it has.
+const MOST_BY_NAME: usize = 64;
+/// Instead of a UID: every device of the node.
+const ALL: &str = "";
 /// What a session's devices may have written: so often, and so many at once.
 const DEVICE_PACE: Duration = Duration::from_millis(200);
 const DEVICE_BURST: u32 = 5;
@@ -180,13 +184,20 @@ impl State {
         again
     }
 
-    /// A device is shown as unknown: has it reported once more. Answers whether it is.
+    /// A device is shown as unknown: has it reported once more, or all of them where there are many. Answers whether it is.
     pub(super) fn device_hidden(&mut self, uid: &str) -> bool {
-        let again = !self.expects(ReportKind::DeviceStatus, uid);
-        if again {
-            self.wanted.push_back((ReportKind::DeviceStatus, uid.to_owned()));
+        let kind = ReportKind::DeviceStatus;
+        if self.expects(kind, ALL) || self.expects(kind, uid) {
+            return false;
         }
-        again
+        let is_device = |(of, _): &(ReportKind, String)| *of == kind;
+        if self.wanted.iter().filter(|wanted| is_device(wanted)).count() < MOST_BY_NAME {
+            self.wanted.push_back((kind, uid.to_owned()));
+        } else {
+            self.wanted.retain(|wanted| !is_device(wanted));
+            self.wanted.push_back((kind, ALL.to_owned()));
+        }
+        true
     }
 
     /// The next thing that the edge is to report once more.
@@ -369,6 +380,19 @@ mod tests {
         }
         assert!(!state.node_hidden("e", Duration::from_secs(9)));
         assert!(state.node_hidden("e", Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn many_devices_are_asked_for_in_one() {
+        let mut state = State::default();
+        state.wanted.push_back((ReportKind::NodeStatus, "e".to_owned()));
+        for number in 0..10_000 {
+            state.device_hidden(&number.to_string());
+            assert!(state.wanted.len() <= MOST_BY_NAME + 1);
+        }
+        assert_eq!(state.wanted(), Some((ReportKind::NodeStatus, "e".to_owned())));
+        assert_eq!(state.wanted(), Some((ReportKind::DeviceStatus, ALL.to_owned())));
+        assert_eq!(state.wanted(), None);
     }
 
     #[test]
