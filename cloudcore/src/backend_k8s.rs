@@ -137,7 +137,7 @@ pub async fn connect(
     let shared = Shared::new(Closures::new(&options.cluster_domain, dns));
     metrics.register_collector(Box::new(Held(shared.clone())));
     let leases = Arc::new(Leases::default());
-    let upstream = Upstream::new(api.clone(), shared.clone(), leases.clone());
+    let upstream = Upstream::new(api.clone(), shared.clone(), leases.clone(), ports.clone());
     let autonomy = Arc::new(Autonomy::default());
     let (deletions, _) = broadcast::channel(DELETIONS);
     let watches = Watches {
@@ -271,7 +271,7 @@ impl Backend for K8sBackend {
             session
         };
         self.leases.begin(node, epoch);
-        self.kubelets.ports.connected(node, epoch);
+        self.kubelets.ports.connected(node, epoch, session.claims());
         let reports = self.upstream.open(node, epoch, session.claims());
         for (_, _, facts) in self.shared.closures().pods_of(&node.name) {
             self.upstream.pod_seen(&node.name, &facts);

@@ -4,7 +4,9 @@
 //! shows that another replica took it over. One that is nowhere (its Node is shown as unknown) and shows an address that is not this
 //! cloudcore's, which may be long gone, is answered for here as well, so that whoever asks for it is told at once. The port is the one that
 //! the Node shows already, if that can be had: so it stays what it is through reconnects and restarts, and nothing is kept but what the
-//! Node itself says.
+//! Node itself says. Replicas may share an address, and then a Node's port tells which has it: one without a session leaves the node to
+//! whoever wrote another port, and one with a session writes its own when the Node names that session, so that two never overwrite each
+//! other for long.
 //!
 //! Binding a socket does not wait for anything, so it is done under the lock: whoever asks finds the port of a node that has one.
 
@@ -145,6 +147,7 @@ impl Ports {
         inner.replace_other(node);
         let port = if inner.range.contains(shown.port) { shown.port } else { 0 };
         let held = inner.nodes.entry(node.name.clone()).or_insert_with(|| Node::new(&node.uid));
+        let showed_door = held.shows_door();
         let before = std::mem::replace(&mut held.shown_port, port);
         held.shows_us = shown.is_at(&self.address);
         held.shown_since = shown.unknown_since;
@@ -153,7 +156,12 @@ impl Ports {
         } else if !std::mem::replace(&mut held.was_adopted, true) {
             held.adopting = true;
         }
+        let is_taken_over = held.session.is_none() && showed_door && !held.shows_door();
+        held.was_adopted |= is_taken_over && held.shows_us;
         inner.shows(before, port);
+        if is_taken_over {
+            inner.close(&node.name);
+        }
         if inner.listed {
             self.settle(&mut inner, &node.name);
         }
@@ -179,13 +187,25 @@ impl Ports {
         }
     }
 
-    /// A session of the node began here.
-    pub(crate) fn connected(&self, node: &NodeIdentity, epoch: u64) {
+    /// A session of the node began here. One that `claims` is to be [`claimed`](Self::claimed) before the Node is told.
+    pub(crate) fn connected(&self, node: &NodeIdentity, epoch: u64, claims: bool) {
         let mut inner = self.lock();
         inner.replace_other(node);
         let held = inner.nodes.entry(node.name.clone()).or_insert_with(|| Node::new(&node.uid));
-        held.session = held.session.max(Some(epoch));
+        if held.session <= Some(epoch) {
+            held.session = Some(epoch);
+            held.claiming = claims;
+        }
         held.was_adopted = false;
+        self.settle(&mut inner, &node.name);
+    }
+
+    /// The Node names the session: no other replica has it.
+    pub(crate) fn claimed(&self, node: &NodeIdentity, epoch: u64) {
+        let mut inner = self.lock();
+        let held = inner.nodes.get_mut(&node.name).filter(|held| held.uid == node.uid);
+        let Some(held) = held.filter(|held| held.session == Some(epoch)) else { return };
+        held.claiming = false;
         self.settle(&mut inner, &node.name);
     }
 
@@ -195,7 +215,11 @@ impl Ports {
         let Some(held) = inner.nodes.get_mut(&node.name).filter(|held| held.uid == node.uid) else { return };
         if held.session == Some(epoch) {
             held.session = None;
+            held.claiming = false;
             held.ended = Some(now);
+            if !held.shows_door() {
+                inner.close(&node.name);
+            }
             self.settle(&mut inner, &node.name);
         }
     }
@@ -239,8 +263,7 @@ impl Ports {
     pub(crate) fn wanted(&self, name: &str) -> Option<Arc<Door>> {
         let inner = self.lock();
         let held = inner.nodes.get(name)?;
-        let door = held.door.as_ref()?;
-        (!held.shows_us || held.shown_port != door.port).then(|| Arc::clone(door))
+        held.unpublished().cloned()
     }
 
     fn settle(&self, inner: &mut Inner, name: &str) {

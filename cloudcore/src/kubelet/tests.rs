@@ -187,7 +187,7 @@ impl Bed {
 
     /// A session of the node, and what is at its other end.
     fn connect(&self, name: &str, epoch: u64) -> Edge {
-        self.ports.connected(&node(name), epoch);
+        self.ports.connected(&node(name), epoch, false);
         let edge = Edge::start(name, true);
         self.sessions.lock().unwrap().insert(name.to_owned(), edge.streams.clone());
         edge

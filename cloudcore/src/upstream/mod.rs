@@ -25,6 +25,8 @@ use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
 use crate::closure::PodFacts;
+use crate::kubelet::Ports;
+use crate::nodes::Claim;
 use crate::nodes::leases::Leases;
 use crate::retry::chain;
 use crate::{clock, nodes, supervise};
@@ -45,6 +47,7 @@ pub(crate) struct Upstream {
     api: Apiserver,
     shared: Arc<Shared>,
     leases: Arc<Leases>,
+    ports: Arc<Ports>,
     permits: Semaphore,
     queues: Mutex<HashMap<String, Arc<Queue>>>,
     /// Somebody else's CRD: a Device shows no state, however often it is written.
@@ -95,12 +98,13 @@ impl Outcome {
 
 impl Upstream {
     /// `leases` go first.
-    pub(crate) fn new(api: Apiserver, shared: Arc<Shared>, leases: Arc<Leases>) -> Arc<Self> {
+    pub(crate) fn new(api: Apiserver, shared: Arc<Shared>, leases: Arc<Leases>, ports: Arc<Ports>) -> Arc<Self> {
         let permits = Semaphore::new(AT_ONCE);
         Arc::new(Self {
             api,
             shared,
             leases,
+            ports,
             permits,
             queues: Mutex::default(),
             states_are_lost: AtomicBool::new(false),
@@ -184,7 +188,13 @@ impl Upstream {
                 Err(_) => return,
             };
             match claimed {
-                Ok(claim) => return self.shared.closures().claimed(&queue.node, queue.epoch, claim),
+                Ok(claim) => {
+                    self.shared.closures().claimed(&queue.node, queue.epoch, claim);
+                    if claim == Claim::Ours {
+                        self.ports.claimed(&queue.node, queue.epoch);
+                    }
+                    return;
+                }
                 // What the watch showed was not the newest.
                 Err(error) if attempt == 0 && verdict(&error) == Verdict::Conflict => {}
                 Err(error) => {

@@ -266,15 +266,20 @@ impl World {
             self.dir().join("cloudcore/cloudcore.log"),
             self.dir().join("runtime/containerd.log"),
         ];
-        // Those of the story's own processes.
+        // Those of the story's own processes, and of its other cloudcores.
         let entries = std::fs::read_dir(self.dir()).into_iter().flatten().flatten().map(|entry| entry.path());
-        logs.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "log")));
+        let (dirs, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+        logs.extend(files.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "log")));
+        let others: Vec<_> =
+            dirs.into_iter().map(|dir| dir.join("cloudcore.log")).filter(|log| !logs.contains(log)).collect();
+        logs.extend(others);
         for log in logs {
-            let file = log.file_name().unwrap_or_default();
-            std::fs::copy(&log, keep.join(file)).ok();
-            eprintln!("--- the end of {} ---\n{}", file.display(), process::tail(&log, 30));
+            let file = log.strip_prefix(self.dir()).unwrap_or(&log).to_string_lossy().replace('/', "-");
+            std::fs::copy(&log, keep.join(&file)).ok();
+            eprintln!("--- the end of {file} ---\n{}", process::tail(&log, 30));
         }
-        for what in [&["get", "pods", "-o", "wide"][..], &["get", "events", "--sort-by=.lastTimestamp"]] {
+        let node = ["get", "node", self.edge.name(), "-o", "yaml"];
+        for what in [&["get", "pods", "-o", "wide"][..], &["get", "events", "--sort-by=.lastTimestamp"], &node] {
             match self.kubectl.output(what) {
                 Ok(output) => eprintln!("--- kubectl {} ---\n{}", what.join(" "), output.text()),
                 Err(error) => eprintln!("--- kubectl {} ---\n{error:#}", what.join(" ")),

@@ -44,6 +44,8 @@ pub(super) struct Node {
     pub(super) shows_us: bool,
     pub(super) shown_since: Option<Timestamp>,
     pub(super) session: Option<u64>,
+    /// Its Node does not name that session yet: before it does, another replica may have it.
+    pub(super) claiming: bool,
     /// It is nowhere, and its Node is to show this cloudcore; not seen yet that it does.
     pub(super) adopting: bool,
     /// Once for each time it was here: replicas do not take what is nowhere from each other for ever.
@@ -97,6 +99,9 @@ impl Inner {
             return;
         }
         let (had, node) = (held.shown_port, NodeIdentity { name: name.to_owned(), uid: held.uid.clone() });
+        // It is not here, and a replica at the same address may have it: of the port that it shows there is no other.
+        let may_be_elsewhere = held.session.is_none() && !self.taken.contains(&had);
+        let only_shown = may_be_elsewhere && (held.shown_since.is_none() || held.was_adopted && !held.adopting);
         if let Some(waiting @ None) = self.closing.get_mut(&had) {
             // It is given back at once, and whoever knows the node knows it there.
             *waiting = Some(node.name);
@@ -104,7 +109,8 @@ impl Inner {
         }
         let mut tried = HashSet::new();
         loop {
-            let Some(port) = self.next_port(had, &tried) else {
+            let next = if only_shown { Some(had).filter(|had| *had != 0) } else { self.next_port(had, &tried) };
+            let Some(port) = next else {
                 if !std::mem::replace(&mut self.in_trouble, true) {
                     warn!(node = name, range = %self.range, "no port is left for kubectl logs and exec; give more with --kubelet-ports");
                 }
@@ -122,10 +128,12 @@ impl Inner {
                     self.taken.insert(port);
                     self.opened.push_back((Arc::clone(&door), listener));
                     if let Some(held) = self.nodes.get_mut(name) {
+                        held.was_adopted |= may_be_elsewhere && port != had;
                         held.door = Some(door);
                     }
                     return;
                 }
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && only_shown => return,
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     if self.occupied.insert(port) {
                         warn!(port, node = name, "something else listens on this port of the range: it is left alone");
@@ -180,8 +188,7 @@ impl Inner {
     /// Whether a Node has newly to be written.
     pub(super) fn publish(&mut self, name: &str) -> bool {
         let Some(held) = self.nodes.get_mut(name) else { return false };
-        let Some(door) = &held.door else { return false };
-        if held.queued || (held.shows_us && held.shown_port == door.port) {
+        if held.queued || held.unpublished().is_none() {
             return false;
         }
         held.queued = true;
@@ -199,6 +206,16 @@ impl Inner {
 }
 
 impl Node {
+    /// Its Node shows the port that it has here.
+    pub(super) fn shows_door(&self) -> bool {
+        self.shows_us && self.door.as_ref().is_some_and(|door| door.port == self.shown_port)
+    }
+
+    /// What its Node is to show and does not.
+    pub(super) fn unpublished(&self) -> Option<&Arc<Door>> {
+        self.door.as_ref().filter(|_| !self.claiming && !self.shows_door())
+    }
+
     pub(super) fn new(uid: &str) -> Self {
         Self {
             uid: uid.to_owned(),
@@ -206,6 +223,7 @@ impl Node {
             shows_us: false,
             shown_since: None,
             session: None,
+            claiming: false,
             adopting: false,
             was_adopted: false,
             ended: None,

@@ -25,6 +25,10 @@ fn shows(host: &str, port: u16) -> Shown {
     }}))
 }
 
+fn is_unknown(host: &str, port: u16) -> Shown {
+    Shown { unknown_since: Some(Timestamp::UNIX_EPOCH), ..shows(host, port) }
+}
+
 impl Ports {
     fn port(&self, name: &str) -> Option<u16> {
         self.lock().nodes.get(name)?.door.as_ref().map(|door| door.port)
@@ -64,8 +68,8 @@ fn a_port_stays_the_nodes_until_the_node_is_deleted() {
     let host = own_host();
     let ports = ports_at(&host, 20000, 20009);
     ports.listed();
-    ports.connected(&node("b"), 1);
-    ports.connected(&node("a"), 1);
+    ports.connected(&node("b"), 1, false);
+    ports.connected(&node("a"), 1, false);
     assert_eq!((ports.port("b"), ports.port("a")), (Some(20000), Some(20001)));
     let door = ports.wanted("b").expect("its Node does not show it yet");
     assert_eq!(ports.unpublished().now_or_never().as_deref(), Some("b"));
@@ -77,7 +81,7 @@ fn a_port_stays_the_nodes_until_the_node_is_deleted() {
     assert_eq!(ports.away_since("b"), None, "an older session ended");
     ports.disconnected(&node("b"), 1, now);
     assert_eq!((ports.port("b"), ports.away_since("b")), (Some(20000), Some(now)));
-    ports.connected(&node("b"), 2);
+    ports.connected(&node("b"), 2, false);
     assert!(ports.port("b") == Some(20000) && !door.closed.is_cancelled(), "through a reconnect");
     assert_eq!(ports.away_since("b"), None);
 
@@ -85,7 +89,7 @@ fn a_port_stays_the_nodes_until_the_node_is_deleted() {
     assert_eq!(ports.port("b"), Some(20000));
     ports.gone(&node("b"));
     assert!(ports.port("b").is_none() && door.closed.is_cancelled());
-    ports.connected(&node("c"), 1);
+    ports.connected(&node("c"), 1, false);
     assert_eq!(ports.port("c"), Some(20000), "nobody listened on it yet");
 }
 
@@ -94,14 +98,14 @@ fn who_comes_back_before_its_port_is_given_back_gets_it_again() {
     let host = own_host();
     let ports = ports_at(&host, 20000, 20009);
     ports.listed();
-    ports.connected(&node("a"), 1);
+    ports.connected(&node("a"), 1, false);
     ports.seen(&node("a"), &shows(&host, 20000));
     let (_door, listener) = ports.opened().now_or_never().expect("it is to be listened on");
     // Another replica took it over, and it is back.
     ports.disconnected(&node("a"), 1, "2026-01-01T00:00:00Z".parse().unwrap());
     ports.seen(&node("a"), &shows("10.0.0.9", 20000));
     assert_eq!(ports.port("a"), None);
-    ports.connected(&node("a"), 2);
+    ports.connected(&node("a"), 2, false);
     assert_eq!(ports.port("a"), None, "somebody listens on it yet");
     drop(listener);
     ports.released(20000);
@@ -114,12 +118,12 @@ fn a_restart_finds_the_ports_in_the_nodes() {
     let ports = ports_at(&host, 20000, 20009);
     ports.seen(&node("here"), &shows(&host, 20007));
     ports.seen(&node("elsewhere"), &shows("10.9.9.9", 20000));
-    ports.connected(&node("new"), 1);
+    ports.connected(&node("new"), 1, false);
     assert_eq!((ports.port("here"), ports.port("new")), (None, None), "not before all are known");
     ports.listed();
     assert_eq!((ports.port("here"), ports.port("elsewhere")), (Some(20007), None));
     assert_eq!(ports.port("new"), Some(20001), "the first that no Node shows");
-    ports.connected(&node("elsewhere"), 1);
+    ports.connected(&node("elsewhere"), 1, false);
     assert_eq!(ports.port("elsewhere"), Some(20000), "it came here with its number");
     assert!(ports.wanted("elsewhere").is_some());
     // Another replica takes it over.
@@ -152,7 +156,7 @@ fn who_is_nowhere_is_answered_for_and_not_fought_over() {
     ports.seen(&node("a"), &unknown("10.9.9.9", "Unknown"));
     assert_eq!(ports.port("a"), None, "another replica did the same, and be it so");
     // The next time it goes away from here is another time.
-    ports.connected(&node("a"), 1);
+    ports.connected(&node("a"), 1, false);
     ports.seen(&node("a"), &unknown("10.9.9.9", "True"));
     ports.disconnected(&node("a"), 1, Timestamp::UNIX_EPOCH);
     assert_eq!(ports.port("a"), None);
@@ -187,24 +191,75 @@ fn a_port_that_something_else_has_is_left_alone() {
     let ports = ports_at(&host, 20000, 20002);
     ports.seen(&node("a"), &shows(&host, 20000));
     ports.listed();
-    assert_eq!(ports.port("a"), Some(20001));
+    assert_eq!(ports.port("a"), None, "it may be at a replica that has this address too");
+    ports.seen(&node("a"), &is_unknown(&host, 20000));
+    assert_eq!(ports.port("a"), Some(20001), "it is nowhere");
     assert!(ports.wanted("a").is_some());
-    ports.connected(&node("b"), 1);
+    ports.connected(&node("b"), 1, false);
     assert_eq!(ports.port("b"), None, "there is none");
     drop(others);
-    ports.connected(&node("b"), 2);
+    ports.connected(&node("b"), 2, false);
     assert_eq!(ports.port("b"), Some(20000), "and then there is");
+}
+
+/// The first and a second that starts when the first has the node, at one address; what one wrote both see.
+#[test]
+fn replicas_at_one_address_do_not_overwrite_each_other() {
+    let host = own_host();
+    let (first, second) = (ports_at(&host, 20000, 20009), ports_at(&host, 20000, 20009));
+    let both_see = |shown: &Shown| [&first, &second].iter().for_each(|ports| ports.seen(&node("a"), shown));
+    first.listed();
+    first.connected(&node("a"), 1, false);
+    both_see(&shows(&host, 20000));
+    second.listed();
+    assert_eq!((second.port("a"), second.wanted("a").is_none()), (None, true), "it is at the first");
+    // It comes to the second while its session at the first seems to live.
+    second.connected(&node("a"), 2, true);
+    assert_eq!(second.port("a"), Some(20001));
+    assert!(first.wanted("a").is_none() && second.wanted("a").is_none(), "not before it is claimed");
+    first.disconnected(&node("a"), 1, Timestamp::UNIX_EPOCH);
+    assert_eq!(first.port("a"), Some(20000), "it may come back here");
+    second.claimed(&node("a"), 1);
+    assert!(second.wanted("a").is_none(), "a claim of another session");
+    second.claimed(&node("a"), 2);
+    assert!(second.wanted("a").is_some());
+    both_see(&shows(&host, 20001));
+    assert!(first.port("a").is_none() && first.wanted("a").is_none() && second.wanted("a").is_none());
+    // And nobody has it any more.
+    second.disconnected(&node("a"), 2, Timestamp::UNIX_EPOCH);
+    both_see(&is_unknown(&host, 20001));
+    assert!(second.port("a") == Some(20001) && second.wanted("a").is_none());
+    assert!(first.port("a").is_none() && first.wanted("a").is_none(), "it is answered for");
+    drop(second);
+    first.seen(&node("a"), &is_unknown(&host, 20001));
+    assert!(first.port("a") == Some(20001) && first.wanted("a").is_none(), "nobody else answers any more");
+}
+
+#[test]
+fn who_is_nowhere_is_moved_to_another_port_once() {
+    let host = own_host();
+    let (first, second) = (ports_at(&host, 20000, 20009), ports_at(&host, 20000, 20009));
+    let both_see = |shown: &Shown| [&first, &second].iter().for_each(|ports| ports.seen(&node("a"), shown));
+    first.listed();
+    first.seen(&node("a"), &is_unknown(&host, 20000));
+    second.listed();
+    second.seen(&node("a"), &is_unknown(&host, 20000));
+    assert!(first.wanted("a").is_none() && second.wanted("a").is_some(), "somebody has its port");
+    both_see(&is_unknown(&host, 20001));
+    assert_eq!((first.port("a"), second.port("a")), (None, Some(20001)), "and leaves it the node");
+    both_see(&is_unknown(&host, 20001));
+    assert!(first.wanted("a").is_none() && second.wanted("a").is_none());
 }
 
 #[test]
 fn sessions_keep_their_share_of_open_files() {
     let ports = Ports::new(&own_host(), PortRange { first: 20000, last: 20009 }, 1);
     ports.listed();
-    ports.connected(&node("a"), 1);
-    ports.connected(&node("b"), 1);
+    ports.connected(&node("a"), 1, false);
+    ports.connected(&node("b"), 1, false);
     assert_eq!((ports.port("a"), ports.port("b")), (Some(20000), None));
     ports.gone(&node("a"));
-    ports.connected(&node("b"), 2);
+    ports.connected(&node("b"), 2, false);
     assert_eq!(ports.port("b"), Some(20000));
 }
 
@@ -213,17 +268,17 @@ fn another_node_of_the_name_is_another_node() {
     let host = own_host();
     let ports = ports_at(&host, 20000, 20009);
     ports.listed();
-    ports.connected(&node("a"), 1);
+    ports.connected(&node("a"), 1, false);
     let (door, listener) = ports.opened().now_or_never().unwrap();
     ports.seen(&node("a"), &shows(&host, 20000));
     drop(listener);
     let again = NodeIdentity { uid: "new".to_owned(), ..node("a") };
     ports.seen(&again, &Shown::default());
     assert!(door.closed.is_cancelled() && ports.port("a").is_none());
-    ports.connected(&again, 2);
+    ports.connected(&again, 2, false);
     assert_eq!(ports.port("a"), Some(20001), "the other may still be listened on");
     ports.released(20000);
-    ports.connected(&node("b"), 1);
+    ports.connected(&node("b"), 1, false);
     assert_eq!(ports.port("b"), Some(20000));
     ports.gone(&node("a"));
     assert_eq!(ports.port("a"), Some(20001), "the one before was gone already");

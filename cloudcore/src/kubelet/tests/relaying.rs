@@ -271,7 +271,7 @@ async fn a_port_is_one_nodes_and_no_others() {
 #[tokio::test]
 async fn a_node_that_serves_nobody_says_so() {
     let bed = Bed::start().await;
-    bed.ports.connected(&node("box-1"), 1);
+    bed.ports.connected(&node("box-1"), 1, false);
     let edge = Edge::start("box-1", false);
     bed.sessions.lock().unwrap().insert("box-1".to_owned(), edge.streams.clone());
     let (code, said) = bed.get(bed.port("box-1"), &bed.admin("box-1"), "/metrics").await;
