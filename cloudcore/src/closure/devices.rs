@@ -162,6 +162,8 @@ struct OnNode {
     left_out: usize,
     /// Bytes of keys and UIDs of those that are held.
     names: usize,
+    /// How many of those that are held show that something is known of them.
+    known: usize,
 }
 
 #[derive(Debug)]
@@ -194,6 +196,7 @@ impl Devices {
         if matches!(device.place, Place::Held(_)) {
             on.names += key.len() + device.uid.len();
         }
+        on.known += usize::from(device.is_known());
         if matches!(device.place, Place::Missing) {
             self.fetch.push_back(key.clone());
             self.fetch_wake.notify_one();
@@ -212,6 +215,7 @@ impl Devices {
             if matches!(device.place, Place::Held(_)) {
                 on.names -= key.len() + device.uid.len();
             }
+            on.known -= usize::from(device.is_known());
             if on.keys.is_empty() {
                 self.nodes.remove(&device.node);
             }
@@ -503,7 +507,7 @@ impl Closures {
         for key in keys {
             if let Some((key, device)) = self.devices.take(&key) {
                 let place = place();
-                let shows = matches!(&device.place, Place::Held(held) if lost::is_known(&held.state));
+                let shows = device.is_known();
                 if shows && matches!(place, Place::Elsewhere) {
                     self.devices.left.insert(key.clone());
                 }

@@ -170,6 +170,8 @@ struct Node {
     /// The newest session that the Node names, whoever has it.
     claim: u64,
     lost: bool,
+    /// How often in a row it was found lost.
+    lost_rounds: u8,
     /// The newest session here that nobody else may have.
     here: u64,
     /// All its pods are known.
@@ -316,6 +318,7 @@ impl Closures {
             shown,
             claim,
             lost,
+            lost_rounds: 0,
             here: 0,
             listed: false,
             deleted_meanwhile: HashSet::new(),

@@ -4,6 +4,8 @@
 //! it is deleted. The state alone is written, and why; what was read last, and when, stays. When the node is back, it is asked to
 //! report these devices once more, and its report replaces what is written here.
 
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kube::api::Patch;
@@ -17,20 +19,26 @@ use crate::retry::chain;
 
 /// How long after the start nothing is marked: the nodes are about to come back.
 const GRACE: Duration = Duration::from_secs(60);
-/// Between the few that are marked at once: at most five writes a second for each node, and twenty for all.
+/// Between the few that are marked at once: at most four writes a second for each node, and twenty for all.
 const ROUND: Duration = Duration::from_secs(1);
 
 /// Marks, for ever.
-pub(crate) async fn run(api: Apiserver, shared: std::sync::Arc<Shared>) {
+pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>) {
     tokio::time::sleep(GRACE).await;
+    // UIDs of those that could not be marked: others come first.
+    let mut put_off = HashSet::new();
     loop {
         tokio::time::sleep(ROUND).await;
-        let unheard = shared.closures().unheard();
+        let unheard = shared.closures().unheard(&put_off);
+        if unheard.is_empty() {
+            put_off.clear();
+        }
         for device in &unheard {
             match mark(&api, device).await {
                 Ok(()) => info!(device = &*device.key, "it shows that nothing is known of it: {}", device.why),
                 Err(error) if matches!(verdict(&error), Verdict::Later(_) | Verdict::Doubtful(_)) => {
                     debug!(device = &*device.key, "it cannot be marked as unknown yet: {}", chain(&error));
+                    put_off.insert(device.uid.clone());
                     break;
                 }
                 // It is gone, or another one has its name, or this is not allowed.
