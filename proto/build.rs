@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         tonic_prost_build::configure().compile_fds(health)?;
     }
     if std::env::var_os("CARGO_FEATURE_DMI").is_some() {
-        let dmi = protox::compile(["dmi.proto", "methods.proto"], ["dmi"])?;
+        let dmi = protox::compile(["dmi.proto", "methods.proto", "reports.proto"], ["dmi"])?;
         tonic_prost_build::configure().compile_fds(dmi)?;
     }
     Ok(())

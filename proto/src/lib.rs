@@ -63,8 +63,8 @@ pub mod health {
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
 pub mod dmi {
     include!(concat!(env!("OUT_DIR"), "/v1beta1.rs"));
-    /// Methods of devices, client and server, generated from `dmi/methods.proto`.
-    pub mod methods {
+    /// What the interface lacks, client and server, generated from `dmi/methods.proto` and `dmi/reports.proto`.
+    pub mod extensions {
         include!(concat!(env!("OUT_DIR"), "/skerry.dmi.v1.rs"));
     }
 }

@@ -11,7 +11,7 @@ use clap::Parser;
 use skerry_proto::authority::Legal;
 use skerry_proto::dmi;
 use skerry_proto::dmi::device_mapper_service_server::DeviceMapperServiceServer;
-use skerry_proto::dmi::methods::device_method_service_server::DeviceMethodServiceServer;
+use skerry_proto::dmi::extensions::device_method_service_server::DeviceMethodServiceServer;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};

@@ -1,103 +1,147 @@
 //! Reports to edgecore: values, states and written desired values.
 //!
 //! What waits is the latest of each property, so it is bounded by the devices there are, however long edgecore is away or however slow it
-//! answers. A device's reports stay in order: each device belongs to one of a few lanes, and a lane has one call in flight.
+//! answers. One call is in flight, with what several devices say; the next begins some time after it, so that the more there is to say the
+//! more goes in one. What a call that broke had with it is not kept: all devices tell what they know once more.
 
 use std::collections::{HashMap, VecDeque};
+use std::mem;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use prost::Message as _;
 use skerry_proto::dmi;
 use skerry_proto::dmi::device_manager_service_client::DeviceManagerServiceClient;
+use skerry_proto::dmi::extensions::device_report_service_client::DeviceReportServiceClient;
+use skerry_proto::dmi::extensions::{DeviceReport, PropertyReport, ReportRequest, Sample};
 use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 use tracing::{debug, warn};
 
+use crate::clock;
 use crate::counters::COUNTERS;
 use crate::health::State;
 
-/// Calls in flight at most: enough that a busy machine, where each takes tens of milliseconds, keeps up with a thousand devices.
-const LANES: usize = 16;
+/// From the beginning of a call to that of the next.
+const PACE: Duration = Duration::from_millis(10);
+/// Devices that one call speaks of, and its bytes; what one device says goes whole.
+const TOGETHER: (usize, usize) = (256, 1 << 20);
+/// Calls in flight to an edgecore that takes what each device says by itself: enough that a busy machine, where each takes tens of
+/// milliseconds, keeps up with a thousand devices.
+const APART: usize = 16;
 /// How long a call may take.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How often a state or a written desired value that was refused is sent again, with [`PAUSE`] between.
 const ATTEMPTS: u32 = 10;
-/// After a refusal.
+/// After a refusal, and after a call that broke.
 const PAUSE: Duration = Duration::from_secs(1);
 
-pub(crate) type Edge = DeviceManagerServiceClient<Channel>;
+/// edgecore, as it is called.
+#[derive(Clone, Debug)]
+pub(crate) struct Edge {
+    manager: DeviceManagerServiceClient<Channel>,
+    /// Until it says that it takes what each device says by itself.
+    reports: Option<DeviceReportServiceClient<Channel>>,
+}
+
+impl Edge {
+    pub(crate) fn new(channel: Channel) -> Self {
+        let reports = Some(DeviceReportServiceClient::new(channel.clone()));
+        Self { manager: DeviceManagerServiceClient::new(channel), reports }
+    }
+}
 
 /// The way to edgecore.
 #[derive(Debug)]
 pub(crate) struct Reports {
-    lanes: Vec<Lane>,
-    edge: watch::Sender<Option<Edge>>,
-    /// Grows with every registration: whoever sees it change tells everything again.
-    epoch: watch::Sender<u64>,
-}
-
-#[derive(Debug, Default)]
-struct Lane {
     pending: Mutex<Pending>,
     wake: Notify,
+    edge: watch::Sender<Option<Edge>>,
+    /// Grows with every registration, and when a call broke: whoever sees it change tells everything again.
+    epoch: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
 struct Pending {
     order: VecDeque<String>,
     reports: HashMap<String, Report>,
+    /// What was refused and is sent again, and when.
+    again: VecDeque<(Duration, Report)>,
 }
 
 /// What is to be told of one device.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Report {
-    pub(crate) namespace: String,
-    pub(crate) name: String,
-    pub(crate) twins: Vec<dmi::Twin>,
-    pub(crate) state: Option<State>,
+    said: DeviceReport,
     refusals: u32,
 }
 
 impl Report {
     pub(crate) fn new(namespace: &str, name: &str) -> Self {
-        Self { namespace: namespace.to_owned(), name: name.to_owned(), ..Self::default() }
+        let said = DeviceReport {
+            device_namespace: namespace.to_owned(),
+            device_name: name.to_owned(),
+            ..DeviceReport::default()
+        };
+        Self { said, refusals: 0 }
+    }
+
+    pub(crate) fn state(mut self, state: State) -> Self {
+        state.name().clone_into(&mut self.said.state);
+        self
+    }
+
+    /// Adds a property: what was read, and what was written.
+    pub(crate) fn property(&mut self, name: &str, reported: Option<Sample>, written: Option<Sample>) {
+        self.said.properties.push(PropertyReport { property: name.to_owned(), reported, written });
+    }
+
+    fn is_empty(&self) -> bool {
+        self.said.properties.is_empty() && self.said.state.is_empty()
+    }
+
+    fn key(&self) -> String {
+        format!("{}/{}", self.said.device_namespace, self.said.device_name)
     }
 
     /// What is newer wins.
     fn merge(&mut self, newer: Self) {
-        for twin in newer.twins {
-            match self.twins.iter_mut().find(|older| older.property_name == twin.property_name) {
+        for of in newer.said.properties {
+            match self.said.properties.iter_mut().find(|older| older.property == of.property) {
                 Some(older) => {
-                    if twin.reported.is_some() {
-                        older.reported = twin.reported;
-                    }
-                    if twin.observed_desired.is_some() {
-                        older.observed_desired = twin.observed_desired;
-                    }
+                    older.reported = of.reported.or_else(|| older.reported.take());
+                    older.written = of.written.or_else(|| older.written.take());
                 }
-                None => self.twins.push(twin),
+                None => self.said.properties.push(of),
             }
         }
-        if newer.state.is_some() {
-            self.state = newer.state;
+        if !newer.said.state.is_empty() {
+            self.said.state = newer.said.state;
         }
     }
 
-    /// What has to arrive: newer values follow by themselves, these do not.
-    fn lasting(mut self) -> Option<Self> {
-        self.refusals += 1;
-        self.twins.retain_mut(|twin| {
-            twin.reported = None;
-            twin.observed_desired.is_some()
-        });
-        (self.refusals < ATTEMPTS && (self.state.is_some() || !self.twins.is_empty())).then_some(self)
+    /// What has to arrive, should it be refused: newer values follow by themselves, these do not.
+    fn lasting(&self) -> Option<Self> {
+        let properties = self.said.properties.iter().filter(|of| of.written.is_some());
+        let properties: Vec<_> = properties.map(|of| PropertyReport { reported: None, ..of.clone() }).collect();
+        let said = DeviceReport {
+            device_namespace: self.said.device_namespace.clone(),
+            device_name: self.said.device_name.clone(),
+            properties,
+            state: self.said.state.clone(),
+        };
+        let lasting = Self { said, refusals: self.refusals + 1 };
+        (lasting.refusals < ATTEMPTS && !lasting.is_empty()).then_some(lasting)
     }
 }
 
 impl Reports {
     pub(crate) fn new() -> Self {
         Self {
-            lanes: (0..LANES).map(|_| Lane::default()).collect(),
+            pending: Mutex::default(),
+            wake: Notify::new(),
             edge: watch::Sender::new(None),
             epoch: watch::Sender::new(0),
         }
@@ -106,7 +150,7 @@ impl Reports {
     /// edgecore is there, and knows nothing of this process's devices.
     pub(crate) fn attach(&self, edge: Edge) {
         self.edge.send_replace(Some(edge));
-        self.epoch.send_modify(|epoch| *epoch += 1);
+        self.tell_again();
     }
 
     /// edgecore is gone.
@@ -114,36 +158,78 @@ impl Reports {
         self.edge.send_replace(None);
     }
 
+    fn tell_again(&self) {
+        self.epoch.send_modify(|epoch| *epoch += 1);
+    }
+
     pub(crate) fn epoch(&self) -> watch::Receiver<u64> {
         self.epoch.subscribe()
     }
 
     /// Takes a report along.
-    pub(crate) fn put(&self, device: &str, seed: u64, report: Report) {
-        if report.twins.is_empty() && report.state.is_none() {
-            return;
+    pub(crate) fn put(&self, report: Report) {
+        if !report.is_empty() {
+            self.lock().put(report);
+            self.wake.notify_one();
         }
-        #[allow(clippy::cast_possible_truncation)] // of a hash
-        let lane = &self.lanes[seed as usize % LANES];
-        lane.lock().put(device.to_owned(), report);
-        lane.wake.notify_one();
     }
 
     /// Forgets what waits of a device that was removed.
     pub(crate) fn forget(&self, device: &str) {
-        for lane in &self.lanes {
-            lane.lock().reports.remove(device);
-        }
+        self.lock().forget(device);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends, for as long as it is polled.
     pub(crate) async fn run(&self) {
-        futures_util::future::join_all(self.lanes.iter().map(|lane| lane.run(self.edge.subscribe()))).await;
+        let mut edges = self.edge.subscribe();
+        loop {
+            let Some(edge) = edges.borrow_and_update().clone() else {
+                if edges.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let (batch, due) = self.lock().take(clock::monotonic());
+            if batch.is_empty() {
+                let wait = due.map_or(Duration::from_secs(3600), |due| due.saturating_sub(clock::monotonic()));
+                let _ = tokio::time::timeout(wait, self.wake.notified()).await;
+                continue;
+            }
+            let next = tokio::time::Instant::now() + PACE;
+            let sent = batch.len() as u64;
+            match send(edge, batch).await {
+                Ok(refused) => {
+                    COUNTERS.reports_total.add(sent.saturating_sub(refused.len() as u64));
+                    COUNTERS.report_failures_total.add(refused.len() as u64);
+                    if let [(device, status, _), rest @ ..] = &*refused {
+                        let others = rest.len();
+                        warn!(device, code = ?status.code(), error = status.message(), others, "edgecore refused a report");
+                    }
+                    let due = clock::monotonic() + PAUSE;
+                    self.lock().again.extend(refused.into_iter().filter_map(|(_, _, lasting)| Some((due, lasting?))));
+                }
+                Err(status) => {
+                    COUNTERS.report_failures_total.add(sent);
+                    debug!(devices = sent, error = status.message(), "reports did not get to edgecore");
+                    if status.code() == Code::Unimplemented {
+                        self.edge.send_modify(|edge| edge.iter_mut().for_each(|edge| edge.reports = None));
+                    }
+                    let _ = tokio::time::timeout(PAUSE, edges.changed()).await;
+                    self.tell_again();
+                }
+            }
+            tokio::time::sleep_until(next).await;
+        }
     }
 }
 
 impl Pending {
-    fn put(&mut self, device: String, report: Report) {
+    fn put(&mut self, report: Report) {
+        let device = report.key();
         if let Some(waiting) = self.reports.get_mut(&device) {
             waiting.merge(report);
             return;
@@ -152,98 +238,124 @@ impl Pending {
         self.reports.insert(device, report);
     }
 
-    fn take(&mut self) -> Option<(String, Report)> {
-        loop {
-            let device = self.order.pop_front()?;
-            if let Some(report) = self.reports.remove(&device) {
-                return Some((device, report));
-            }
+    /// What one call takes, and when there is something else if there is nothing now.
+    fn take(&mut self, now: Duration) -> (Vec<Report>, Option<Duration>) {
+        while let Some((_, older)) = self.again.pop_front_if(|(due, _)| *due <= now) {
+            self.put_under(older);
         }
+        let (devices, mut room) = TOGETHER;
+        let mut batch = Vec::new();
+        while batch.len() < devices
+            && let Some(device) = self.order.front()
+        {
+            if let Some(report) = self.reports.get(device) {
+                let bytes = report.said.encoded_len();
+                if bytes > room && !batch.is_empty() {
+                    break;
+                }
+                room = room.saturating_sub(bytes);
+                batch.extend(self.reports.remove(device));
+            }
+            self.order.pop_front();
+        }
+        (batch, self.again.front().map(|(due, _)| *due))
     }
 
-    /// What could not be sent, under what came since.
-    fn put_back(&mut self, device: String, mut older: Report) {
-        match self.reports.remove(&device) {
+    /// What was refused, under what came since.
+    fn put_under(&mut self, mut older: Report) {
+        match self.reports.get_mut(&older.key()) {
             Some(newer) => {
-                older.merge(newer);
-                self.reports.insert(device, older);
+                older.merge(mem::take(newer));
+                *newer = older;
             }
-            None => self.put(device, older),
+            None => self.put(older),
         }
     }
+
+    fn forget(&mut self, device: &str) {
+        self.reports.remove(device);
+        self.again.retain(|(_, report)| report.key() != device);
+    }
 }
 
-impl Lane {
-    fn lock(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// A device, why it was refused, and what of it is to be sent again.
+type Refused = (String, Status, Option<Report>);
 
-    async fn run(&self, mut edges: watch::Receiver<Option<Edge>>) {
-        loop {
-            let Some(mut edge) = edges.borrow_and_update().clone() else {
-                if edges.changed().await.is_err() {
-                    return;
-                }
-                continue;
-            };
-            let taken = self.lock().take();
-            let Some((device, report)) = taken else {
-                self.wake.notified().await;
-                continue;
-            };
-            match send(&mut edge, &report).await {
-                Ok(()) => COUNTERS.reports_total.add(1),
-                Err(status) => {
-                    COUNTERS.report_failures_total.add(1);
-                    if gone(&status) {
-                        debug!(device, error = status.message(), "a report waits for edgecore");
-                        self.lock().put_back(device, report);
-                        let _ = tokio::time::timeout(PAUSE, edges.changed()).await;
-                    } else {
-                        warn!(device, code = ?status.code(), error = status.message(), "edgecore refused a report");
-                        if let Some(lasting) = report.lasting() {
-                            self.lock().put_back(device, lasting);
-                        }
-                        tokio::time::sleep(PAUSE).await;
-                    }
-                }
-            }
+/// Answers what was refused, or that the call broke.
+async fn send(edge: Edge, batch: Vec<Report>) -> Result<Vec<Refused>, Status> {
+    let mut lasting: Vec<_> = batch.iter().map(|report| Some((report.key(), report.lasting()))).collect();
+    let mut refused = |place: usize, status: Status| {
+        let (device, lasting) = lasting.get_mut(place)?.take()?;
+        Some((device, status, lasting))
+    };
+    let count = batch.len();
+    let devices = batch.into_iter().map(|report| report.said);
+    if let Some(mut reports) = edge.reports {
+        return match deadline(reports.report(ReportRequest { devices: devices.collect() })).await {
+            Ok(answer) => Ok(answer
+                .refusals
+                .into_iter()
+                .filter_map(|of| {
+                    refused(usize::try_from(of.device).ok()?, Status::new(Code::from(of.code), of.message))
+                })
+                .collect()),
+            Err(status) if is_broken(&status) => Err(status),
+            Err(status) => Ok((0..count).filter_map(|place| refused(place, status.clone())).collect()),
+        };
+    }
+    let calls = devices.enumerate().map(|(place, said)| {
+        let manager = edge.manager.clone();
+        async move { (place, send_one(manager, said).await) }
+    });
+    let mut calls = futures_util::stream::iter(calls).buffer_unordered(APART);
+    let mut refusals = Vec::new();
+    let mut broken = None;
+    while let Some((place, outcome)) = calls.next().await {
+        match outcome {
+            Ok(()) => {}
+            Err(status) if is_broken(&status) => broken = Some(status),
+            Err(status) => refusals.extend(refused(place, status)),
         }
     }
+    broken.map_or(Ok(refusals), Err)
 }
 
-/// Whether it is the connection that failed, not the report.
-fn gone(status: &tonic::Status) -> bool {
-    matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Cancelled | tonic::Code::DeadlineExceeded)
-        || std::error::Error::source(status).is_some()
-}
-
-async fn send(edge: &mut Edge, report: &Report) -> Result<(), tonic::Status> {
-    if !report.twins.is_empty() {
-        let request = dmi::ReportDeviceStatusRequest {
-            device_name: report.name.clone(),
-            device_namespace: report.namespace.clone(),
-            reported_device: Some(dmi::DeviceStatus { twins: report.twins.clone(), ..dmi::DeviceStatus::default() }),
-        };
-        deadline(edge.report_device_status(request)).await?;
+/// Tells what one device says as every edgecore takes it.
+async fn send_one(mut manager: DeviceManagerServiceClient<Channel>, said: DeviceReport) -> Result<(), Status> {
+    let DeviceReport { device_namespace, device_name, properties, state } = said;
+    if !properties.is_empty() {
+        let twins = properties.into_iter().map(|of| dmi::Twin {
+            property_name: of.property,
+            reported: of.reported.map(twin_property),
+            observed_desired: of.written.map(twin_property),
+        });
+        let reported_device = Some(dmi::DeviceStatus { twins: twins.collect(), ..dmi::DeviceStatus::default() });
+        let (device_namespace, device_name) = (device_namespace.clone(), device_name.clone());
+        let request = dmi::ReportDeviceStatusRequest { device_name, device_namespace, reported_device };
+        deadline(manager.report_device_status(request)).await?;
     }
-    if let Some(state) = report.state {
-        let request = dmi::ReportDeviceStatesRequest {
-            device_name: report.name.clone(),
-            device_namespace: report.namespace.clone(),
-            state: state.name().to_owned(),
-        };
-        deadline(edge.report_device_states(request)).await?;
+    if !state.is_empty() {
+        let request = dmi::ReportDeviceStatesRequest { device_name, device_namespace, state };
+        deadline(manager.report_device_states(request)).await?;
     }
     Ok(())
 }
 
-pub(crate) async fn deadline<T>(
-    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-) -> Result<T, tonic::Status> {
+pub(crate) fn twin_property(sample: Sample) -> dmi::TwinProperty {
+    let metadata = sample.timestamp.map(|at| ("timestamp".to_owned(), at.to_string()));
+    dmi::TwinProperty { value: sample.value, metadata: metadata.into_iter().collect() }
+}
+
+/// Whether it is the call that failed, not what it told; or whether edgecore has no such call.
+fn is_broken(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unimplemented)
+        || std::error::Error::source(status).is_some()
+}
+
+pub(crate) async fn deadline<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
     match tokio::time::timeout(DEADLINE, call).await {
         Ok(answer) => answer.map(tonic::Response::into_inner),
-        Err(_) => Err(tonic::Status::deadline_exceeded("no answer within 5 s")),
+        Err(_) => Err(Status::deadline_exceeded("no answer within 5 s")),
     }
 }
 
@@ -251,48 +363,80 @@ pub(crate) async fn deadline<T>(
 mod tests {
     use super::*;
 
-    fn twin(property: &str, value: &str) -> dmi::Twin {
-        let reported = Some(dmi::TwinProperty { value: value.to_owned(), ..dmi::TwinProperty::default() });
-        dmi::Twin { property_name: property.to_owned(), reported, observed_desired: None }
+    const NOW: Duration = Duration::from_secs(1);
+
+    fn sample(value: &str) -> Option<Sample> {
+        Some(Sample { value: value.to_owned(), timestamp: Some(1) })
     }
 
-    fn report(twins: Vec<dmi::Twin>, state: Option<State>) -> Report {
-        Report { twins, state, ..Report::default() }
+    fn report(name: &str, values: &[(&str, &str)]) -> Report {
+        let mut report = Report::new("default", name);
+        values.iter().for_each(|(property, value)| report.property(property, sample(value), None));
+        report
     }
 
-    fn value(twin: &dmi::Twin) -> &str {
-        &twin.reported.as_ref().unwrap().value
+    fn says(report: &Report) -> Vec<(&str, &str)> {
+        let properties = &report.said.properties;
+        properties.iter().map(|of| (&*of.property, of.reported.as_ref().map_or("", |sample| &sample.value))).collect()
     }
 
     #[test]
     fn what_waits_is_the_latest_of_each_property() {
         let mut pending = Pending::default();
         for count in 0..1000 {
-            pending.put("a".into(), report(vec![twin("one", &count.to_string()), twin("two", "x")], None));
-            pending.put("b".into(), report(vec![], Some(State::Ok)));
+            pending.put(report("a", &[("one", &count.to_string()), ("two", "x")]));
+            pending.put(report("b", &[]).state(State::Ok));
         }
         assert_eq!(pending.order.len(), 2);
-        let (device, waiting) = pending.take().unwrap();
-        assert_eq!((device.as_str(), waiting.twins.len(), value(&waiting.twins[0])), ("a", 2, "999"));
-        pending.put("a".into(), report(vec![twin("one", "1000")], None));
-        pending.put_back("a".into(), waiting);
-        assert_eq!(pending.take().unwrap().0, "b");
-        let (_, waiting) = pending.take().unwrap();
-        assert_eq!((value(&waiting.twins[0]), value(&waiting.twins[1])), ("1000", "x"));
-        assert!(pending.take().is_none());
+        let (batch, due) = pending.take(NOW);
+        assert_eq!((batch.len(), due), (2, None));
+        assert_eq!(says(&batch[0]), [("one", "999"), ("two", "x")]);
+        assert_eq!(batch[1].said.state, "ok");
+        assert!(pending.take(NOW).0.is_empty());
+    }
+
+    #[test]
+    fn what_was_refused_goes_under_what_came_since() {
+        let mut pending = Pending::default();
+        pending.again.push_back((NOW, report("a", &[("one", "1"), ("two", "2")]).state(State::Offline)));
+        let (batch, due) = pending.take(Duration::ZERO);
+        assert_eq!((batch.len(), due), (0, Some(NOW)));
+        pending.put(report("a", &[("one", "3")]));
+        let (batch, due) = pending.take(NOW);
+        assert_eq!((says(&batch[0]), &*batch[0].said.state, due), (vec![("one", "3"), ("two", "2")], "offline", None));
+        pending.again.push_back((NOW, report("a", &[("one", "1")])));
+        pending.put(report("a", &[("one", "1")]));
+        pending.forget("default/a");
+        assert_eq!(pending.take(NOW).0.len(), 0);
+    }
+
+    #[test]
+    fn a_call_is_of_so_many_devices_and_bytes_or_of_one() {
+        let mut pending = Pending::default();
+        let (devices, bytes) = TOGETHER;
+        for number in 0..=devices {
+            pending.put(report(&number.to_string(), &[("p", "1")]));
+        }
+        assert_eq!(pending.take(NOW).0.len(), devices);
+        let long = "x".repeat(bytes);
+        pending.put(report("long", &[("p", &long)]));
+        pending.put(report("short", &[("p", "1")]));
+        for name in [devices.to_string().as_str(), "long", "short"] {
+            let (batch, _) = pending.take(NOW);
+            assert_eq!((batch.len(), &*batch[0].said.device_name), (1, name));
+        }
+        assert!(pending.order.is_empty() && pending.reports.is_empty());
     }
 
     #[test]
     fn a_refused_report_keeps_what_does_not_come_again_and_not_for_ever() {
-        let mut written = twin("one", "1");
-        written.observed_desired.clone_from(&written.reported);
-        let mut refused = report(vec![written, twin("two", "2")], Some(State::Ok));
+        let mut refused = report("a", &[("two", "2")]).state(State::Ok);
+        refused.property("one", sample("1"), sample("1"));
         for _ in 1..ATTEMPTS {
             refused = refused.lasting().unwrap();
-            assert_eq!(refused.twins.len(), 1);
-            assert!(refused.twins[0].reported.is_none());
+            assert_eq!(says(&refused), [("one", "")]);
         }
         assert!(refused.lasting().is_none());
-        assert!(report(vec![twin("two", "2")], None).lasting().is_none());
+        assert!(report("a", &[("two", "2")]).lasting().is_none());
     }
 }

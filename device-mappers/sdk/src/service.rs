@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use skerry_proto::dmi;
 use skerry_proto::dmi::device_mapper_service_server::DeviceMapperService;
-use skerry_proto::dmi::methods::device_method_service_server::DeviceMethodService;
-use skerry_proto::dmi::methods::{CallRequest, CallResponse};
+use skerry_proto::dmi::extensions::device_method_service_server::DeviceMethodService;
+use skerry_proto::dmi::extensions::{CallRequest, CallResponse};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 

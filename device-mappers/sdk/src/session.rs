@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use skerry_proto::dmi;
+use skerry_proto::dmi::device_manager_service_client::DeviceManagerServiceClient;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -58,10 +59,11 @@ async fn registered<D: Driver>(
     directory: &Directory<D>,
 ) -> Result<(Edge, oneshot::Receiver<()>), String> {
     let (channel, closed) = connect(edgecore).await.map_err(|error| chain(&error))?;
-    let mut edge = Edge::new(channel).max_decoding_message_size(LARGEST_ANSWER);
+    let edge = Edge::new(channel.clone());
+    let mut manager = DeviceManagerServiceClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     directory.registering();
     let request = dmi::MapperRegisterRequest { with_data: true, mapper: Some(info.clone()) };
-    match deadline(edge.mapper_register(request)).await {
+    match deadline(manager.mapper_register(request)).await {
         Ok(answer) => {
             directory.registered(answer.model_list, answer.device_list);
             Ok((edge, closed))

@@ -15,8 +15,9 @@ use serde_json::Value;
 use skerry_proto::dmi;
 use skerry_proto::dmi::device_manager_service_server::{DeviceManagerService, DeviceManagerServiceServer};
 use skerry_proto::dmi::device_mapper_service_client::DeviceMapperServiceClient;
-use skerry_proto::dmi::methods::CallRequest;
-use skerry_proto::dmi::methods::device_method_service_client::DeviceMethodServiceClient;
+use skerry_proto::dmi::extensions::device_method_service_client::DeviceMethodServiceClient;
+use skerry_proto::dmi::extensions::device_report_service_server::{DeviceReportService, DeviceReportServiceServer};
+use skerry_proto::dmi::extensions::{CallRequest, Refusal, ReportRequest, ReportResponse};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, ChildStdin, Command};
@@ -25,6 +26,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Response, Status};
 
 use crate::clock;
+use crate::report::twin_property;
 
 /// What the stand-in knows.
 #[derive(Default)]
@@ -39,6 +41,18 @@ pub struct Seen {
     pub states: HashMap<String, Vec<String>>,
     pub reports: u64,
     pub values: u64,
+    /// As an edgecore that takes what each device says by itself.
+    pub apart: bool,
+}
+
+impl Seen {
+    fn value(&mut self, device: &str, twin: dmi::Twin) {
+        self.values += u64::from(twin.reported.is_some());
+        let latest = self.twins.entry((device.to_owned(), twin.property_name.clone())).or_default();
+        latest.property_name = twin.property_name;
+        latest.reported = twin.reported.or_else(|| latest.reported.take());
+        latest.observed_desired = twin.observed_desired.or_else(|| latest.observed_desired.take());
+    }
 }
 
 /// The stand-in for edgecore.
@@ -73,11 +87,7 @@ impl DeviceManagerService for Manager {
         let mut seen = self.0.lock().unwrap();
         seen.reports += 1;
         for twin in request.reported_device.unwrap_or_default().twins {
-            seen.values += u64::from(twin.reported.is_some());
-            let latest = seen.twins.entry((request.device_name.clone(), twin.property_name.clone())).or_default();
-            latest.property_name = twin.property_name;
-            latest.reported = twin.reported.or_else(|| latest.reported.take());
-            latest.observed_desired = twin.observed_desired.or_else(|| latest.observed_desired.take());
+            seen.value(&request.device_name, twin);
         }
         Ok(Response::new(dmi::ReportDeviceStatusResponse {}))
     }
@@ -89,6 +99,37 @@ impl DeviceManagerService for Manager {
         let request = request.into_inner();
         self.0.lock().unwrap().states.entry(request.device_name).or_default().push(request.state);
         Ok(Response::new(dmi::ReportDeviceStatesResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl DeviceReportService for Manager {
+    async fn report(&self, request: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
+        let mut seen = self.0.lock().unwrap();
+        if seen.apart {
+            return Err(Status::unimplemented("as an older edgecore"));
+        }
+        let mut refusals = Vec::new();
+        for (place, device) in (0..).zip(request.into_inner().devices) {
+            if !seen.devices.iter().any(|known| known.name == device.device_name) {
+                let (code, message) = (tonic::Code::NotFound.into(), "there is no such device".to_owned());
+                refusals.push(Refusal { device: place, code, message });
+                continue;
+            }
+            seen.reports += 1;
+            for of in device.properties {
+                let twin = dmi::Twin {
+                    property_name: of.property,
+                    reported: of.reported.map(twin_property),
+                    observed_desired: of.written.map(twin_property),
+                };
+                seen.value(&device.device_name, twin);
+            }
+            if !device.state.is_empty() {
+                seen.states.entry(device.device_name).or_default().push(device.state);
+            }
+        }
+        Ok(Response::new(ReportResponse { refusals }))
     }
 }
 
@@ -106,7 +147,8 @@ impl Edge {
         self.stop();
         let listener = std::os::unix::net::UnixListener::bind(&self.socket).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let service = DeviceManagerServiceServer::new(Manager(Arc::clone(&self.seen)));
+        let manager = DeviceManagerServiceServer::new(Manager(Arc::clone(&self.seen)));
+        let reports = DeviceReportServiceServer::new(Manager(Arc::clone(&self.seen)));
         let (stop, stopped) = oneshot::channel();
         // A runtime of its own, so that its connections end with it.
         let thread = std::thread::spawn(move || {
@@ -116,7 +158,8 @@ impl Edge {
                 let incoming = futures_util::stream::unfold(listener, |listener| async {
                     Some((listener.accept().await.map(|(stream, _)| stream), listener))
                 });
-                let served = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+                let mut server = tonic::transport::Server::builder();
+                let served = server.add_service(manager).add_service(reports).serve_with_incoming(incoming);
                 tokio::select! {
                     _ = served => {}
                     _ = stopped => {}

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use skerry_proto::dmi;
+use skerry_proto::dmi::extensions::Sample;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::backoff::Backoff;
 use crate::clock;
 use crate::counters::COUNTERS;
-use crate::device::{Desired, Device, kind_name};
+use crate::device::{Desired, Device};
 use crate::driver::{DeviceInfo, Driver, Fault, Link, Point, PropertyInfo, Reading};
 use crate::health::{Health, State};
 use crate::report::{Report, Reports};
@@ -316,7 +316,7 @@ impl<D: Driver> Worker<D> {
                         now.saturating_sub(*at) >= property.report_cycle || !same(told, &value, property.dead_band)
                     });
                     if news {
-                        report.twins.push(twin(&property.name, Some(twin_property(&value, kind, time)), None));
+                        report.property(&property.name, Some(sample(&value, kind, time)), None);
                         running.told = Some((value.clone(), now));
                     }
                     running.last = Some((value, time));
@@ -324,7 +324,7 @@ impl<D: Driver> Worker<D> {
                 Err(why) => in_trouble(&mut running.unread, &self.device, &property.name, why),
             }
         }
-        self.reports.put(&self.device.key(), self.seed, report);
+        self.reports.put(report);
     }
 
     /// edgecore was started anew: it is told all there is.
@@ -333,15 +333,15 @@ impl<D: Driver> Worker<D> {
         let mut report = Report::new(&self.device.namespace, &self.device.name);
         for (property, running) in self.device.properties.iter().zip(&mut self.properties) {
             let Some(kind) = property.kind else { continue };
-            let reported = running.last.as_ref().map(|(value, time)| twin_property(value, kind, *time));
-            let written = running.written.as_ref().map(|desired| observed(desired, kind));
+            let reported = running.last.as_ref().map(|(value, time)| sample(value, kind, *time));
+            let written = running.written.as_ref().map(written);
             if reported.is_some() || written.is_some() {
-                report.twins.push(twin(&property.name, reported, written));
+                report.property(&property.name, reported, written);
             }
             running.told = running.last.as_ref().map(|(value, _)| (value.clone(), now));
         }
         self.health.forget();
-        self.reports.put(&self.device.key(), self.seed, report);
+        self.reports.put(report);
     }
 
     /// A device is well once it has answered, or if nothing of it is ever asked.
@@ -360,9 +360,7 @@ impl<D: Driver> Worker<D> {
 
     fn tell_state(&mut self) {
         if let Some(state) = self.health.take(clock::monotonic()) {
-            let mut report = Report::new(&self.device.namespace, &self.device.name);
-            report.state = Some(state);
-            self.reports.put(&self.device.key(), self.seed, report);
+            self.reports.put(Report::new(&self.device.namespace, &self.device.name).state(state));
         }
     }
 
@@ -459,19 +457,12 @@ fn same(told: &Value, value: &Value, dead_band: f64) -> bool {
     }
 }
 
-fn twin(property: &str, reported: Option<dmi::TwinProperty>, observed_desired: Option<dmi::TwinProperty>) -> dmi::Twin {
-    dmi::Twin { property_name: property.to_owned(), reported, observed_desired }
+fn sample(value: &Value, kind: Kind, time: i64) -> Sample {
+    Sample { value: value.render(kind), timestamp: Some(time) }
 }
 
-fn twin_property(value: &Value, kind: Kind, time: i64) -> dmi::TwinProperty {
-    let metadata = [("timestamp".to_owned(), time.to_string()), ("type".to_owned(), kind_name(kind).to_owned())];
-    dmi::TwinProperty { value: value.render(kind), metadata: metadata.into() }
-}
-
-fn observed(desired: &Desired, kind: Kind) -> dmi::TwinProperty {
-    let metadata =
-        [("timestamp".to_owned(), desired.timestamp.clone()), ("type".to_owned(), kind_name(kind).to_owned())];
-    dmi::TwinProperty { value: desired.value.clone(), metadata: metadata.into() }
+fn written(desired: &Desired) -> Sample {
+    Sample { value: desired.value.clone(), timestamp: desired.timestamp.parse().ok() }
 }
 
 async fn unstuck<T>(operation: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {

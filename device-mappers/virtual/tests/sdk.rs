@@ -93,6 +93,21 @@ async fn any_order_of_starts_and_restarts_converges() {
 }
 
 #[tokio::test]
+async fn an_edgecore_that_takes_each_device_by_itself_is_told_as_much() {
+    let directory = tempfile::tempdir().unwrap();
+    let names: Vec<String> = (0..40).map(|number| format!("pump-{number}")).collect();
+    let pumps = names.iter().map(|name| desire(pump_of(name, &json!({})), "speed", "1500")).collect();
+    let edge = Edge::start(directory.path(), vec![pump()], pumps);
+    edge.seen.lock().unwrap().apart = true;
+    let _mapper = Process::mapper(MAPPER, &edge, &[]);
+    for name in &names {
+        edge.is(name, "ok").await;
+        edge.reads(name, "speed", "1500").await;
+        assert_eq!(edge.written(name, "speed").as_deref(), Some("1500"));
+    }
+}
+
+#[tokio::test]
 async fn a_desired_value_is_a_write_and_not_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let one = pump_of("one", &json!({}));

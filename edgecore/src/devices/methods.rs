@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use skerry_proto::device::{DeviceMethod, DeviceSpec};
-use skerry_proto::dmi::methods::{CallRequest, device_method_service_client::DeviceMethodServiceClient};
+use skerry_proto::dmi::extensions::{CallRequest, device_method_service_client::DeviceMethodServiceClient};
 use skerry_proto::sync::Collection;
 use tonic::Code;
 

@@ -14,8 +14,9 @@ use skerry_proto::device::DeviceReport;
 use skerry_proto::dmi::Twin as Said;
 use skerry_proto::dmi::device_manager_service_client::DeviceManagerServiceClient;
 use skerry_proto::dmi::device_mapper_service_server::{DeviceMapperService, DeviceMapperServiceServer};
-use skerry_proto::dmi::methods::device_method_service_server::{DeviceMethodService, DeviceMethodServiceServer};
-use skerry_proto::dmi::methods::{CallRequest, CallResponse};
+use skerry_proto::dmi::extensions::device_method_service_server::{DeviceMethodService, DeviceMethodServiceServer};
+use skerry_proto::dmi::extensions::device_report_service_client::DeviceReportServiceClient;
+use skerry_proto::dmi::extensions::{CallRequest, CallResponse, PropertyReport, ReportRequest, Sample};
 use skerry_proto::dmi::*;
 use skerry_proto::sync::{Collection, Object, Op};
 use tokio::net::UnixListener;
@@ -72,9 +73,13 @@ impl Bed {
     }
 
     pub(super) async fn manager(&self) -> DeviceManagerServiceClient<Channel> {
+        DeviceManagerServiceClient::new(self.channel().await)
+    }
+
+    async fn channel(&self) -> Channel {
         let path = self.dir.path().join("dmi.sock");
         eventually("the socket", || path.exists()).await;
-        DeviceManagerServiceClient::new(connect::channel(path.to_str().unwrap()).unwrap())
+        connect::channel(path.to_str().unwrap()).unwrap()
     }
 
     async fn register(&self, mapper: &FakeMapper) -> MapperRegisterResponse {
@@ -447,6 +452,38 @@ async fn methods_are_the_mappers_or_writes_that_are_waited_for() {
     assert!(matches!(call(&[("temp", "60")], 50).await, Err(CallError::TimedOut(_))));
     assert!(matches!(call(&[], 10_000).await, Err(CallError::Arguments(_))));
     assert!(matches!(call(&[("temp", "600")], 10_000).await, Err(CallError::Arguments(_))));
+}
+
+#[tokio::test]
+async fn what_is_refused_of_one_device_leaves_the_others_of_a_call() {
+    let bed = Bed::new().await;
+    bed.heater().await;
+    eventually("the device", || bed.devices.twin("ns/boiler").is_some_and(|twin| twin.message.is_none())).await;
+    let sample = |value: &str| Some(Sample { value: value.to_owned(), timestamp: Some(1) });
+    let said = |device: &str, property: &str, value: &str, state: &str| extensions::DeviceReport {
+        device_namespace: "ns".to_owned(),
+        device_name: device.to_owned(),
+        properties: vec![PropertyReport { property: property.to_owned(), reported: sample(value), written: None }],
+        state: state.to_owned(),
+    };
+    let devices = vec![
+        said("toaster", "temp", "1", "ok"),
+        extensions::DeviceReport { properties: Vec::new(), ..said("boiler", "", "", "unhealthy") },
+        said("boiler", "none", "1", ""),
+        said("boiler", "temp", "21.5", ""),
+        said("boiler", "on", "true", "asleep"),
+    ];
+    let report = async |devices| {
+        let mut reports = DeviceReportServiceClient::new(bed.channel().await);
+        let answer = reports.report(ReportRequest { devices }).await.unwrap().into_inner();
+        answer.refusals.iter().map(|of| (of.device, tonic::Code::from(of.code))).collect::<Vec<_>>()
+    };
+    use tonic::Code::{InvalidArgument, NotFound};
+    assert_eq!(report(devices).await, [(0, NotFound), (2, InvalidArgument), (4, InvalidArgument)]);
+    let twin = bed.devices.twin("ns/boiler").unwrap();
+    let values: Vec<_> = twin.properties.iter().map(|of| &*of.reported.as_ref().unwrap().value).collect();
+    assert_eq!((values, twin.state), (vec!["21.5", "true"], super::State::Unhealthy));
+    assert_eq!(report(vec![extensions::DeviceReport::default(); 3]).await, []);
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Call, CallError, Worker, in_trouble, observed, twin, twin_property, unstuck};
+use super::{Call, CallError, Worker, in_trouble, sample, unstuck, written};
 use crate::clock;
 use crate::counters::COUNTERS;
 use crate::device::Property;
@@ -45,7 +45,7 @@ impl<D: Driver> Worker<D> {
                 continue;
             }
             let outcome = self.write(link, index, &desired.value, fresh).await;
-            let (device, key) = (std::sync::Arc::clone(&self.device), self.device.key());
+            let device = std::sync::Arc::clone(&self.device);
             let (Some(property), Some(running)) = (device.properties.get(index), self.properties.get_mut(index)) else {
                 continue;
             };
@@ -59,14 +59,14 @@ impl<D: Driver> Worker<D> {
                     let reported = stands.map(|value| {
                         let (now, last) = (clock::wall(), running.last.as_ref().map_or(0, |(_, time)| *time));
                         let (time, _) = clock::stamp(None, now, last);
-                        let reported = twin_property(&value, kind, time);
+                        let reported = sample(&value, kind, time);
                         running.told = Some((value.clone(), clock::monotonic()));
                         running.last = Some((value, time));
                         reported
                     });
                     let mut report = Report::new(&device.namespace, &device.name);
-                    report.twins.push(twin(&property.name, reported, Some(observed(&desired, kind))));
-                    self.reports.put(&key, self.seed, report);
+                    report.property(&property.name, reported, Some(written(&desired)));
+                    self.reports.put(report);
                 }
                 Err(WriteError::Wrong(why)) => {
                     COUNTERS.write_failures_total.add(1);

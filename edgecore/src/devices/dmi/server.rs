@@ -15,6 +15,10 @@ use nix::sys::stat::{Mode, umask};
 use prost::Message as _;
 use skerry_proto::authority::Legal;
 use skerry_proto::dmi::device_manager_service_server::{DeviceManagerService, DeviceManagerServiceServer};
+use skerry_proto::dmi::extensions::device_report_service_server::{
+    self, DeviceReportService, DeviceReportServiceServer,
+};
+use skerry_proto::dmi::extensions::{Refusal, ReportRequest, ReportResponse};
 use skerry_proto::dmi::{
     MapperRegisterRequest, MapperRegisterResponse, ReportDeviceStatesRequest, ReportDeviceStatesResponse,
     ReportDeviceStatusRequest, ReportDeviceStatusResponse,
@@ -136,14 +140,18 @@ impl Drop for Place {
     }
 }
 
-/// Generic over nothing: the generated service, without a router around it.
+/// Generic over nothing: the generated services, without a router around them.
 async fn connection(stream: UnixStream, service: Service) {
-    let devices = service.devices.clone();
-    let service = DeviceManagerServiceServer::new(service);
+    let (devices, service) = (service.devices.clone(), Arc::new(service));
+    let manager = DeviceManagerServiceServer::from_arc(Arc::clone(&service));
+    let reports = DeviceReportServiceServer::from_arc(service);
     let answer = service_fn(move |request: hyper::Request<Incoming>| {
-        let (mut service, devices) = (service.clone(), devices.clone());
+        let (mut manager, mut reports, devices) = (manager.clone(), reports.clone(), devices.clone());
         async move {
-            let answer: Result<_, Infallible> = service.call(request).await;
+            let answer: Result<_, Infallible> = match request.uri().path().trim_start_matches('/').split_once('/') {
+                Some((device_report_service_server::SERVICE_NAME, _)) => reports.call(request).await,
+                _ => manager.call(request).await,
+            };
             if answer.as_ref().is_ok_and(|answer| answer.headers().get("grpc-status").is_some_and(|of| of == TOO_LONG))
             {
                 debug!("a report of more than 4 MiB was refused");
@@ -245,12 +253,52 @@ impl DeviceManagerService for Service {
     }
 }
 
+#[tonic::async_trait]
+impl DeviceReportService for Service {
+    async fn report(&self, request: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
+        let said = request.into_inner().devices;
+        let reporter = self.reporter();
+        let (taken, is_urgent) = self.devices.with(|twins, now| {
+            let before = twins.is_urgent();
+            let taken: Vec<_> = said
+                .into_iter()
+                .map(|said| {
+                    let key = key(said.device_namespace, &said.device_name);
+                    let values = match &*said.properties {
+                        [] => Ok(()),
+                        of => twins.report_values(&key, reporter, of, now),
+                    };
+                    let state = match &*said.state {
+                        "" => Ok(()),
+                        state => twins.report_state(&key, reporter, state, now),
+                    };
+                    values.and(state).err().map(|refused| (key, refused))
+                })
+                .collect();
+            (taken, twins.is_urgent() && !before)
+        });
+        if is_urgent {
+            self.devices.0.work.notify_one();
+        }
+        let refused = (0..).zip(taken).filter_map(|(device, refused)| Some((device, refused?)));
+        let refusals = refused.map(|(device, (key, refused))| {
+            let status = self.refuse(&key, refused);
+            Refusal { device, code: status.code().into(), message: status.message().to_owned() }
+        });
+        Ok(Response::new(ReportResponse { refusals: refusals.collect() }))
+    }
+}
+
 impl Service {
     fn answer(&self, key: &str, taken: Result<(), Refused>, is_urgent: bool) -> Result<(), Status> {
         if is_urgent {
             self.devices.0.work.notify_one();
         }
-        let Err(refused) = taken else { return Ok(()) };
+        taken.map_err(|refused| self.refuse(key, refused))
+    }
+
+    /// What follows from a refusal, and how the call ends.
+    fn refuse(&self, key: &str, refused: Refused) -> Status {
         if refused == Refused::NoDevice && *self.known.borrow() {
             // Whoever holds it is to drop it.
             self.devices.with(|twins, now| twins.stranger(key, now));
@@ -261,11 +309,11 @@ impl Service {
         }
         let words = format!("{key}: {refused}");
         debug!(words, "a report was refused");
-        Err(match refused {
+        match refused {
             Refused::NoDevice => Status::not_found(words),
             Refused::NotYours => Status::permission_denied(words),
             Refused::NoProperty(_) | Refused::Value(_) => Status::invalid_argument(words),
-        })
+        }
     }
 }
 

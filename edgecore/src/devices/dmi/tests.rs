@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use prost::Message as _;
 use skerry_proto::device::{DeviceModelSpec, DeviceSpec};
+use skerry_proto::dmi::extensions::ReportRequest;
 use skerry_proto::dmi::{ReportDeviceStatusRequest, Twin, TwinProperty};
 
 use crate::devices::twin::{MapperInfo, Note, Now, Twins};
@@ -61,6 +62,9 @@ proptest! {
     fn any_bytes_are_a_message_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         if let Ok(said) = ReportDeviceStatusRequest::decode(&bytes[..]) {
             let _ = twins().report_values("n/d", None, &said.reported_device.unwrap_or_default().twins, NOW);
+        }
+        for said in ReportRequest::decode(&bytes[..]).map(|said| said.devices).unwrap_or_default() {
+            let _ = twins().report_values("n/d", None, &said.properties, NOW);
         }
         let _ = serde_json::from_slice::<Note>(&bytes);
     }

@@ -6,9 +6,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use skerry_proto::device::{PropertyType, stamp};
 use skerry_proto::dmi;
+use skerry_proto::dmi::extensions::{self, PropertyReport};
 
 use super::shape::Shape;
-use super::values::{Sample, Slot, extras};
+use super::values::{Extra, Sample, Slot, extras};
 use super::{Device, MAX_VALUES, MapperId, Now, Refused, Twins};
 
 /// A state that changes more often than this is shown only when it has stayed.
@@ -180,13 +181,69 @@ impl Active {
     }
 }
 
+/// What is said of a property.
+pub(crate) struct Said<'a> {
+    property: &'a str,
+    /// What was read.
+    reported: Option<Word<'a>>,
+    /// What was desired, and has been written.
+    observed: Option<Word<'a>>,
+}
+
+/// A value as it is said.
+struct Word<'a> {
+    value: &'a str,
+    /// Milliseconds since the Unix epoch, if that is said.
+    at: Option<i64>,
+    extra: Option<Box<[Extra]>>,
+}
+
+impl<'a> From<&'a dmi::Twin> for Said<'a> {
+    fn from(twin: &'a dmi::Twin) -> Self {
+        let word = |said: &'a dmi::TwinProperty| Word {
+            value: &said.value,
+            at: said.metadata.get("timestamp").and_then(|text| text.parse().ok()),
+            extra: if said.metadata.len() > 1 { extras(said.metadata.iter()) } else { None },
+        };
+        Self {
+            property: &twin.property_name,
+            reported: twin.reported.as_ref().map(word),
+            observed: twin.observed_desired.as_ref().map(word),
+        }
+    }
+}
+
+impl<'a> From<&'a PropertyReport> for Said<'a> {
+    fn from(of: &'a PropertyReport) -> Self {
+        let word = |said: &'a extensions::Sample| Word { value: &said.value, at: said.timestamp, extra: None };
+        Self {
+            property: &of.property,
+            reported: of.reported.as_ref().map(word),
+            observed: of.written.as_ref().map(word),
+        }
+    }
+}
+
 impl Twins {
     /// Values that a mapper read, and what it says it has written. Answers what was refused, with the first reason; the rest is taken.
-    pub(crate) fn report_values(
+    pub(crate) fn report_values<'a, T>(
         &mut self,
         key: &str,
         reporter: Option<MapperId>,
-        said: &[dmi::Twin],
+        said: &'a [T],
+        now: Now,
+    ) -> Result<(), Refused>
+    where
+        Said<'a>: From<&'a T>,
+    {
+        self.take_values(key, reporter, &mut said.iter().map(Said::from), now)
+    }
+
+    fn take_values(
+        &mut self,
+        key: &str,
+        reporter: Option<MapperId>,
+        said: &mut dyn Iterator<Item = Said<'_>>,
         now: Now,
     ) -> Result<(), Refused> {
         let slot = self.reported_by(key, reporter, now)?;
@@ -199,10 +256,11 @@ impl Twins {
         let is_new = active.is_none();
         let active = active.get_or_insert_with(|| Box::new(Active::new(shape, now)));
         let (mut wrong, mut refused, mut corrected) = (None, 0_u32, 0_u64);
-        let mut is_urgent = false;
-        for twin in said {
-            let Some(place) = shape.place(&twin.property_name) else {
-                let name: String = twin.property_name.chars().take(64).collect();
+        let (mut is_urgent, mut taken) = (false, 0_u64);
+        for of in said {
+            taken += 1;
+            let Some(place) = shape.place(of.property) else {
+                let name: String = of.property.chars().take(64).collect();
                 wrong.get_or_insert_with(|| format!("it has no property {name:?}"));
                 refused += 1;
                 continue;
@@ -210,13 +268,13 @@ impl Twins {
             let property = &shape.properties[place];
             let slot = &mut active.slots[place];
             let is_text = property.domain.kind == PropertyType::String;
-            for (is_reported, said) in [(true, &twin.reported), (false, &twin.observed_desired)] {
-                let Some(said) = said.as_ref().filter(|said| !said.value.is_empty() || (is_text && is_reported)) else {
+            for (is_reported, said) in [(true, of.reported), (false, of.observed)] {
+                let Some(said) = said.filter(|said| !said.value.is_empty() || (is_text && is_reported)) else {
                     continue;
                 };
                 let kept = if is_reported { &mut slot.reported } else { &mut slot.observed };
                 let old = kept.as_ref().map_or(0, |kept| kept.text.len());
-                let fits = property.check(&said.value).and_then(|()| {
+                let fits = property.check(said.value).and_then(|()| {
                     if said.value.len() > room + old {
                         return Err(format!("all values of this node would take more than {MAX_VALUES} bytes"));
                     }
@@ -228,25 +286,24 @@ impl Twins {
                     continue;
                 }
                 room = (room + old).saturating_sub(said.value.len());
-                let claimed = said.metadata.get("timestamp").and_then(|text| text.parse().ok());
-                let mut at = claimed.unwrap_or(now.wall);
+                let mut at = said.at.unwrap_or(now.wall);
                 if is_reported {
                     let last = kept.as_ref().map_or(i64::MIN, |sample| sample.at);
-                    let (right, is_corrected) = stamp(claimed, now.wall, last);
+                    let (right, is_corrected) = stamp(said.at, now.wall, last);
                     (at, corrected) = (right, corrected + u64::from(is_corrected));
                 }
-                let extra = if said.metadata.len() > 1 { extras(said.metadata.iter()) } else { None };
+                let extra = said.extra;
                 let changed = match kept {
                     Some(sample) => {
                         let changed = *sample.text != *said.value;
                         if changed {
-                            sample.text = said.value.as_str().into();
+                            sample.text = said.value.into();
                         }
                         (sample.at, sample.extra, sample.version) = (at, extra, sample.version.wrapping_add(1));
                         changed
                     }
                     None => {
-                        *kept = Some(Sample { text: said.value.as_str().into(), at, version: 1, extra });
+                        *kept = Some(Sample { text: said.value.into(), at, version: 1, extra });
                         true
                     }
                 };
@@ -254,8 +311,8 @@ impl Twins {
                     active.dirty |= changed && property.report.is_some();
                     continue;
                 }
-                slot.history.push(at, &said.value);
-                if property.report.is_some() && property.is_news(slot.sent.as_deref(), &said.value) {
+                slot.history.push(at, said.value);
+                if property.report.is_some() && property.is_news(slot.sent.as_deref(), said.value) {
                     is_urgent |= slot.sent.is_none() && !active.dirty;
                     active.dirty = true;
                 }
@@ -263,7 +320,7 @@ impl Twins {
                     self.changes.push(Change::Value {
                         device: Arc::clone(key),
                         property: Arc::clone(&property.name),
-                        value: (said.value.len() <= MAX_NEWS).then(|| said.value.as_str().into()),
+                        value: (said.value.len() <= MAX_NEWS).then(|| said.value.into()),
                         at,
                         changed,
                     });
@@ -277,7 +334,6 @@ impl Twins {
         }
         self.counters.corrected += corrected;
         self.bytes = MAX_VALUES.saturating_sub(room);
-        let taken = said.len() as u64;
         (active.heard, active.last_seen, active.by_itself) = (now.mono, now.wall, owner.is_none());
         if active.spoken.is_none() || active.known == State::Unknown {
             active.known = active.spoken.filter(|said| said.is_up()).unwrap_or(State::Online);
