@@ -482,7 +482,7 @@ async fn what_is_refused_of_one_device_leaves_the_others_of_a_call() {
     assert_eq!(report(devices).await, [(0, NotFound), (2, InvalidArgument), (4, InvalidArgument)]);
     let twin = bed.devices.twin("ns/boiler").unwrap();
     let values: Vec<_> = twin.properties.iter().map(|of| &*of.reported.as_ref().unwrap().value).collect();
-    assert_eq!((values, twin.state), (vec!["21.5", "true"], super::State::Unhealthy));
+    assert_eq!((values, twin.state), (vec!["21.5", "true"], State::Unhealthy));
     assert_eq!(report(vec![extensions::DeviceReport::default(); 3]).await, []);
 }
 

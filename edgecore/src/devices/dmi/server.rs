@@ -39,9 +39,9 @@ use crate::supervise;
 const MAX_CONNECTIONS: u32 = 32;
 /// Calls at a time on one connection.
 const MAX_CALLS: u32 = 64;
-/// The most of devices and models in the answer to a registration, in bytes: what gRPC takes unless told otherwise is 4 MiB. What does not
-/// fit is told by calls.
-const MAX_ANSWER: usize = 3 << 20;
+/// The most of devices and models in the answer to a registration, in bytes. What does not fit is told by calls, a few at a time: before it is
+/// encoded a device takes several times its bytes, and what thousands took at once the heap would keep.
+const MAX_ANSWER: usize = 64 << 10;
 /// The status of a call whose message is longer than tonic takes, which is 4 MiB: OUT_OF_RANGE.
 const TOO_LONG: &str = "11";
 /// The longest name, protocol, version or address, in bytes.
@@ -282,7 +282,7 @@ impl DeviceReportService for Service {
         }
         let refused = (0..).zip(taken).filter_map(|(device, refused)| Some((device, refused?)));
         let refusals = refused.map(|(device, (key, refused))| {
-            let status = self.refuse(&key, refused);
+            let status = self.refuse(&key, &refused);
             Refusal { device, code: status.code().into(), message: status.message().to_owned() }
         });
         Ok(Response::new(ReportResponse { refusals: refusals.collect() }))
@@ -294,12 +294,12 @@ impl Service {
         if is_urgent {
             self.devices.0.work.notify_one();
         }
-        taken.map_err(|refused| self.refuse(key, refused))
+        taken.map_err(|refused| self.refuse(key, &refused))
     }
 
     /// What follows from a refusal, and how the call ends.
-    fn refuse(&self, key: &str, refused: Refused) -> Status {
-        if refused == Refused::NoDevice && *self.known.borrow() {
+    fn refuse(&self, key: &str, refused: &Refused) -> Status {
+        if *refused == Refused::NoDevice && *self.known.borrow() {
             // Whoever holds it is to drop it.
             self.devices.with(|twins, now| twins.stranger(key, now));
             self.devices.0.work.notify_one();

@@ -162,8 +162,9 @@ impl Twins {
         let Some(slot) = self.get(slot).and_then(|device| device.active.as_ref()?.slots.get(place)) else {
             return false;
         };
-        let is = |sample: &Option<Sample>| sample.as_ref().is_some_and(|sample| &*sample.text == value);
-        is(&slot.observed) || slot.reported.as_ref().is_some_and(|sample| sample.version != since) && is(&slot.reported)
+        let is = |sample: &Sample| sample.text == *value;
+        slot.observed.as_deref().is_some_and(is)
+            || slot.reported.as_ref().is_some_and(|sample| sample.version != since && is(sample))
     }
 
     fn document(&self, device: &Device, whole: bool, now: Now) -> Twin {
@@ -200,7 +201,7 @@ impl Twins {
                     access_mode: property.access,
                     unit: property.unit.to_string(),
                     reported: slot.and_then(|slot| slot.reported.as_ref()).map(Value::from),
-                    observed_desired: slot.and_then(|slot| slot.observed.as_ref()).map(Value::from),
+                    observed_desired: slot.and_then(|slot| slot.observed.as_deref()).map(Value::from),
                     desired: desired.and_then(|desired| {
                         Some(Wanted {
                             value: desired.value()?.to_owned(),

@@ -154,8 +154,8 @@ impl Active {
 
     /// Of its values, in bytes.
     pub(super) fn bytes(&self) -> usize {
-        let of = |sample: &Option<Sample>| sample.as_ref().map_or(0, |sample| sample.text.len());
-        self.slots.iter().map(|slot| of(&slot.reported) + of(&slot.observed)).sum()
+        let of = |sample: Option<&Sample>| sample.map_or(0, |sample| sample.text.len());
+        self.slots.iter().map(|slot| of(slot.reported.as_ref()) + of(slot.observed.as_deref())).sum()
     }
 
     /// Carries values over to other properties, by name; those whose type no longer fits go.
@@ -272,7 +272,7 @@ impl Twins {
                 let Some(said) = said.filter(|said| !said.value.is_empty() || (is_text && is_reported)) else {
                     continue;
                 };
-                let kept = if is_reported { &mut slot.reported } else { &mut slot.observed };
+                let kept = if is_reported { slot.reported.as_mut() } else { slot.observed.as_deref_mut() };
                 let old = kept.as_ref().map_or(0, |kept| kept.text.len());
                 let fits = property.check(said.value).and_then(|()| {
                     if said.value.len() > room + old {
@@ -303,7 +303,12 @@ impl Twins {
                         changed
                     }
                     None => {
-                        *kept = Some(Sample { text: said.value.into(), at, version: 1, extra });
+                        let sample = Sample { text: said.value.into(), at, version: 1, extra };
+                        if is_reported {
+                            slot.reported = Some(sample);
+                        } else {
+                            slot.observed = Some(Box::new(sample));
+                        }
                         true
                     }
                 };

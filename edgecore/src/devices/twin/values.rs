@@ -2,15 +2,20 @@
 
 use std::collections::VecDeque;
 
+use smol_str::SmolStr;
+
 /// What the history of one property may take, in bytes; a longer value is not kept in it. About 40 numbers.
 pub(crate) const HISTORY: usize = 256;
+/// What it takes as long as few values were said: it does not grow bit by bit, which would leave holes in the heap of every size.
+const BEGINNING: usize = 32;
 /// Of what a mapper adds to a value, in bytes, names and all; more is left out.
 const MAX_EXTRA: usize = 1 << 10;
 
 /// A value, when it was sampled, and what its mapper added.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Sample {
-    pub(crate) text: Box<str>,
+    /// A number, as most values are, is held in place.
+    pub(crate) text: SmolStr,
     /// Milliseconds since the Unix epoch.
     pub(crate) at: i64,
     /// Counts the samples of the property since the start.
@@ -26,9 +31,9 @@ pub(crate) type Extra = (Box<str>, Box<str>);
 pub(super) struct Slot {
     pub(super) reported: Option<Sample>,
     /// What the mapper says it has written.
-    pub(super) observed: Option<Sample>,
+    pub(super) observed: Option<Box<Sample>>,
     /// What the cloud was told.
-    pub(super) sent: Option<Box<str>>,
+    pub(super) sent: Option<SmolStr>,
     pub(super) history: History,
 }
 
@@ -85,6 +90,11 @@ impl History {
             let Some((at, _, to)) = self.record(0, self.origin) else { break };
             self.origin = at;
             self.ring.drain(..to);
+        }
+        let needed = self.ring.len() + length + text.len();
+        if needed > self.ring.capacity() {
+            let room = if needed <= BEGINNING { BEGINNING } else { HISTORY };
+            self.ring.reserve_exact(room - self.ring.len());
         }
         self.ring.extend(&head[..length]);
         self.ring.extend(text.as_bytes());
