@@ -19,7 +19,7 @@ pub const PAUSE: &str = "skerry.test/pause:1";
 pub const BUSYBOX: &str = "skerry.test/busybox:1";
 /// The same under another name, to roll to.
 pub const BUSYBOX_NEXT: &str = "skerry.test/busybox:2";
-/// The HTTP and gRPC endpoint of tests/controlplane/testserver, at `/testserver`.
+/// The HTTP and gRPC endpoint of tests/controlplane/testserver, at `/testserver`; there if scripts/controlplane has built it.
 pub const SERVER: &str = "skerry.test/server:1";
 
 /// The archive with all images, made if it is not in the cache yet.
@@ -39,7 +39,8 @@ struct Inputs {
     pause_source: Vec<u8>,
     busybox: Vec<u8>,
     applets: BTreeSet<String>,
-    server: Vec<u8>,
+    /// Only tests run it: the quickstart does without.
+    server: Option<Vec<u8>>,
 }
 
 impl Inputs {
@@ -59,12 +60,13 @@ impl Inputs {
             pause_source: fs::read(paths::repository().join("tests/images/pause.c"))?,
             busybox: fs::read(&busybox)?,
             applets: list.stdout.lines().filter(|name| *name != "busybox").map(str::to_owned).collect(),
-            server: fs::read(paths::cached_binary("testserver")?)?,
+            server: paths::cached_binary("testserver").ok().map(fs::read).transpose()?,
         })
     }
 
     fn fingerprint(&self) -> String {
-        let parts = [&self.pause_source, &self.busybox, &self.server].map(|part| sha256(part)).concat();
+        let server = self.server.as_deref().unwrap_or_default();
+        let parts = [&self.pause_source, &self.busybox, server].map(sha256).concat();
         sha256(parts.as_bytes())
     }
 }
@@ -83,9 +85,11 @@ fn build(inputs: &Inputs) -> Result<Vec<u8>> {
     }
     layout.image(&[BUSYBOX, BUSYBOX_NEXT], files, &["/bin/sh"]);
 
-    let mut files = base();
-    files.file("testserver", 0o755, &inputs.server);
-    layout.image(&[SERVER], files, &["/testserver"]);
+    if let Some(server) = &inputs.server {
+        let mut files = base();
+        files.file("testserver", 0o755, server);
+        layout.image(&[SERVER], files, &["/testserver"]);
+    }
     Ok(layout.finish())
 }
 
