@@ -34,7 +34,3 @@ pub use backoff::Backoff;
 pub use config::{Config, ConfigError};
 pub use driver::{DeviceInfo, Driver, Fault, Link, Point, PropertyInfo, Reading, Sample};
 pub use value::{Kind, Value};
-
-/// Without huge pages, which would hold several times of what is used.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
