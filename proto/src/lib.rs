@@ -69,6 +69,9 @@ pub mod dmi {
     }
 }
 
+/// gRPC metadata of the answer to a mapper's registration that has not all of its devices: the others are told by calls.
+pub const PARTIAL: &str = "skerry-partial";
+
 /// The label that makes a Node an edge node.
 pub const EDGE_LABEL: &str = "node-role.kubernetes.io/edge";
 /// Node annotation: `"false"` switches autonomy off (the default for edge nodes is on).

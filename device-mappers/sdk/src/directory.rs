@@ -76,13 +76,18 @@ impl<D: Driver> Directory<D> {
         self.lock().held.get_or_insert_default();
     }
 
-    /// The answer to a registration: all there is. What is not in it is gone.
-    pub(crate) fn registered(&self, models: Vec<dmi::DeviceModel>, devices: Vec<dmi::Device>) {
+    /// The answer to a registration. What is not in one that `is_whole` is gone; of one that is not, the rest is told by calls, and so is what
+    /// is gone, when it is reported.
+    pub(crate) fn registered(&self, models: Vec<dmi::DeviceModel>, devices: Vec<dmi::Device>, is_whole: bool) {
         let mut state = self.lock();
         let held = state.held.take();
+        if is_whole {
+            state.models.clear();
+        }
+        state.models.extend(models.into_iter().map(|model| (key(&model.namespace, &model.name), model)));
         let present: HashSet<String> = devices.iter().map(|device| key(&device.namespace, &device.name)).collect();
-        let gone: Vec<String> = state.devices.keys().filter(|device| !present.contains(*device)).cloned().collect();
-        state.models = models.into_iter().map(|model| (key(&model.namespace, &model.name), model)).collect();
+        let gone = state.devices.keys().filter(|device| is_whole && !present.contains(*device));
+        let gone: Vec<String> = gone.cloned().collect();
         for device in gone {
             self.apply_to(&mut state, Change::DeviceGone(device));
         }

@@ -230,6 +230,16 @@ impl Reports {
 impl Pending {
     fn put(&mut self, report: Report) {
         let device = report.key();
+        // What is newer is not to be undone by what was refused before it.
+        for (_, older) in self.again.iter_mut().filter(|(_, older)| older.key() == device) {
+            if !report.said.state.is_empty() {
+                older.said.state.clear();
+            }
+            let written = report.said.properties.iter().filter(|of| of.written.is_some());
+            let is_newer = |of: &PropertyReport| written.clone().any(|new| new.property == of.property);
+            older.said.properties.retain(|of| !is_newer(of));
+        }
+        self.again.retain(|(_, older)| !older.is_empty());
         if let Some(waiting) = self.reports.get_mut(&device) {
             waiting.merge(report);
             return;
@@ -299,7 +309,7 @@ async fn send(edge: Edge, batch: Vec<Report>) -> Result<Vec<Refused>, Status> {
                     refused(usize::try_from(of.device).ok()?, Status::new(Code::from(of.code), of.message))
                 })
                 .collect()),
-            Err(status) if is_broken(&status) => Err(status),
+            Err(status) if is_broken(&status) || status.code() == Code::Unimplemented => Err(status),
             Err(status) => Ok((0..count).filter_map(|place| refused(place, status.clone())).collect()),
         };
     }
@@ -336,7 +346,11 @@ async fn send_one(mut manager: DeviceManagerServiceClient<Channel>, said: Device
     }
     if !state.is_empty() {
         let request = dmi::ReportDeviceStatesRequest { device_name, device_namespace, state };
-        deadline(manager.report_device_states(request)).await?;
+        match deadline(manager.report_device_states(request)).await {
+            // One of KubeEdge's first that have this interface.
+            Err(status) if status.code() == Code::Unimplemented => debug!("edgecore takes no states of devices"),
+            answer => drop(answer?),
+        }
     }
     Ok(())
 }
@@ -346,9 +360,9 @@ pub(crate) fn twin_property(sample: Sample) -> dmi::TwinProperty {
     dmi::TwinProperty { value: sample.value, metadata: metadata.into_iter().collect() }
 }
 
-/// Whether it is the call that failed, not what it told; or whether edgecore has no such call.
+/// Whether it is the call that failed, not what it told.
 fn is_broken(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unimplemented)
+    matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded)
         || std::error::Error::source(status).is_some()
 }
 
@@ -408,6 +422,21 @@ mod tests {
         pending.put(report("a", &[("one", "1")]));
         pending.forget("default/a");
         assert_eq!(pending.take(NOW).0.len(), 0);
+    }
+
+    #[test]
+    fn what_was_refused_does_not_undo_what_came_since_and_was_taken() {
+        let mut pending = Pending::default();
+        let mut refused = report("a", &[]).state(State::Ok);
+        refused.property("one", None, sample("1"));
+        refused.property("two", None, sample("2"));
+        pending.again.push_back((NOW, refused));
+        let mut newer = report("a", &[("two", "3")]).state(State::Offline);
+        newer.property("one", None, sample("3"));
+        pending.put(newer);
+        assert_eq!(pending.take(Duration::ZERO).0.len(), 1);
+        let (batch, _) = pending.take(NOW);
+        assert_eq!((says(&batch[0]), &*batch[0].said.state), (vec![("two", "")], ""));
     }
 
     #[test]

@@ -63,9 +63,14 @@ async fn registered<D: Driver>(
     let mut manager = DeviceManagerServiceClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     directory.registering();
     let request = dmi::MapperRegisterRequest { with_data: true, mapper: Some(info.clone()) };
-    match deadline(manager.mapper_register(request)).await {
-        Ok(answer) => {
-            directory.registered(answer.model_list, answer.device_list);
+    let answer = async {
+        let answer = manager.mapper_register(request).await?;
+        let is_whole = !answer.metadata().contains_key(skerry_proto::PARTIAL);
+        Ok(tonic::Response::new((answer.into_inner(), is_whole)))
+    };
+    match deadline(answer).await {
+        Ok((answer, is_whole)) => {
+            directory.registered(answer.model_list, answer.device_list, is_whole);
             Ok((edge, closed))
         }
         Err(status) => {

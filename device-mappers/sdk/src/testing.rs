@@ -43,6 +43,8 @@ pub struct Seen {
     pub values: u64,
     /// As an edgecore that takes what each device says by itself.
     pub apart: bool,
+    /// Registrations are answered with nothing of what there is, and that this is not all.
+    pub partial: bool,
 }
 
 impl Seen {
@@ -73,6 +75,11 @@ impl DeviceManagerService for Manager {
         let mut seen = self.0.lock().unwrap();
         seen.mapper = request.into_inner().mapper;
         seen.registrations += 1;
+        if seen.partial {
+            let mut answer = Response::new(dmi::MapperRegisterResponse::default());
+            answer.metadata_mut().insert(skerry_proto::PARTIAL, tonic::metadata::MetadataValue::from_static("true"));
+            return Ok(answer);
+        }
         Ok(Response::new(dmi::MapperRegisterResponse {
             model_list: seen.models.clone(),
             device_list: seen.devices.clone(),

@@ -108,6 +108,23 @@ async fn an_edgecore_that_takes_each_device_by_itself_is_told_as_much() {
 }
 
 #[tokio::test]
+async fn a_device_that_an_answer_has_no_room_for_is_run_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut edge = Edge::start(directory.path(), vec![pump()], vec![pump_of("one", &json!({}))]);
+    let _mapper = Process::mapper(MAPPER, &edge, &[]);
+    edge.is("one", "ok").await;
+    edge.stop();
+    {
+        let mut seen = edge.seen.lock().unwrap();
+        seen.partial = true;
+        seen.twins.clear();
+    }
+    edge.restart();
+    let is_told = || edge.value("one", "turns").is_some();
+    eventually("it is told of again", is_told, || edge.seen.lock().unwrap().registrations.to_string()).await;
+}
+
+#[tokio::test]
 async fn a_desired_value_is_a_write_and_not_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let one = pump_of("one", &json!({}));

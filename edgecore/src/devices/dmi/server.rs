@@ -13,12 +13,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use nix::sys::stat::{Mode, umask};
 use prost::Message as _;
+use skerry_proto::PARTIAL;
 use skerry_proto::authority::Legal;
 use skerry_proto::dmi::device_manager_service_server::{DeviceManagerService, DeviceManagerServiceServer};
 use skerry_proto::dmi::extensions::device_report_service_server::{
     self, DeviceReportService, DeviceReportServiceServer,
 };
-use skerry_proto::dmi::extensions::{Refusal, ReportRequest, ReportResponse};
+use skerry_proto::dmi::extensions::{DeviceReport, Refusal, ReportRequest, ReportResponse};
 use skerry_proto::dmi::{
     MapperRegisterRequest, MapperRegisterResponse, ReportDeviceStatesRequest, ReportDeviceStatesResponse,
     ReportDeviceStatusRequest, ReportDeviceStatusResponse,
@@ -26,6 +27,7 @@ use skerry_proto::dmi::{
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 use tower::Service as _;
 use tracing::{debug, error, info, warn};
@@ -44,6 +46,10 @@ const MAX_CALLS: u32 = 64;
 const MAX_ANSWER: usize = 64 << 10;
 /// The status of a call whose message is longer than tonic takes, which is 4 MiB: OUT_OF_RANGE.
 const TOO_LONG: &str = "11";
+/// Devices that one report speaks of at most.
+const MAX_DEVICES: usize = 1024;
+/// Devices of a report that are taken at once: what changes of them has room where followers wait.
+const AT_ONCE: usize = 32;
 /// The longest name, protocol, version or address, in bytes.
 const MAX_TEXT: usize = 253;
 /// Between attempts to make the socket.
@@ -208,15 +214,15 @@ impl DeviceManagerService for Service {
         let id = self.devices.with(|twins, now| twins.register(info, now));
         let answering = Answering(&self.devices, id);
         self.devices.forget_mappers().await;
-        let mut answer = MapperRegisterResponse::default();
-        if with_data {
-            self.devices.fill(id, &mut answer).await;
+        let mut answer = Response::new(MapperRegisterResponse::default());
+        if with_data && !self.devices.fill(id, answer.get_mut()).await {
+            answer.metadata_mut().insert(PARTIAL, MetadataValue::from_static("true"));
         }
         drop(answering);
         keep(&self.devices, id, &address, self.pid, &self.stop);
         // Others of its protocol may have to part with devices.
         self.devices.0.work.notify_one();
-        Ok(Response::new(answer))
+        Ok(answer)
     }
 
     async fn report_device_status(
@@ -257,13 +263,34 @@ impl DeviceManagerService for Service {
 impl DeviceReportService for Service {
     async fn report(&self, request: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
         let said = request.into_inner().devices;
+        if said.len() > MAX_DEVICES {
+            return Err(Status::resource_exhausted(format!("one call may speak of {MAX_DEVICES} devices")));
+        }
         let reporter = self.reporter();
+        let mut refusals = Vec::new();
+        for (said, first) in said.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
+            let taken = self.take(said, reporter);
+            let refused = (first..).zip(taken).filter_map(|(device, refused)| Some((device, refused?)));
+            refusals.extend(refused.map(|(device, (key, refused))| {
+                let status = self.refuse(&key, &refused);
+                Refusal { device, code: status.code().into(), message: status.message().to_owned() }
+            }));
+            // Whoever follows what changes is to come in between.
+            tokio::task::yield_now().await;
+        }
+        Ok(Response::new(ReportResponse { refusals }))
+    }
+}
+
+impl Service {
+    /// Takes what some devices say; of each why something was refused.
+    fn take(&self, said: &[DeviceReport], reporter: Option<MapperId>) -> Vec<Option<(String, Refused)>> {
         let (taken, is_urgent) = self.devices.with(|twins, now| {
             let before = twins.is_urgent();
-            let taken: Vec<_> = said
-                .into_iter()
+            let taken = said
+                .iter()
                 .map(|said| {
-                    let key = key(said.device_namespace, &said.device_name);
+                    let key = key(said.device_namespace.clone(), &said.device_name);
                     let values = match &*said.properties {
                         [] => Ok(()),
                         of => twins.report_values(&key, reporter, of, now),
@@ -280,16 +307,9 @@ impl DeviceReportService for Service {
         if is_urgent {
             self.devices.0.work.notify_one();
         }
-        let refused = (0..).zip(taken).filter_map(|(device, refused)| Some((device, refused?)));
-        let refusals = refused.map(|(device, (key, refused))| {
-            let status = self.refuse(&key, &refused);
-            Refusal { device, code: status.code().into(), message: status.message().to_owned() }
-        });
-        Ok(Response::new(ReportResponse { refusals: refusals.collect() }))
+        taken
     }
-}
 
-impl Service {
     fn answer(&self, key: &str, taken: Result<(), Refused>, is_urgent: bool) -> Result<(), Status> {
         if is_urgent {
             self.devices.0.work.notify_one();
@@ -350,23 +370,28 @@ fn info(mapper: skerry_proto::dmi::MapperInfo) -> Result<MapperInfo, Status> {
 }
 
 impl Devices {
-    /// Puts a mapper's devices and their models into an answer, as many as fit.
-    async fn fill(&self, id: MapperId, answer: &mut MapperRegisterResponse) {
+    /// Puts a mapper's devices and their models into an answer, as many as fit; answers whether those are all.
+    async fn fill(&self, id: MapperId, answer: &mut MapperRegisterResponse) -> bool {
         let its = self.lock().for_answer(id);
         let mut room = MAX_ANSWER;
         let mut models = std::collections::BTreeSet::new();
+        let mut is_whole = true;
         for (slot, key, uid) in its {
-            let Ok((device, mark)) = self.for_mapper(&key, &uid).await else { continue };
-            let Some(ToTell { model_key, model: spec, .. }) = self.lock().to_tell(&key) else { continue };
+            let to_tell = self.for_mapper(&key, &uid).await.ok().zip(self.lock().to_tell(&key));
+            let Some(((device, mark), ToTell { model_key, model: spec, .. })) = to_tell else {
+                is_whole = false;
+                continue;
+            };
             let model = (!models.contains(&model_key)).then(|| convert::model(&model_key, &spec));
             // With what it takes to say how long each is.
             let bytes = device.encoded_len() + model.as_ref().map_or(0, |model| model.encoded_len() + 8) + 8;
-            let Some(left) = room.checked_sub(bytes) else { break };
+            let Some(left) = room.checked_sub(bytes) else { return false };
             room = left;
             answer.model_list.extend(model);
             models.insert(model_key);
             answer.device_list.push(device);
             self.lock().told_in_answer(id, slot, mark);
         }
+        is_whole
     }
 }
