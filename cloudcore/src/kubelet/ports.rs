@@ -5,8 +5,8 @@
 //! cloudcore's, which may be long gone, is answered for here as well, so that whoever asks for it is told at once. The port is the one that
 //! the Node shows already, if that can be had: so it stays what it is through reconnects and restarts, and nothing is kept but what the
 //! Node itself says. Replicas may share an address, and then a Node's port tells which has it: one without a session leaves the node to
-//! whoever wrote another port, and one with a session writes its own when the Node names that session, so that two never overwrite each
-//! other for long.
+//! whoever wrote another port, and one with a session writes its own while the Node names that session, so that two never overwrite each
+//! other.
 //!
 //! Binding a socket does not wait for anything, so it is done under the lock: whoever asks finds the port of a node that has one.
 
@@ -15,13 +15,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
-use serde_json::Value;
+use kube::ResourceExt as _;
+use kube::api::DynamicObject;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use self::table::{Inner, Node};
 use crate::backend::NodeIdentity;
+use crate::closure::version_less;
 use crate::config::PortRange;
+use crate::nodes;
 
 mod table;
 #[cfg(test)]
@@ -56,6 +59,9 @@ pub(crate) struct Shown {
     port: u16,
     /// Since when it is shown as unknown.
     unknown_since: Option<Timestamp>,
+    /// The epoch of the session that it names, or 0.
+    epoch: u64,
+    version: String,
 }
 
 /// A port of one node.
@@ -79,8 +85,8 @@ impl Address {
 
 impl Shown {
     /// Reads it off a Node.
-    pub(crate) fn of(node: &Value) -> Self {
-        let status = &node["status"];
+    pub(crate) fn of(node: &DynamicObject) -> Self {
+        let status = &node.data["status"];
         let address = match status["addresses"].as_array().map(Vec::as_slice) {
             Some([only]) => {
                 Some((only["type"].as_str().unwrap_or_default(), only["address"].as_str().unwrap_or_default()))
@@ -95,6 +101,8 @@ impl Shown {
             address: address.map(|(kind, host)| (kind.to_owned(), host.to_owned())),
             port: port.and_then(|port| u16::try_from(port).ok()).unwrap_or_default(),
             unknown_since: unknown.next().and_then(|ready| ready["lastTransitionTime"].as_str()?.parse().ok()),
+            epoch: nodes::epoch_of(node).unwrap_or_default(),
+            version: node.resource_version().unwrap_or_default(),
         }
     }
 
@@ -141,9 +149,21 @@ impl Ports {
         &self.address
     }
 
+    /// A Node was written, and this is the answer: what the watch has shown meanwhile may be newer.
+    pub(crate) fn written(&self, node: &NodeIdentity, shown: &Shown) {
+        let inner = self.lock();
+        let held = inner.nodes.get(&node.name).filter(|held| held.uid == node.uid);
+        if held.is_some_and(|held| version_less(&held.version, &shown.version)) {
+            self.see(inner, node, shown);
+        }
+    }
+
     /// A Node is there, and shows this.
     pub(crate) fn seen(&self, node: &NodeIdentity, shown: &Shown) {
-        let mut inner = self.lock();
+        self.see(self.lock(), node, shown);
+    }
+
+    fn see(&self, mut inner: MutexGuard<'_, Inner>, node: &NodeIdentity, shown: &Shown) {
         inner.replace_other(node);
         let port = if inner.range.contains(shown.port) { shown.port } else { 0 };
         let held = inner.nodes.entry(node.name.clone()).or_insert_with(|| Node::new(&node.uid));
@@ -151,12 +171,14 @@ impl Ports {
         let before = std::mem::replace(&mut held.shown_port, port);
         held.shows_us = shown.is_at(&self.address);
         held.shown_since = shown.unknown_since;
+        held.named = shown.epoch;
+        held.version.clone_from(&shown.version);
         if held.shows_us || shown.unknown_since.is_none() {
             held.adopting = false;
         } else if !std::mem::replace(&mut held.was_adopted, true) {
             held.adopting = true;
         }
-        let is_taken_over = held.session.is_none() && showed_door && !held.shows_door();
+        let is_taken_over = !held.is_here() && showed_door && !held.shows_door();
         held.was_adopted |= is_taken_over && held.shows_us;
         inner.shows(before, port);
         if is_taken_over {
@@ -268,7 +290,7 @@ impl Ports {
 
     fn settle(&self, inner: &mut Inner, name: &str) {
         let Some(held) = inner.nodes.get(name) else { return };
-        if held.session.is_none() && !held.shows_us && !held.adopting {
+        if !held.is_here() && !held.shows_us && !held.adopting {
             return inner.close(name);
         }
         if held.door.is_none() && inner.listed {

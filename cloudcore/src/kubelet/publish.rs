@@ -32,7 +32,7 @@ async fn publish(api: &Apiserver, ports: &Ports, name: String) {
         match api.patch_status(Kind::Node, "", &name, patch(&door, ports.address())).await {
             Ok(written) => {
                 debug!(node = name, port = door.port, "the Node says where its kubelet is reached");
-                return ports.seen(&door.node, &Shown::of(&written.data));
+                return ports.written(&door.node, &Shown::of(&written));
             }
             Err(error) => match verdict(&error) {
                 // Another Node of this name: the watch tells of it.

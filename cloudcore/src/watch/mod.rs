@@ -180,7 +180,7 @@ impl Watches {
         }
         let identity = input.identity.clone();
         let change = self.shared.closures().node_applied(input);
-        self.ports.seen(&identity, &Shown::of(&node.data));
+        self.ports.seen(&identity, &Shown::of(node));
         if let Some(gone) = change.replaced {
             self.node_gone(gone);
         }

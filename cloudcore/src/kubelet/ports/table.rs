@@ -43,6 +43,10 @@ pub(super) struct Node {
     /// Whether its address is this cloudcore's.
     pub(super) shows_us: bool,
     pub(super) shown_since: Option<Timestamp>,
+    /// The epoch of the session that its Node names, or 0.
+    pub(super) named: u64,
+    /// Its Node's resourceVersion.
+    pub(super) version: String,
     pub(super) session: Option<u64>,
     /// Its Node does not name that session yet: before it does, another replica may have it.
     pub(super) claiming: bool,
@@ -100,16 +104,19 @@ impl Inner {
         }
         let (had, node) = (held.shown_port, NodeIdentity { name: name.to_owned(), uid: held.uid.clone() });
         // It is not here, and a replica at the same address may have it: of the port that it shows there is no other.
-        let may_be_elsewhere = held.session.is_none() && !self.taken.contains(&had);
+        let may_be_elsewhere = !held.is_here() && !self.taken.contains(&had);
         let only_shown = may_be_elsewhere && (held.shown_since.is_none() || held.was_adopted && !held.adopting);
         if let Some(waiting @ None) = self.closing.get_mut(&had) {
             // It is given back at once, and whoever knows the node knows it there.
             *waiting = Some(node.name);
             return;
         }
+        if only_shown && had == 0 {
+            return;
+        }
         let mut tried = HashSet::new();
         loop {
-            let next = if only_shown { Some(had).filter(|had| *had != 0) } else { self.next_port(had, &tried) };
+            let next = if only_shown { Some(had) } else { self.next_port(had, &tried) };
             let Some(port) = next else {
                 if !std::mem::replace(&mut self.in_trouble, true) {
                     warn!(node = name, range = %self.range, "no port is left for kubectl logs and exec; give more with --kubelet-ports");
@@ -206,6 +213,11 @@ impl Inner {
 }
 
 impl Node {
+    /// It has a session here, and its Node names no newer one: that would be at another replica, and this one has only not ended yet.
+    pub(super) fn is_here(&self) -> bool {
+        self.session.is_some_and(|epoch| epoch >= self.named)
+    }
+
     /// Its Node shows the port that it has here.
     pub(super) fn shows_door(&self) -> bool {
         self.shows_us && self.door.as_ref().is_some_and(|door| door.port == self.shown_port)
@@ -213,7 +225,8 @@ impl Node {
 
     /// What its Node is to show and does not.
     pub(super) fn unpublished(&self) -> Option<&Arc<Door>> {
-        self.door.as_ref().filter(|_| !self.claiming && !self.shows_door())
+        let is_elsewhere = self.session.is_some() && !self.is_here();
+        self.door.as_ref().filter(|_| !self.claiming && !is_elsewhere && !self.shows_door())
     }
 
     pub(super) fn new(uid: &str) -> Self {
@@ -222,6 +235,8 @@ impl Node {
             shown_port: 0,
             shows_us: false,
             shown_since: None,
+            named: 0,
+            version: String::new(),
             session: None,
             claiming: false,
             adopting: false,

@@ -1,5 +1,5 @@
 use futures_util::FutureExt as _;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::table::choose;
 use super::*;
@@ -18,8 +18,15 @@ fn node(name: &str) -> NodeIdentity {
     NodeIdentity { name: name.to_owned(), uid: format!("uid-of-{name}") }
 }
 
+fn shown(mut node: Value) -> Shown {
+    if node["metadata"].is_null() {
+        node["metadata"] = json!({});
+    }
+    Shown::of(&serde_json::from_value(node).unwrap())
+}
+
 fn shows(host: &str, port: u16) -> Shown {
-    Shown::of(&json!({"status": {
+    shown(json!({"status": {
         "addresses": [{"type": "InternalIP", "address": host}],
         "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
     }}))
@@ -48,19 +55,19 @@ fn the_port_a_node_had_or_else_the_lowest() {
 
 #[test]
 fn what_a_node_shows() {
-    let shown = Shown::of(&json!({"status": {
+    let one = shown(json!({"status": {
         "addresses": [{"type": "InternalIP", "address": "10.0.0.1"}],
         "daemonEndpoints": {"kubeletEndpoint": {"Port": 20001}},
         "conditions": [{"type": "Ready", "status": "Unknown", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
     }}));
-    assert_eq!((shown.port, shown.unknown_since), (20001, Some("2026-01-01T00:00:00Z".parse().unwrap())));
-    assert!(shown.is_at(&Address::of("10.0.0.1")) && !shown.is_at(&Address::of("10.0.0.2")));
+    assert_eq!((one.port, one.unknown_since), (20001, Some("2026-01-01T00:00:00Z".parse().unwrap())));
+    assert!(one.is_at(&Address::of("10.0.0.1")) && !one.is_at(&Address::of("10.0.0.2")));
     assert_eq!(Address::of("cloud.example.com").kind, "InternalDNS");
     let two = json!({"status": {"addresses": [
         {"type": "InternalIP", "address": "10.0.0.1"}, {"type": "Hostname", "address": "e"},
     ]}});
-    assert!(!Shown::of(&two).is_at(&Address::of("10.0.0.1")), "a name beside it would be tried first");
-    assert_eq!(Shown::of(&json!({})), Shown::default());
+    assert!(!shown(two).is_at(&Address::of("10.0.0.1")), "a name beside it would be tried first");
+    assert_eq!(shown(json!({})), Shown::default());
 }
 
 #[test]
@@ -139,7 +146,7 @@ fn who_is_nowhere_is_answered_for_and_not_fought_over() {
     let host = own_host();
     let ports = ports_at(&host, 20000, 20009);
     let unknown = |host: &str, status: &str| {
-        Shown::of(&json!({"status": {
+        shown(json!({"status": {
             "addresses": [{"type": "InternalIP", "address": host}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": 20003}},
             "conditions": [{"type": "Ready", "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}],
@@ -233,6 +240,54 @@ fn replicas_at_one_address_do_not_overwrite_each_other() {
     drop(second);
     first.seen(&node("a"), &is_unknown(&host, 20001));
     assert!(first.port("a") == Some(20001) && first.wanted("a").is_none(), "nobody else answers any more");
+}
+
+#[test]
+fn a_session_that_a_newer_one_overtook_leaves_the_node_to_it() {
+    let host = own_host();
+    let (first, second) = (ports_at(&host, 20000, 20009), ports_at(&host, 20000, 20009));
+    let both_see = |shown: &Shown| [&first, &second].iter().for_each(|ports| ports.seen(&node("a"), shown));
+    let names = |epoch: u64, port: u16| Shown { epoch, ..shows(&host, port) };
+    first.listed();
+    first.connected(&node("a"), 1, false);
+    both_see(&names(1, 20000));
+    second.listed();
+    second.connected(&node("a"), 2, true);
+    both_see(&names(2, 20000));
+    second.claimed(&node("a"), 2);
+    assert!(first.wanted("a").is_none() && second.wanted("a").is_some());
+    // The first does not know yet that its own has ended.
+    both_see(&names(2, 20001));
+    assert!(first.port("a").is_none() && first.wanted("a").is_none() && second.wanted("a").is_none());
+    first.disconnected(&node("a"), 1, Timestamp::UNIX_EPOCH);
+    assert!(first.port("a").is_none() && first.wanted("a").is_none());
+}
+
+#[test]
+fn an_answer_that_comes_late_hides_nothing_newer() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    let version = |version: &str, port: u16| Shown { version: version.to_owned(), ..shows(&host, port) };
+    ports.listed();
+    ports.connected(&node("a"), 1, false);
+    ports.seen(&node("a"), &version("9", 0));
+    ports.written(&node("a"), &version("10", 20000));
+    assert!(ports.wanted("a").is_none());
+    // Somebody wrote another since, and the watch was faster than the answer.
+    ports.seen(&node("a"), &version("12", 20005));
+    ports.written(&node("a"), &version("11", 20000));
+    assert!(ports.wanted("a").is_some());
+}
+
+#[test]
+fn a_port_out_of_the_range_is_not_looked_for_elsewhere() {
+    let host = own_host();
+    let ports = ports_at(&host, 20000, 20009);
+    ports.listed();
+    ports.seen(&node("a"), &shows(&host, 31000));
+    assert!(ports.port("a").is_none() && !ports.lock().in_trouble, "that there is none left would be false");
+    ports.connected(&node("a"), 1, false);
+    assert_eq!(ports.port("a"), Some(20000));
 }
 
 #[test]

@@ -238,11 +238,11 @@ async fn a_port_is_one_nodes_and_no_others() {
         assert_eq!(bed.get(port, &admin, "/metrics").await, (200, name.to_owned()));
     }
     // Away, it answers for itself.
-    let shown = json!({"status": {
+    let shown = json!({"metadata": {}, "status": {
         "addresses": [{"type": "InternalIP", "address": bed.host}],
         "daemonEndpoints": {"kubeletEndpoint": {"Port": first}},
     }});
-    bed.ports.seen(&node("box-1"), &Shown::of(&shown));
+    bed.ports.seen(&node("box-1"), &Shown::of(&serde_json::from_value(shown).unwrap()));
     drop(one);
     bed.sessions.lock().unwrap().remove("box-1");
     bed.ports.disconnected(&node("box-1"), 1, "2026-01-01T00:00:00Z".parse().unwrap());
