@@ -2,11 +2,12 @@
 //!
 //! What waits is the latest of each property, so it is bounded by the devices there are, however long edgecore is away or however slow it
 //! answers. One call is in flight, with what several devices say; the next begins some time after it, so that the more there is to say the
-//! more goes in one. What a call that broke had with it is not kept: all devices tell what they know once more.
+//! more goes in one. What a call had with it that broke is sent again, without what was said since; an edgecore that is new is told everything.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -42,14 +43,15 @@ const PAUSE: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub(crate) struct Edge {
     manager: DeviceManagerServiceClient<Channel>,
-    /// Until it says that it takes what each device says by itself.
-    reports: Option<DeviceReportServiceClient<Channel>>,
+    reports: DeviceReportServiceClient<Channel>,
+    /// It said that it takes what each device says by itself.
+    apart: Arc<AtomicBool>,
 }
 
 impl Edge {
     pub(crate) fn new(channel: Channel) -> Self {
-        let reports = Some(DeviceReportServiceClient::new(channel.clone()));
-        Self { manager: DeviceManagerServiceClient::new(channel), reports }
+        let reports = DeviceReportServiceClient::new(channel.clone());
+        Self { manager: DeviceManagerServiceClient::new(channel), reports, apart: Arc::default() }
     }
 }
 
@@ -59,7 +61,7 @@ pub(crate) struct Reports {
     pending: Mutex<Pending>,
     wake: Notify,
     edge: watch::Sender<Option<Edge>>,
-    /// Grows with every registration, and when a call broke: whoever sees it change tells everything again.
+    /// Grows with every registration: whoever sees it change tells everything again.
     epoch: watch::Sender<u64>,
 }
 
@@ -67,8 +69,20 @@ pub(crate) struct Reports {
 struct Pending {
     order: VecDeque<String>,
     reports: HashMap<String, Report>,
-    /// What was refused and is sent again, and when.
+    /// What was refused, or did not arrive, and is sent again, and when.
     again: VecDeque<(Duration, Report)>,
+    /// Devices that the call under way speaks of, but for those that were removed since.
+    under_way: HashSet<String>,
+}
+
+/// What the answer to a call was of one of its devices, by its place.
+type Failed = (usize, Status);
+
+/// How many devices a call had with it for which it was no use.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Failures {
+    refused: usize,
+    broken: usize,
 }
 
 /// What is to be told of one device.
@@ -106,8 +120,32 @@ impl Report {
         format!("{}/{}", self.said.device_namespace, self.said.device_name)
     }
 
+    /// Whether something is said that no other report will say.
+    fn is_lasting(&self) -> bool {
+        !self.said.state.is_empty() || self.said.properties.iter().any(|of| of.written.is_some())
+    }
+
+    /// Leaves what a newer one says to that.
+    fn yield_to(&mut self, newer: &Self) {
+        if !newer.said.state.is_empty() {
+            self.said.state.clear();
+        }
+        let newer = &newer.said.properties;
+        self.said.properties.retain_mut(|of| {
+            if let Some(newer) = newer.iter().find(|newer| newer.property == of.property) {
+                of.reported.take_if(|_| newer.reported.is_some());
+                of.written.take_if(|_| newer.written.is_some());
+            }
+            of.reported.is_some() || of.written.is_some()
+        });
+    }
+
     /// What is newer wins.
     fn merge(&mut self, newer: Self) {
+        if newer.is_lasting() {
+            // Not what was refused so often.
+            self.refusals = newer.refusals;
+        }
         for of in newer.said.properties {
             match self.said.properties.iter_mut().find(|older| older.property == of.property) {
                 Some(older) => {
@@ -150,16 +188,12 @@ impl Reports {
     /// edgecore is there, and knows nothing of this process's devices.
     pub(crate) fn attach(&self, edge: Edge) {
         self.edge.send_replace(Some(edge));
-        self.tell_again();
+        self.epoch.send_modify(|epoch| *epoch += 1);
     }
 
     /// edgecore is gone.
     pub(crate) fn detach(&self) {
         self.edge.send_replace(None);
-    }
-
-    fn tell_again(&self) {
-        self.epoch.send_modify(|epoch| *epoch += 1);
     }
 
     pub(crate) fn epoch(&self) -> watch::Receiver<u64> {
@@ -200,27 +234,19 @@ impl Reports {
                 continue;
             }
             let next = tokio::time::Instant::now() + PACE;
-            let sent = batch.len() as u64;
-            match send(edge, batch).await {
-                Ok(refused) => {
-                    COUNTERS.reports_total.add(sent.saturating_sub(refused.len() as u64));
-                    COUNTERS.report_failures_total.add(refused.len() as u64);
-                    if let [(device, status, _), rest @ ..] = &*refused {
-                        let others = rest.len();
-                        warn!(device, code = ?status.code(), error = status.message(), others, "edgecore refused a report");
-                    }
-                    let due = clock::monotonic() + PAUSE;
-                    self.lock().again.extend(refused.into_iter().filter_map(|(_, _, lasting)| Some((due, lasting?))));
-                }
-                Err(status) => {
-                    COUNTERS.report_failures_total.add(sent);
-                    debug!(devices = sent, error = status.message(), "reports did not get to edgecore");
-                    if status.code() == Code::Unimplemented {
-                        self.edge.send_modify(|edge| edge.iter_mut().for_each(|edge| edge.reports = None));
-                    }
-                    let _ = tokio::time::timeout(PAUSE, edges.changed()).await;
-                    self.tell_again();
-                }
+            let failed = send(&edge, batch.iter().map(|report| report.said.clone()).collect()).await;
+            if let Some((place, status)) = failed.iter().find(|(_, status)| !is_broken(status)) {
+                let (device, code, error) = (batch[*place].key(), status.code(), status.message());
+                warn!(device, ?code, error, others = failed.len() - 1, "edgecore refused a report");
+            } else if let Some((_, status)) = failed.first() {
+                debug!(devices = failed.len(), error = status.message(), "reports did not get to edgecore");
+            }
+            let sent = batch.len();
+            let Failures { refused, broken } = self.lock().settle(batch, &failed, clock::monotonic() + PAUSE);
+            COUNTERS.reports_total.add((sent - refused - broken) as u64);
+            COUNTERS.report_failures_total.add((refused + broken) as u64);
+            if broken == sent {
+                let _ = tokio::time::timeout(PAUSE, edges.changed()).await;
             }
             tokio::time::sleep_until(next).await;
         }
@@ -231,14 +257,7 @@ impl Pending {
     fn put(&mut self, report: Report) {
         let device = report.key();
         // What is newer is not to be undone by what was refused before it.
-        for (_, older) in self.again.iter_mut().filter(|(_, older)| older.key() == device) {
-            if !report.said.state.is_empty() {
-                older.said.state.clear();
-            }
-            let written = report.said.properties.iter().filter(|of| of.written.is_some());
-            let is_newer = |of: &PropertyReport| written.clone().any(|new| new.property == of.property);
-            older.said.properties.retain(|of| !is_newer(of));
-        }
+        self.again.iter_mut().filter(|(_, older)| older.key() == device).for_each(|(_, older)| older.yield_to(&report));
         self.again.retain(|(_, older)| !older.is_empty());
         if let Some(waiting) = self.reports.get_mut(&device) {
             waiting.merge(report);
@@ -255,6 +274,7 @@ impl Pending {
         }
         let (devices, mut room) = TOGETHER;
         let mut batch = Vec::new();
+        self.under_way.clear();
         while batch.len() < devices
             && let Some(device) = self.order.front()
         {
@@ -265,10 +285,34 @@ impl Pending {
                 }
                 room = room.saturating_sub(bytes);
                 batch.extend(self.reports.remove(device));
+                self.under_way.extend(self.order.pop_front());
+            } else {
+                self.order.pop_front();
             }
-            self.order.pop_front();
         }
         (batch, self.again.front().map(|(due, _)| *due))
+    }
+
+    /// A call ended. What of it is to be sent again is, when it is `due`.
+    fn settle(&mut self, batch: Vec<Report>, failed: &[Failed], due: Duration) -> Failures {
+        let mut failures = Failures::default();
+        let mut batch: Vec<_> = batch.into_iter().map(Some).collect();
+        for (place, status) in failed {
+            let Some(report) = batch.get_mut(*place).and_then(Option::take) else { continue };
+            let is_broken = is_broken(status);
+            *if is_broken { &mut failures.broken } else { &mut failures.refused } += 1;
+            let device = report.key();
+            let again = if is_broken { Some(report) } else { report.lasting() };
+            let Some(mut again) = again else { continue };
+            if let Some(newer) = self.reports.get(&device) {
+                again.yield_to(newer);
+            }
+            if self.under_way.contains(&device) && !again.is_empty() {
+                self.again.push_back((due, again));
+            }
+        }
+        self.under_way.clear();
+        failures
     }
 
     /// What was refused, under what came since.
@@ -284,50 +328,36 @@ impl Pending {
 
     fn forget(&mut self, device: &str) {
         self.reports.remove(device);
+        self.under_way.remove(device);
         self.again.retain(|(_, report)| report.key() != device);
     }
 }
 
-/// A device, why it was refused, and what of it is to be sent again.
-type Refused = (String, Status, Option<Report>);
-
-/// Answers what was refused, or that the call broke.
-async fn send(edge: Edge, batch: Vec<Report>) -> Result<Vec<Refused>, Status> {
-    let mut lasting: Vec<_> = batch.iter().map(|report| Some((report.key(), report.lasting()))).collect();
-    let mut refused = |place: usize, status: Status| {
-        let (device, lasting) = lasting.get_mut(place)?.take()?;
-        Some((device, status, lasting))
-    };
-    let count = batch.len();
-    let devices = batch.into_iter().map(|report| report.said);
-    if let Some(mut reports) = edge.reports {
-        return match deadline(reports.report(ReportRequest { devices: devices.collect() })).await {
-            Ok(answer) => Ok(answer
+/// Answers what did not get there or was refused.
+async fn send(edge: &Edge, devices: Vec<DeviceReport>) -> Vec<Failed> {
+    let count = devices.len();
+    let all = |status: &Status| (0..count).map(|place| (place, status.clone())).collect();
+    if !edge.apart.load(Ordering::Relaxed) {
+        return match deadline(edge.reports.clone().report(ReportRequest { devices })).await {
+            Ok(answer) => answer
                 .refusals
                 .into_iter()
-                .filter_map(|of| {
-                    refused(usize::try_from(of.device).ok()?, Status::new(Code::from(of.code), of.message))
-                })
-                .collect()),
-            Err(status) if is_broken(&status) || status.code() == Code::Unimplemented => Err(status),
-            Err(status) => Ok((0..count).filter_map(|place| refused(place, status.clone())).collect()),
+                .filter_map(|of| Some((usize::try_from(of.device).ok()?, Status::new(Code::from(of.code), of.message))))
+                .filter(|(place, _)| *place < count)
+                .collect(),
+            Err(status) if status.code() == Code::Unimplemented => {
+                edge.apart.store(true, Ordering::Relaxed);
+                all(&Status::unavailable("it takes what each device says by itself"))
+            }
+            Err(status) => all(&status),
         };
     }
-    let calls = devices.enumerate().map(|(place, said)| {
+    let calls = devices.into_iter().enumerate().map(|(place, said)| {
         let manager = edge.manager.clone();
         async move { (place, send_one(manager, said).await) }
     });
-    let mut calls = futures_util::stream::iter(calls).buffer_unordered(APART);
-    let mut refusals = Vec::new();
-    let mut broken = None;
-    while let Some((place, outcome)) = calls.next().await {
-        match outcome {
-            Ok(()) => {}
-            Err(status) if is_broken(&status) => broken = Some(status),
-            Err(status) => refusals.extend(refused(place, status)),
-        }
-    }
-    broken.map_or(Ok(refusals), Err)
+    let calls = futures_util::stream::iter(calls).buffer_unordered(APART);
+    calls.filter_map(async |(place, outcome)| Some((place, outcome.err()?))).collect().await
 }
 
 /// Tells what one device says as every edgecore takes it.
@@ -391,7 +421,12 @@ mod tests {
 
     fn says(report: &Report) -> Vec<(&str, &str)> {
         let properties = &report.said.properties;
-        properties.iter().map(|of| (&*of.property, of.reported.as_ref().map_or("", |sample| &sample.value))).collect()
+        let mut says: Vec<_> = properties
+            .iter()
+            .map(|of| (&*of.property, of.reported.as_ref().map_or("", |sample| &sample.value)))
+            .collect();
+        says.sort_unstable();
+        says
     }
 
     #[test]
@@ -437,6 +472,60 @@ mod tests {
         assert_eq!(pending.take(Duration::ZERO).0.len(), 1);
         let (batch, _) = pending.take(NOW);
         assert_eq!((says(&batch[0]), &*batch[0].said.state), (vec![("two", "")], ""));
+    }
+
+    /// What becomes of a call.
+    fn settle(pending: &mut Pending, batch: Vec<Report>, failed: &[(usize, Code)], due: Duration) -> (usize, usize) {
+        let failed: Vec<_> = failed.iter().map(|(place, code)| (*place, Status::new(*code, ""))).collect();
+        let Failures { refused, broken } = pending.settle(batch, &failed, due);
+        (refused, broken)
+    }
+
+    #[test]
+    fn what_did_not_arrive_goes_again_under_what_came_since() {
+        let mut pending = Pending::default();
+        for name in ["a", "b", "c", "d"] {
+            pending.put(report(name, &[("one", "1"), ("two", "2")]).state(State::Ok));
+        }
+        let (batch, _) = pending.take(NOW);
+        pending.put(report("a", &[("one", "3")]).state(State::Offline));
+        pending.forget("default/b");
+        let failed = [(0, Code::Unavailable), (1, Code::DeadlineExceeded), (2, Code::NotFound), (9, Code::NotFound)];
+        assert_eq!(settle(&mut pending, batch, &failed, 2 * NOW), (1, 2));
+        // What came since does not wait for it.
+        let (batch, due) = pending.take(NOW);
+        assert_eq!((batch.len(), says(&batch[0]), due), (1, vec![("one", "3")], Some(2 * NOW)));
+        assert_eq!(settle(&mut pending, batch, &[], NOW), (0, 0));
+        let (batch, due) = pending.take(2 * NOW);
+        let said: Vec<_> = batch.iter().map(|of| (&*of.said.device_name, says(of), &*of.said.state)).collect();
+        assert_eq!(said, [("a", vec![("two", "2")], ""), ("c", vec![], "ok")], "nothing of the one that was removed");
+        assert_eq!(due, None);
+    }
+
+    #[test]
+    fn what_breaks_again_and_again_is_kept_once() {
+        let mut pending = Pending::default();
+        for count in 1..=100_u32 {
+            pending.put(report("a", &[("one", &count.to_string())]).state(State::Ok));
+            let (batch, _) = pending.take(Duration::ZERO);
+            assert_eq!(settle(&mut pending, batch, &[(0, Code::Unavailable)], NOW), (0, 1));
+            assert_eq!(pending.again.len(), 1);
+        }
+        let (batch, _) = pending.take(NOW);
+        assert_eq!((batch.len(), says(&batch[0]), batch[0].refusals), (1, vec![("one", "100")], 0));
+    }
+
+    #[test]
+    fn what_is_newly_said_is_not_given_up_for_what_was_refused_before() {
+        let mut pending = Pending::default();
+        let refused = Report { refusals: ATTEMPTS - 1, ..report("a", &[]).state(State::Ok) };
+        for (newer, refusals) in
+            [(report("a", &[("one", "1")]), ATTEMPTS - 1), (report("a", &[]).state(State::Offline), 0)]
+        {
+            pending.put(newer);
+            pending.put_under(refused.clone());
+            assert_eq!(pending.take(NOW).0[0].refusals, refusals);
+        }
     }
 
     #[test]
