@@ -40,6 +40,8 @@ use crate::{admin, clock};
 const DRAIN: Duration = Duration::from_secs(5);
 /// Open files that a process may have wherever it runs.
 const FILES: usize = 1024;
+/// Of them, those that are kept for what is no session: connections that begin, kubectl's, the apiserver's.
+const STRANGERS: usize = 1024;
 /// How often certificates and tokens are looked after.
 const ROUND: Duration = Duration::from_secs(3600);
 
@@ -166,7 +168,7 @@ async fn start(
     let options =
         BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };
     let own_client = client.clone();
-    let ports = Arc::new(Ports::new(&config.kubelet_address, config.kubelet_ports, files / 2));
+    let ports = Arc::new(Ports::new(&config.kubelet_address, config.kubelet_ports, most_ports(files)));
     let backend = backend_k8s::connect(client, options, ports, &mut registry).await?;
     let restored = backend.restored();
     let secrets = Arc::new(secrets);
@@ -256,6 +258,12 @@ fn raise_file_limit() -> usize {
             FILES
         }
     }
+}
+
+/// How many nodes may have a port: less than half of the files there may be, for a session comes before the port of its node, and those who
+/// are no session yet have files open too.
+fn most_ports(files: usize) -> usize {
+    (files - STRANGERS.min(files / 4)) / 2
 }
 
 /// What is looked after from time to time.
