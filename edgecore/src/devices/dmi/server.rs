@@ -33,7 +33,7 @@ use tower::Service as _;
 use tracing::{debug, error, info, warn};
 
 use super::mapper::keep;
-use crate::devices::twin::{MapperId, MapperInfo, ToTell};
+use crate::devices::twin::{MapperId, MapperInfo, Now, ToTell, Twins};
 use crate::devices::{Devices, Refused, convert};
 use crate::supervise;
 
@@ -233,12 +233,8 @@ impl DeviceManagerService for Service {
         let key = key(said.device_namespace, &said.device_name);
         let twins = said.reported_device.unwrap_or_default().twins;
         let reporter = self.reporter();
-        let (taken, is_urgent) = self.devices.with(|of, now| {
-            let before = of.is_urgent();
-            let taken = of.report_values(&key, reporter, &twins, now);
-            (taken, of.is_urgent() && !before)
-        });
-        self.answer(&key, taken, is_urgent)?;
+        let taken = self.hear(|of, now| of.report_values(&key, reporter, &twins, now));
+        taken.map_err(|refused| self.refuse(&key, &refused))?;
         Ok(Response::new(ReportDeviceStatusResponse {}))
     }
 
@@ -249,12 +245,8 @@ impl DeviceManagerService for Service {
         let said = request.into_inner();
         let key = key(said.device_namespace, &said.device_name);
         let reporter = self.reporter();
-        let (taken, is_urgent) = self.devices.with(|of, now| {
-            let before = of.is_urgent();
-            let taken = of.report_state(&key, reporter, &said.state, now);
-            (taken, of.is_urgent() && !before)
-        });
-        self.answer(&key, taken, is_urgent)?;
+        let taken = self.hear(|of, now| of.report_state(&key, reporter, &said.state, now));
+        taken.map_err(|refused| self.refuse(&key, &refused))?;
         Ok(Response::new(ReportDeviceStatesResponse {}))
     }
 }
@@ -285,36 +277,33 @@ impl DeviceReportService for Service {
 impl Service {
     /// Takes what some devices say; of each why something was refused.
     fn take(&self, said: &[DeviceReport], reporter: Option<MapperId>) -> Vec<Option<(String, Refused)>> {
+        self.hear(|twins, now| {
+            let taken = said.iter().map(|said| {
+                let key = key(said.device_namespace.clone(), &said.device_name);
+                let values = match &*said.properties {
+                    [] => Ok(()),
+                    of => twins.report_values(&key, reporter, of, now),
+                };
+                let state = match &*said.state {
+                    "" => Ok(()),
+                    state => twins.report_state(&key, reporter, state, now),
+                };
+                values.and(state).err().map(|refused| (key, refused))
+            });
+            taken.collect()
+        })
+    }
+
+    /// Has the twins take something, and what is urgent of it sent.
+    fn hear<T>(&self, take: impl FnOnce(&mut Twins, Now) -> T) -> T {
         let (taken, is_urgent) = self.devices.with(|twins, now| {
             let before = twins.is_urgent();
-            let taken = said
-                .iter()
-                .map(|said| {
-                    let key = key(said.device_namespace.clone(), &said.device_name);
-                    let values = match &*said.properties {
-                        [] => Ok(()),
-                        of => twins.report_values(&key, reporter, of, now),
-                    };
-                    let state = match &*said.state {
-                        "" => Ok(()),
-                        state => twins.report_state(&key, reporter, state, now),
-                    };
-                    values.and(state).err().map(|refused| (key, refused))
-                })
-                .collect();
-            (taken, twins.is_urgent() && !before)
+            (take(twins, now), twins.is_urgent() && !before)
         });
         if is_urgent {
             self.devices.0.work.notify_one();
         }
         taken
-    }
-
-    fn answer(&self, key: &str, taken: Result<(), Refused>, is_urgent: bool) -> Result<(), Status> {
-        if is_urgent {
-            self.devices.0.work.notify_one();
-        }
-        taken.map_err(|refused| self.refuse(key, &refused))
     }
 
     /// What follows from a refusal, and how the call ends.

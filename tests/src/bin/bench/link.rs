@@ -14,22 +14,20 @@ use base64::engine::general_purpose::STANDARD;
 use rand::RngExt as _;
 use serde_json::{Value, json};
 use skerry_tests::cloudcore::Cloudcore;
-use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::edge::Edge;
 use skerry_tests::images::BUSYBOX_NEXT;
 use skerry_tests::kubectl::{Kubectl, is_ready};
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::relay::{Flow, Relay};
-use skerry_tests::runtime::{Cni, Runtime};
 use skerry_tests::wait::{eventually, until};
 use skerry_tests::{peer, procfs};
 
+use crate::bed::{Bed, NODE};
 use crate::control;
 use crate::figures::{megabytes, tell};
 
 /// The transports that are measured, and what edgecore's configuration calls them.
 const SUBJECTS: [(&str, &str); 2] = [("ws", "websocket"), ("quic", "quic")];
-const NODE: &str = "edge";
 /// What is given to things to calm down.
 const SETTLE: Duration = Duration::from_secs(30);
 /// Nothing passed for so long: what was begun is over.
@@ -43,16 +41,7 @@ const DAY: f64 = 86_400.0;
 
 pub(crate) fn run(dir: &Path, idle: Duration) -> Result<()> {
     SUBJECTS.into_iter().try_for_each(|(subject, _)| control::run(subject))?;
-    eprintln!("starting a control plane, cloudcore and an edge node");
-    let control = ControlPlane::start(&dir.join("control"))?;
-    let runtime = Runtime::start(&dir.join("runtime"), Cni::Ours)?;
-    let cloud = Cloudcore::start(&control, &dir.join("cloudcore"), None)?;
-    let relay = Relay::start(cloud.address())?;
-    let mut edge = Edge::new(&dir.join("edge"), NODE, &runtime)?;
-    edge.join(&relay.address().to_string(), &cloud.new_token(&[])?.token)?;
-    edge.start()?;
-    let kubectl = control.kubectl().clone();
-    kubectl.wait("node", NODE, "Ready", 60, is_ready)?;
+    let Bed { edge, relay, cloud, kubectl, runtime: _runtime, control: _control } = Bed::start(dir, &[])?;
     let mut link = Link { cloud, relay, edge, kubectl, subject: "" };
     for (subject, transport) in SUBJECTS {
         link.take(subject, transport)?;

@@ -17,6 +17,7 @@ use skerry_tests::paths::RunDir;
 use crate::agents::Bench;
 
 mod agents;
+mod bed;
 mod control;
 mod devices;
 mod figures;

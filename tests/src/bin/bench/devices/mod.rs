@@ -16,15 +16,16 @@ use serde_json::json;
 use skerry_tests::cloudcore::Cloudcore;
 use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::edge::Edge;
-use skerry_tests::kubectl::{Kubectl, is_ready};
+use skerry_tests::kubectl::Kubectl;
 use skerry_tests::process::Process;
 use skerry_tests::relay::Relay;
-use skerry_tests::runtime::{Cni, Runtime};
+use skerry_tests::runtime::Runtime;
 use skerry_tests::wait::{eventually, until};
 use skerry_tests::{paths, ports, procfs};
 
 use self::local::Local;
 use self::server::Server;
+use crate::bed::{self, NODE};
 use crate::figures::{rss, tell};
 
 mod idle;
@@ -35,7 +36,6 @@ mod objects;
 mod server;
 mod writes;
 
-const NODE: &str = "edge";
 /// What memory is given to settle.
 const SETTLE: Duration = Duration::from_secs(20);
 
@@ -101,18 +101,9 @@ struct Bed {
 
 impl Bed {
     fn start(dir: &Path) -> Result<Self> {
-        eprintln!("starting a control plane, cloudcore and an edge node");
-        let control = ControlPlane::start(&dir.join("control"))?;
-        let runtime = Runtime::start(&dir.join("runtime"), Cni::Ours)?;
-        let cloud = Cloudcore::start(&control, &dir.join("cloudcore"), None)?;
-        let relay = Relay::start(cloud.address())?;
-        let mut edge = Edge::new(&dir.join("edge"), NODE, &runtime)?;
-        edge.join(&relay.address().to_string(), &cloud.new_token(&[])?.token)?;
         // Whether there is a broker shall not depend on the machine.
-        edge.configure("mqtt_broker", "off")?;
-        edge.start()?;
-        let kubectl = control.kubectl().clone();
-        kubectl.wait("node", NODE, "Ready", 60, is_ready)?;
+        let node = bed::Bed::start(dir, &[("mqtt_broker", "off")])?;
+        let bed::Bed { edge, relay, cloud, kubectl, runtime, control } = node;
         for name in ["devicemodels", "devices", "devicestatuses"] {
             kubectl.run(&[
                 "wait",

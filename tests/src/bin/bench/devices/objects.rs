@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use skerry_tests::api::Api;
 
-use super::NODE;
+use crate::bed::NODE;
 
 const COLLECTIONS: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/default";
 /// Connections that objects are created over.
