@@ -305,6 +305,19 @@ impl Apiserver {
         self.count("patch", kind.plural(), api.patch(name, &params, patch)).await
     }
 
+    /// Writes the object as it is to be; its resourceVersion says which one it replaces.
+    pub(crate) async fn replace(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        body: Value,
+    ) -> Result<DynamicObject, kube::Error> {
+        let object: DynamicObject = serde_json::from_value(body).map_err(kube::Error::SerdeError)?;
+        let (api, params) = (self.api(kind, namespace), PostParams::default());
+        self.count("update", kind.plural(), api.replace(name, &params, &object)).await
+    }
+
     /// Strategic merge patch of the status.
     pub(crate) async fn patch_status(
         &self,

@@ -6,6 +6,9 @@
 //! on an apiserver that answers none is not asked more and more often. All this holds as long as the apiserver takes what is due:
 //! [`AT_ONCE`] at a time, so at 100 ms each some 13,000 nodes' leases.
 //!
+//! A lease in which nothing is that others wrote is replaced as a whole, and nobody keeps count of whose its fields are
+//! (`metadata.managedFields`): that costs the apiserver less than half of what a patch does, and leases are most of what it is asked.
+//!
 //! [`Wheel`] decides who is due; [`Leases::run`] carries it out. A session only ends the renewals of its own epoch, and stops renewing when
 //! the lease shows that a session of a higher epoch, at another replica, has taken over.
 
@@ -16,7 +19,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
-use kube::api::Patch;
+use kube::api::{DynamicObject, Patch};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tracing::{debug, warn};
@@ -56,6 +59,8 @@ struct Renewal {
     epoch: u64,
     /// The first of its session: it also says whose the lease is.
     first: bool,
+    /// The lease's resourceVersion, if nothing is in it that others wrote.
+    version: Option<Box<str>>,
 }
 
 /// How a renewal ended.
@@ -82,6 +87,8 @@ struct Spoke {
     epoch: u64,
     due: Duration,
     written: bool,
+    /// See [`Renewal::version`].
+    version: Option<Box<str>>,
     /// Renewals in a row that failed.
     failures: u32,
 }
@@ -93,8 +100,8 @@ impl Wheel {
         }
         self.remove(&node.name);
         self.due.insert((now, node.name.clone()));
-        self.nodes
-            .insert(node.name.clone(), Spoke { uid: node.uid.clone(), epoch, due: now, written: false, failures: 0 });
+        let spoke = Spoke { uid: node.uid.clone(), epoch, due: now, written: false, version: None, failures: 0 };
+        self.nodes.insert(node.name.clone(), spoke);
     }
 
     fn end(&mut self, name: &str, epoch: u64) {
@@ -109,17 +116,18 @@ impl Wheel {
         let from = if self.lost.first().filter(is_due).is_some() { &mut self.lost } else { &mut self.due };
         from.first().filter(is_due)?;
         let (_, name) = from.pop_first()?;
-        let spoke = self.nodes.get(&name)?;
+        let spoke = self.nodes.get_mut(&name)?;
         let node = NodeIdentity { name, uid: spoke.uid.clone() };
-        Some(Renewal { node, epoch: spoke.epoch, first: !spoke.written })
+        Some(Renewal { node, epoch: spoke.epoch, first: !spoke.written, version: spoke.version.take() })
     }
 
-    /// `spread` in 0..1 keeps renewals apart.
+    /// `spread` in 0..1 keeps renewals apart. The renewal has the version that it made.
     fn renewed(&mut self, renewal: &Renewal, how: Renewed, now: Duration, spread: f64) {
         let period = self.period();
         let Some(spoke) = self.nodes.get_mut(&renewal.node.name).filter(|spoke| spoke.epoch == renewal.epoch) else {
             return;
         };
+        spoke.version.clone_from(&renewal.version);
         let wait = match how {
             Renewed::Epoch(epoch) if epoch > spoke.epoch => return self.remove(&renewal.node.name),
             Renewed::Failed if spoke.failures < 2 => {
@@ -207,11 +215,11 @@ impl Leases {
         let mut under_way = FuturesUnordered::new();
         loop {
             while under_way.len() < AT_ONCE {
-                let Some(renewal) = self.lock().take(clock::monotonic()) else { break };
+                let Some(mut renewal) = self.lock().take(clock::monotonic()) else { break };
                 let api = &api;
                 under_way.push(async move {
                     // What is given up may still land: its time is older than that of the next one, and the controller looks at the newest.
-                    let how = tokio::time::timeout(PATIENCE, renew(api, &renewal, clock::wall())).await;
+                    let how = tokio::time::timeout(PATIENCE, renew(api, &mut renewal, clock::wall())).await;
                     let how = how.unwrap_or_else(|_| {
                         debug!(
                             node = renewal.node.name,
@@ -240,38 +248,54 @@ impl Leases {
     }
 }
 
-async fn renew(api: &Apiserver, renewal: &Renewal, now: Timestamp) -> Renewed {
-    let name = &renewal.node.name;
-    let patch = Patch::Merge(body(renewal, now));
-    let mut answer = api.patch(Kind::Lease, NAMESPACE, name, &patch).await;
+async fn renew(api: &Apiserver, renewal: &mut Renewal, now: Timestamp) -> Renewed {
+    let name = renewal.node.name.clone();
+    if let Some(version) = renewal.version.take() {
+        let replaced = api.replace(Kind::Lease, NAMESPACE, &name, replacement(renewal, &version, now)).await;
+        if let Ok(lease) = &replaced {
+            renewal.version = lease.metadata.resource_version.as_deref().map(Into::into);
+        }
+        // Somebody wrote it since, or deleted it.
+        if !replaced.as_ref().is_err_and(|error| matches!(verdict(error), Verdict::Conflict | Verdict::NotFound)) {
+            return renewed(&name, replaced);
+        }
+    }
+    let patch = Patch::Merge(if renewal.first { whole(renewal, now) } else { time(now) });
+    let mut answer = api.patch(Kind::Lease, NAMESPACE, &name, &patch).await;
     if let Err(error) = &answer
         && verdict(error) == Verdict::NotFound
     {
-        answer = api.create(Kind::Lease, NAMESPACE, body(&Renewal { first: true, ..renewal.clone() }, now)).await;
+        answer = api.create(Kind::Lease, NAMESPACE, whole(renewal, now)).await;
     }
+    renewal.version = answer.as_ref().ok().and_then(|lease| replaceable(lease, renewal));
+    renewed(&name, answer)
+}
+
+fn renewed(node: &str, answer: Result<DynamicObject, kube::Error>) -> Renewed {
     match answer {
         Ok(lease) => epoch_of(&lease).map_or(Renewed::Yes, Renewed::Epoch),
         Err(error) => match verdict(&error) {
             Verdict::Refused(reason) | Verdict::Doubtful(reason) => {
-                warn!(node = name, %reason, "cannot renew the node's lease");
+                warn!(node, %reason, "cannot renew the node's lease");
                 Renewed::Failed
             }
             // The namespace itself is missing: it is made by the apiserver when it starts.
             Verdict::NotFound => Renewed::Failed,
             Verdict::Conflict | Verdict::Later(_) => {
-                debug!(node = name, "the node's lease is not renewed yet: {}", chain(&error));
+                debug!(node, "the node's lease is not renewed yet: {}", chain(&error));
                 Renewed::Failed
             }
         },
     }
 }
 
-fn body(renewal: &Renewal, now: Timestamp) -> Value {
+fn time(now: Timestamp) -> Value {
+    json!({"spec": {"renewTime": format!("{now:.6}")}})
+}
+
+/// All that a lease has of ours.
+fn whole(renewal: &Renewal, now: Timestamp) -> Value {
     let name = &renewal.node.name;
-    let time = format!("{now:.6}");
-    if !renewal.first {
-        return json!({"spec": {"renewTime": time}});
-    }
     json!({
         "apiVersion": "coordination.k8s.io/v1",
         "kind": "Lease",
@@ -281,8 +305,29 @@ fn body(renewal: &Renewal, now: Timestamp) -> Value {
             "annotations": {EPOCH_ANNOTATION: renewal.epoch.to_string()},
             "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": name, "uid": renewal.node.uid}],
         },
-        "spec": {"holderIdentity": name, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": time},
+        "spec": {"holderIdentity": name, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": format!("{now:.6}")},
     })
+}
+
+/// What replaces a lease of this version. One empty entry has the apiserver forget whose its fields are, and not keep count again:
+/// <https://kubernetes.io/docs/reference/using-api/server-side-apply/#clearing-managedfields>.
+fn replacement(renewal: &Renewal, version: &str, now: Timestamp) -> Value {
+    let mut lease = whole(renewal, now);
+    lease["metadata"]["resourceVersion"] = version.into();
+    lease["metadata"]["managedFields"] = json!([{}]);
+    lease
+}
+
+/// The version of a lease in which nothing is but what is written here, and what the apiserver adds.
+fn replaceable(lease: &DynamicObject, renewal: &Renewal) -> Option<Box<str>> {
+    let mut shown = Kind::Lease.json(lease);
+    let metadata = shown.get_mut("metadata")?.as_object_mut()?;
+    for added in ["uid", "resourceVersion", "creationTimestamp", "managedFields"] {
+        metadata.remove(added);
+    }
+    let now = shown["spec"]["renewTime"].as_str()?.parse().ok()?;
+    let version = lease.metadata.resource_version.as_deref()?;
+    (shown == whole(renewal, now)).then(|| version.into())
 }
 
 #[cfg(test)]
@@ -302,7 +347,7 @@ mod tests {
         let mut wheel = Wheel::default();
         wheel.begin(&node(), 3, seconds(0));
         let first = wheel.take(seconds(0)).unwrap();
-        assert_eq!(first, Renewal { node: node(), epoch: 3, first: true });
+        assert_eq!(first, Renewal { node: node(), epoch: 3, first: true, version: None });
         assert_eq!(wheel.take(seconds(0)), None, "one request at a time");
         wheel.renewed(&first, Renewed::Epoch(3), seconds(1), 0.5);
         assert_eq!(
@@ -355,7 +400,7 @@ mod tests {
         wheel.begin(&node(), 4, seconds(1));
         wheel.end("e", 3);
         wheel.renewed(&old, Renewed::Yes, seconds(2), 0.5);
-        assert_eq!(wheel.take(seconds(2)), Some(Renewal { node: node(), epoch: 4, first: true }));
+        assert_eq!(wheel.take(seconds(2)), Some(Renewal { node: node(), epoch: 4, first: true, version: None }));
         wheel.begin(&node(), 3, seconds(3));
         assert_eq!(wheel.nodes["e"].epoch, 4, "an older one does not take over");
     }
@@ -426,13 +471,52 @@ mod tests {
         assert_eq!(wheel.take(seconds(5)), None);
     }
 
+    fn lease(renewal: &Renewal, more: &Value) -> DynamicObject {
+        let mut lease = whole(renewal, "2026-01-01T00:00:00Z".parse().unwrap());
+        lease["metadata"]["uid"] = "of-the-lease".into();
+        lease["metadata"]["resourceVersion"] = "7".into();
+        lease["metadata"]["managedFields"] = json!([{"manager": "cloudcore", "operation": "Update"}]);
+        for (part, fields) in more.as_object().unwrap() {
+            lease[part].as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        }
+        serde_json::from_value(lease).unwrap()
+    }
+
     #[test]
-    fn a_renewal_writes_nothing_but_the_time() {
+    fn a_lease_is_replaced_while_nothing_is_in_it_that_others_wrote() {
         let now: Timestamp = "2026-01-01T00:00:00.25Z".parse().unwrap();
-        let renewal = Renewal { node: node(), epoch: 3, first: false };
-        assert_eq!(body(&renewal, now), json!({"spec": {"renewTime": "2026-01-01T00:00:00.250000Z"}}));
-        let first = body(&Renewal { first: true, ..renewal }, now);
-        assert_eq!(first["metadata"]["annotations"][EPOCH_ANNOTATION], "3");
-        assert_eq!(first["metadata"]["ownerReferences"][0]["uid"], "u");
+        let renewal = Renewal { node: node(), epoch: 3, first: false, version: None };
+        assert_eq!(time(now), json!({"spec": {"renewTime": "2026-01-01T00:00:00.250000Z"}}));
+        assert_eq!(replaceable(&lease(&renewal, &json!({})), &renewal).as_deref(), Some("7"));
+        let lease_of_others = [
+            json!({"metadata": {"labels": {"a": "b"}}}),
+            json!({"metadata": {"annotations": {EPOCH_ANNOTATION: "3", "a": "b"}}}),
+            json!({"metadata": {"annotations": {EPOCH_ANNOTATION: "4"}}}),
+            json!({"metadata": {"finalizers": ["a/b"]}}),
+            json!({"metadata": {"ownerReferences": []}}),
+            json!({"spec": {"leaseTransitions": 1}}),
+            json!({"spec": {"holderIdentity": "another"}}),
+        ];
+        for more in lease_of_others {
+            assert_eq!(replaceable(&lease(&renewal, &more), &renewal), None, "{more}");
+        }
+        let replaced = replacement(&renewal, "7", now);
+        assert_eq!(replaced["metadata"]["annotations"][EPOCH_ANNOTATION], "3");
+        assert_eq!(replaced["metadata"]["ownerReferences"][0]["uid"], "u");
+        assert_eq!(replaced["metadata"]["resourceVersion"], "7");
+        assert_eq!(replaced["metadata"]["managedFields"], json!([{}]));
+    }
+
+    #[test]
+    fn only_what_an_answer_showed_is_replaced() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        let mut renewal = wheel.take(seconds(0)).unwrap();
+        renewal.version = Some("7".into());
+        wheel.renewed(&renewal, Renewed::Yes, seconds(0), 0.5);
+        let mut renewal = wheel.take(seconds(20)).unwrap();
+        assert_eq!(renewal.version.take().as_deref(), Some("7"));
+        wheel.renewed(&renewal, Renewed::Failed, seconds(20), 0.5);
+        assert_eq!(wheel.take(seconds(20)).unwrap().version, None, "what became of it is not known");
     }
 }
