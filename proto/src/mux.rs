@@ -31,12 +31,12 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-/// The most payload in one frame, in bytes: at 256 kbit/s it takes 128 ms.
-pub const CUT: usize = 4 << 10;
+/// The most payload in one frame, in bytes: at 256 kbit/s it takes 64 ms.
+pub const CUT: usize = 2 << 10;
 /// Streams of one class that one side may have opened at a time.
 pub const MAX_STREAMS: usize = 128;
 /// The longest header of a stream, in bytes.
-pub const MAX_HEADER: usize = CUT;
+pub const MAX_HEADER: usize = 4 << 10;
 /// The longest reason of a reset, in bytes; a longer one is cut.
 pub const MAX_REASON: usize = 256;
 /// What one stream may have waiting to be sent, in bytes.

@@ -20,7 +20,7 @@ use self::quic::Quic;
 pub use self::quic::{ALPN, alert, client_config, lost, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
-use crate::mux::{CUT, Class, Side, Waiting};
+use crate::mux::{Class, Side, Waiting};
 use crate::streams::{Carrier, Incoming, Received, Streams};
 use crate::sync::MAX_FRAME;
 use crate::wire::{Frame, Goodbye, frame::Body};
@@ -36,8 +36,8 @@ mod ws;
 pub const UNSENT: u32 = 4 << 10;
 /// Bytes that TLS is to take before the system does.
 pub const TLS_BUFFER: usize = 16 << 10;
-/// The longest frame of a class of streams, in bytes. Those are cut at [`CUT`]; what is longer has only its sender to thank.
-const MAX_CUT_FRAME: usize = 2 * CUT;
+/// The longest frame of a class of streams, in bytes. Those are cut at a quarter of it; what is longer has only its sender to thank.
+const MAX_CUT_FRAME: usize = 8 << 10;
 /// Batches that are sent before what came is looked at.
 const BURST: usize = 16;
 
