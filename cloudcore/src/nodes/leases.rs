@@ -13,6 +13,7 @@
 //! the lease shows that a session of a higher epoch, at another replica, has taken over.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -184,6 +185,8 @@ impl Wheel {
 pub(crate) struct Leases {
     wheel: Mutex<Wheel>,
     wake: Notify,
+    /// The apiserver lets no lease be replaced, as that of an older manifest does.
+    refused: AtomicBool,
 }
 
 impl Leases {
@@ -216,10 +219,10 @@ impl Leases {
         loop {
             while under_way.len() < AT_ONCE {
                 let Some(mut renewal) = self.lock().take(clock::monotonic()) else { break };
-                let api = &api;
+                let (api, refused) = (&api, &self.refused);
                 under_way.push(async move {
                     // What is given up may still land: its time is older than that of the next one, and the controller looks at the newest.
-                    let how = tokio::time::timeout(PATIENCE, renew(api, &mut renewal, clock::wall())).await;
+                    let how = tokio::time::timeout(PATIENCE, renew(api, refused, &mut renewal, clock::wall())).await;
                     let how = how.unwrap_or_else(|_| {
                         debug!(
                             node = renewal.node.name,
@@ -248,16 +251,23 @@ impl Leases {
     }
 }
 
-async fn renew(api: &Apiserver, renewal: &mut Renewal, now: Timestamp) -> Renewed {
+/// `refused`: the apiserver lets no lease be replaced; set when it says so.
+async fn renew(api: &Apiserver, refused: &AtomicBool, renewal: &mut Renewal, now: Timestamp) -> Renewed {
     let name = renewal.node.name.clone();
     if let Some(version) = renewal.version.take() {
         let replaced = api.replace(Kind::Lease, NAMESPACE, &name, replacement(renewal, &version, now)).await;
         if let Ok(lease) = &replaced {
             renewal.version = lease.metadata.resource_version.as_deref().map(Into::into);
         }
-        // Somebody wrote it since, or deleted it.
-        if !replaced.as_ref().is_err_and(|error| matches!(verdict(error), Verdict::Conflict | Verdict::NotFound)) {
-            return renewed(&name, replaced);
+        match replaced.as_ref().map_err(verdict) {
+            // Somebody wrote it since, or deleted it.
+            Err(Verdict::Conflict | Verdict::NotFound) => {}
+            Err(Verdict::Refused(reason)) => {
+                if !refused.swap(true, Ordering::Relaxed) {
+                    warn!(%reason, "node leases may not be replaced, and are patched, which costs the apiserver twice as much; apply deploy/rbac.yaml");
+                }
+            }
+            _ => return renewed(&name, replaced),
         }
     }
     let patch = Patch::Merge(if renewal.first { whole(renewal, now) } else { time(now) });
@@ -267,7 +277,8 @@ async fn renew(api: &Apiserver, renewal: &mut Renewal, now: Timestamp) -> Renewe
     {
         answer = api.create(Kind::Lease, NAMESPACE, whole(renewal, now)).await;
     }
-    renewal.version = answer.as_ref().ok().and_then(|lease| replaceable(lease, renewal));
+    let lease = answer.as_ref().ok().filter(|_| !refused.load(Ordering::Relaxed));
+    renewal.version = lease.and_then(|lease| replaceable(lease, renewal));
     renewed(&name, answer)
 }
 
