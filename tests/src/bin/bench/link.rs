@@ -30,6 +30,8 @@ use crate::figures::{megabytes, tell};
 const SUBJECTS: [(&str, &str); 2] = [("ws", "websocket"), ("quic", "quic")];
 /// What is given to things to calm down.
 const SETTLE: Duration = Duration::from_secs(30);
+/// The same before counting begins: what looks at new directories once a minute, whose time of access is written then, has been there.
+const CALM: Duration = Duration::from_secs(90);
 /// Nothing passed for so long: what was begun is over.
 const QUIET: Duration = Duration::from_secs(4);
 /// IPv4 and TCP headers with timestamps, of a segment and of its acknowledgement.
@@ -78,8 +80,8 @@ impl Link {
     /// Eleven pods that sleep, and nothing to say.
     fn idle(&self, time: Duration) -> Result<()> {
         self.pods(0, 11)?;
-        eprintln!("{} s to settle, then {} s of counting", SETTLE.as_secs(), time.as_secs());
-        sleep(SETTLE);
+        eprintln!("{} s to settle, then {} s of counting", CALM.as_secs(), time.as_secs());
+        sleep(CALM);
         let pid = self.edge.pid().context("edgecore does not run")?;
         let written = || procfs::written_bytes(pid).context("/proc tells nothing of what edgecore writes");
         let (begin, before, disk) = (Instant::now(), self.wire(), written()?);
