@@ -31,8 +31,8 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-/// The most payload in one frame, in bytes: at 256 kbit/s it takes 64 ms.
-pub const CUT: usize = 2 << 10;
+/// The most payload in one frame, in bytes: at 256 kbit/s it takes 128 ms.
+pub const CUT: usize = 4 << 10;
 /// Streams of one class that one side may have opened at a time.
 pub const MAX_STREAMS: usize = 128;
 /// The longest header of a stream, in bytes; it goes uncut.
@@ -55,6 +55,8 @@ const PROBE: u64 = 1 << 63;
 #[derive(Debug)]
 pub struct Mux {
     side: Side,
+    /// The most payload in one frame, in bytes.
+    cut: usize,
     control: VecDeque<Control>,
     /// Pings and pongs, which overtake what has an order.
     urgent: VecDeque<Frame>,
@@ -132,6 +134,7 @@ impl Mux {
     pub fn new(side: Side) -> Self {
         Self {
             side,
+            cut: CUT,
             control: VecDeque::new(),
             urgent: VecDeque::new(),
             control_bytes: 0,
@@ -147,6 +150,13 @@ impl Mux {
         }
     }
 
+    /// Cuts frames at so many bytes, of [`CUT`] at most: what is urgent waits for as much several times where a carrier and the system both
+    /// hold frames.
+    #[must_use]
+    pub fn cut_at(self, bytes: usize) -> Self {
+        Self { cut: bytes.min(CUT), ..self }
+    }
+
     /// Puts a control frame behind those that wait. A ping or pong overtakes them, or a large one would delay what tells that the line
     /// is alive.
     pub fn control(&mut self, frame: Frame) {
@@ -154,7 +164,7 @@ impl Mux {
         self.control_bytes += length;
         match &frame.body {
             Some(Body::Ping(_) | Body::Pong(_)) => self.urgent.push_back(frame),
-            _ if length > CUT => self.control.push_back(Control::Parts(frame.encode_to_vec().into())),
+            _ if length > self.cut => self.control.push_back(Control::Parts(frame.encode_to_vec().into())),
             _ => self.control.push_back(Control::Whole(frame)),
         }
     }

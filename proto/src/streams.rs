@@ -120,8 +120,8 @@ struct Pipe {
 
 impl Carrier {
     /// A session that begins.
-    pub fn new(side: Side) -> Self {
-        let mux = Mux::new(side);
+    pub fn new(side: Side, cut: usize) -> Self {
+        let mux = Mux::new(side).cut_at(cut);
         Self(Arc::new(Mutex::new(State { mux, pipes: HashMap::new(), session: None, ended: None })))
     }
 

@@ -3,7 +3,7 @@
 use prost::Message as _;
 
 use super::stream::{Finish, Reset};
-use super::{CLASS_BUFFER, CUT, Class, Control, Event, Mux, StreamId, pop};
+use super::{CLASS_BUFFER, Class, Control, Event, Mux, StreamId, pop};
 use crate::wire::{self, Frame, frame::Body};
 
 impl Mux {
@@ -46,7 +46,7 @@ impl Mux {
                 Some(frame)
             }
             Control::Parts(mut rest) => {
-                let data = rest.split_to(CUT.min(rest.len()));
+                let data = rest.split_to(self.cut.min(rest.len()));
                 let last = rest.is_empty();
                 self.control_bytes -= data.len();
                 if !last {
@@ -88,7 +88,7 @@ impl Mux {
                 self.schedule(id);
                 return Some(Body::StreamOpen(wire::StreamOpen { id: id.into(), header }));
             }
-            let data = stream.buffer.split_to(CUT.min(stream.credit).min(stream.buffer.len())).freeze();
+            let data = stream.buffer.split_to(self.cut.min(stream.credit).min(stream.buffer.len())).freeze();
             stream.credit -= data.len();
             let fin = stream.finish == Finish::Wanted && stream.buffer.is_empty();
             if fin {

@@ -474,6 +474,26 @@ fn who_opens_and_resets_without_reading_is_stopped() {
 }
 
 #[test]
+fn a_narrow_carrier_gets_smaller_frames() {
+    let mut cloud = Mux::new(Side::Cloud).cut_at(1000);
+    let id = cloud.open(Class::Ops, Bytes::new()).unwrap();
+    assert_eq!(cloud.write(id, &[7; 2500]), 2500);
+    let large = wire::ReportAck { id: 1, refused: "x".repeat(2500) };
+    cloud.control(Frame { body: Some(Body::ReportAck(large)) });
+    let (mut data, mut parts) = (Vec::new(), Vec::new());
+    while let Some(frame) = cloud.next_frame() {
+        match frame.body {
+            Some(Body::StreamData(frame)) => data.push(frame.data.len()),
+            Some(Body::ControlPart(part)) => parts.push(part.data.len()),
+            _ => {}
+        }
+    }
+    assert_eq!((data, parts.len()), (vec![1000, 1000, 500], 3));
+    assert!(parts.iter().all(|part| *part <= 1000));
+    assert_eq!(Mux::new(Side::Cloud).cut_at(CUT + 1).cut, CUT);
+}
+
+#[test]
 fn a_place_of_one_class_is_none_of_another() {
     let (mut cloud, mut edge) = (Mux::new(Side::Cloud), Mux::new(Side::Edge));
     for _ in 0..MAX_STREAMS {

@@ -20,7 +20,7 @@ use self::quic::Quic;
 pub use self::quic::{ALPN, alert, client_config, lost, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
-use crate::mux::{Class, Side, Waiting};
+use crate::mux::{CUT, Class, Side, Waiting};
 use crate::streams::{Carrier, Incoming, Received, Streams};
 use crate::sync::MAX_FRAME;
 use crate::wire::{Frame, Goodbye, frame::Body};
@@ -36,8 +36,10 @@ mod ws;
 pub const UNSENT: u32 = 4 << 10;
 /// Bytes that TLS is to take before the system does.
 pub const TLS_BUFFER: usize = 16 << 10;
-/// The longest frame of a class of streams, in bytes. Those are cut at a quarter of it; what is longer has only its sender to thank.
-const MAX_CUT_FRAME: usize = 8 << 10;
+/// At what frames are cut on a WebSocket, in bytes: what is urgent waits for one in its buffer and for one in the system.
+const WS_CUT: usize = 2 << 10;
+/// The longest frame of a class of streams, in bytes. Those are cut at [`CUT`]; what is longer has only its sender to thank.
+const MAX_CUT_FRAME: usize = 2 * CUT;
 /// Batches that are sent before what came is looked at.
 const BURST: usize = 16;
 
@@ -108,16 +110,16 @@ pub enum End {
 impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     /// On a WebSocket made with [`ws_config`].
     pub fn over_websocket(socket: WebSocketStream<T>, side: Side, meter: M) -> Self {
-        Self::new(Transport::Ws(Box::new(Ws::new(socket))), side, meter)
+        Self::new(Transport::Ws(Box::new(Ws::new(socket))), Carrier::new(side, WS_CUT), meter)
     }
 
     /// On a QUIC connection made with [`client_config`] and [`server_config`].
     pub async fn over_quic(connection: quinn::Connection, side: Side, meter: M) -> Result<Self, End> {
-        Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), side, meter))
+        Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), Carrier::new(side, CUT), meter))
     }
 
-    fn new(transport: Transport<T>, side: Side, meter: M) -> Self {
-        Self { carrier: Carrier::new(side), transport, meter, full: 1, broken: None }
+    fn new(transport: Transport<T>, carrier: Carrier, meter: M) -> Self {
+        Self { carrier, transport, meter, full: 1, broken: None }
     }
 
     /// Whether it is QUIC.
