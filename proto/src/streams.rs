@@ -16,7 +16,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 
-use crate::mux::{Class, Event, Mux, OpenError, Side, StreamId, Violation, Waiting};
+use crate::mux::{CUT, Class, Event, Mux, OpenError, Side, StreamId, Violation, Waiting};
 use crate::wire::Frame;
 
 #[cfg(test)]
@@ -120,7 +120,12 @@ struct Pipe {
 
 impl Carrier {
     /// A session that begins.
-    pub fn new(side: Side, cut: usize) -> Self {
+    pub fn new(side: Side) -> Self {
+        Self::cut_at(side, CUT)
+    }
+
+    /// As [`Carrier::new`], with frames cut at so many bytes, see [`Mux::cut_at`].
+    pub fn cut_at(side: Side, cut: usize) -> Self {
         let mux = Mux::new(side).cut_at(cut);
         Self(Arc::new(Mutex::new(State { mux, pipes: HashMap::new(), session: None, ended: None })))
     }

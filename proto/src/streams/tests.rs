@@ -3,7 +3,7 @@
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
-use crate::mux::{CLASS_BUFFER, CUT, MAX_STREAMS, STREAM_BUFFER};
+use crate::mux::{CLASS_BUFFER, MAX_STREAMS, STREAM_BUFFER};
 
 /// A session with both its ends in one task.
 struct Line {
@@ -14,11 +14,7 @@ struct Line {
 
 impl Line {
     fn new() -> Self {
-        Self {
-            cloud: Carrier::new(Side::Cloud, CUT),
-            edge: Carrier::new(Side::Edge, CUT),
-            services: Services::default(),
-        }
+        Self { cloud: Carrier::new(Side::Cloud), edge: Carrier::new(Side::Edge), services: Services::default() }
     }
 
     /// Carries frames both ways for as long as it is polled.

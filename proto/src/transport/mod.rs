@@ -110,12 +110,12 @@ pub enum End {
 impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     /// On a WebSocket made with [`ws_config`].
     pub fn over_websocket(socket: WebSocketStream<T>, side: Side, meter: M) -> Self {
-        Self::new(Transport::Ws(Box::new(Ws::new(socket))), Carrier::new(side, WS_CUT), meter)
+        Self::new(Transport::Ws(Box::new(Ws::new(socket))), Carrier::cut_at(side, WS_CUT), meter)
     }
 
     /// On a QUIC connection made with [`client_config`] and [`server_config`].
     pub async fn over_quic(connection: quinn::Connection, side: Side, meter: M) -> Result<Self, End> {
-        Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), Carrier::new(side, CUT), meter))
+        Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), Carrier::new(side), meter))
     }
 
     fn new(transport: Transport<T>, carrier: Carrier, meter: M) -> Self {
