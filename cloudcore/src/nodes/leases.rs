@@ -13,7 +13,6 @@
 //! the lease shows that a session of a higher epoch, at another replica, has taken over.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -185,8 +184,6 @@ impl Wheel {
 pub(crate) struct Leases {
     wheel: Mutex<Wheel>,
     wake: Notify,
-    /// The apiserver lets no lease be replaced, as that of an older manifest does.
-    refused: AtomicBool,
 }
 
 impl Leases {
@@ -219,10 +216,10 @@ impl Leases {
         loop {
             while under_way.len() < AT_ONCE {
                 let Some(mut renewal) = self.lock().take(clock::monotonic()) else { break };
-                let (api, refused) = (&api, &self.refused);
+                let api = &api;
                 under_way.push(async move {
                     // What is given up may still land: its time is older than that of the next one, and the controller looks at the newest.
-                    let how = tokio::time::timeout(PATIENCE, renew(api, refused, &mut renewal, clock::wall())).await;
+                    let how = tokio::time::timeout(PATIENCE, renew(api, &mut renewal, clock::wall())).await;
                     let how = how.unwrap_or_else(|_| {
                         debug!(
                             node = renewal.node.name,
@@ -251,8 +248,7 @@ impl Leases {
     }
 }
 
-/// `refused`: the apiserver lets no lease be replaced; set when it says so.
-async fn renew(api: &Apiserver, refused: &AtomicBool, renewal: &mut Renewal, now: Timestamp) -> Renewed {
+async fn renew(api: &Apiserver, renewal: &mut Renewal, now: Timestamp) -> Renewed {
     let name = renewal.node.name.clone();
     if let Some(version) = renewal.version.take() {
         let replaced = api.replace(Kind::Lease, NAMESPACE, &name, replacement(renewal, &version, now)).await;
@@ -260,14 +256,9 @@ async fn renew(api: &Apiserver, refused: &AtomicBool, renewal: &mut Renewal, now
             renewal.version = lease.metadata.resource_version.as_deref().map(Into::into);
         }
         match replaced.as_ref().map_err(verdict) {
-            // Somebody wrote it since, or deleted it.
-            Err(Verdict::Conflict | Verdict::NotFound) => {}
-            Err(Verdict::Refused(reason)) => {
-                if !refused.swap(true, Ordering::Relaxed) {
-                    warn!(%reason, "node leases may not be replaced, and are patched, which costs the apiserver twice as much; apply deploy/rbac.yaml");
-                }
-            }
-            _ => return renewed(&name, replaced),
+            Ok(_) | Err(Verdict::Later(_)) => return renewed(&name, replaced),
+            // Somebody wrote it since, or an older manifest lets none be replaced: a patch says what is really wrong, if anything is.
+            Err(why) => debug!(node = name, ?why, "the node's lease cannot be replaced, and is patched"),
         }
     }
     let patch = Patch::Merge(if renewal.first { whole(renewal, now) } else { time(now) });
@@ -277,8 +268,7 @@ async fn renew(api: &Apiserver, refused: &AtomicBool, renewal: &mut Renewal, now
     {
         answer = api.create(Kind::Lease, NAMESPACE, whole(renewal, now)).await;
     }
-    let lease = answer.as_ref().ok().filter(|_| !refused.load(Ordering::Relaxed));
-    renewal.version = lease.and_then(|lease| replaceable(lease, renewal));
+    renewal.version = answer.as_ref().ok().and_then(|lease| replaceable(lease, renewal));
     renewed(&name, answer)
 }
 
@@ -486,6 +476,7 @@ mod tests {
         let mut lease = whole(renewal, "2026-01-01T00:00:00Z".parse().unwrap());
         lease["metadata"]["uid"] = "of-the-lease".into();
         lease["metadata"]["resourceVersion"] = "7".into();
+        lease["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
         lease["metadata"]["managedFields"] = json!([{"manager": "cloudcore", "operation": "Update"}]);
         for (part, fields) in more.as_object().unwrap() {
             lease[part].as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());

@@ -11,7 +11,7 @@ use super::corpus;
 use crate::delta;
 use crate::frame;
 use crate::mqtt;
-use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_HEADER, MAX_STREAMS, Mux, Side};
+use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_STREAMS, Mux, Side};
 use crate::payload::{JoinRequest, JoinResponse, NodeReport, PodReport, Refusal, Settings, Token};
 use crate::sync::{
     Collection, Edge, EdgeInput, EdgeOutput, Encoding, Entry, Hub, HubInput, HubOutput, MAX_FRAME, MAX_INVENTORY,
@@ -148,7 +148,7 @@ pub(super) fn mux(heard: &[Vec<u8>]) {
             }
         }
         if let Some(frame) = mux.next_frame() {
-            assert!(frame.encoded_len() <= CUT.max(MAX_HEADER) + 32);
+            assert!(frame.encoded_len() <= CUT + 32);
         }
         let most = 2 * MAX_STREAMS;
         assert!(mux.streams() <= most * Class::ALL.len());

@@ -300,7 +300,7 @@ async fn a_frame_of_a_stream_that_was_not_cut_is_garbage() {
     let mut cloud = Wire::over_websocket(cloud, Side::Cloud, ());
     let mut edge = WebSocketStream::from_raw_socket(far, Role::Client, Some(ws_config())).await;
     let open = crate::wire::StreamOpen { id: 3, header: Bytes::new() };
-    let long = crate::wire::StreamData { id: 3, data: vec![0; MAX_CUT_FRAME].into(), fin: false };
+    let long = crate::wire::StreamData { id: 3, data: vec![0; 3 * CUT].into(), fin: false };
     for body in [Body::StreamOpen(open), Body::StreamData(long)] {
         let bytes = prost::Message::encode_to_vec(&Frame { body: Some(body) });
         futures_util::SinkExt::send(&mut edge, tungstenite::Message::Binary(bytes.into())).await.unwrap();
