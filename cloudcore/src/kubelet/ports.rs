@@ -6,7 +6,7 @@
 //! the Node shows already, if that can be had: so it stays what it is through reconnects and restarts, and nothing is kept but what the
 //! Node itself says. Replicas may share an address, and then a Node's port tells which has it: one without a session leaves the node to
 //! whoever wrote another port, and one with a session writes its own while the Node names that session, so that two never overwrite each
-//! other.
+//! other for long.
 //!
 //! Binding a socket does not wait for anything, so it is done under the lock: whoever asks finds the port of a node that has one.
 
@@ -149,11 +149,10 @@ impl Ports {
         &self.address
     }
 
-    /// A Node was written, and this is the answer: what the watch has shown meanwhile may be newer.
+    /// A Node was written, and this is the answer: the watch may have shown another one of its name meanwhile.
     pub(crate) fn written(&self, node: &NodeIdentity, shown: &Shown) {
         let inner = self.lock();
-        let held = inner.nodes.get(&node.name).filter(|held| held.uid == node.uid);
-        if held.is_some_and(|held| version_less(&held.version, &shown.version)) {
+        if inner.nodes.get(&node.name).is_some_and(|held| held.uid == node.uid) {
             self.see(inner, node, shown);
         }
     }
@@ -167,6 +166,10 @@ impl Ports {
         inner.replace_other(node);
         let port = if inner.range.contains(shown.port) { shown.port } else { 0 };
         let held = inner.nodes.entry(node.name.clone()).or_insert_with(|| Node::new(&node.uid));
+        if version_less(&shown.version, &held.version) {
+            // Of an answer and the watch either may come first.
+            return;
+        }
         let showed_door = held.shows_door();
         let before = std::mem::replace(&mut held.shown_port, port);
         held.shows_us = shown.is_at(&self.address);

@@ -277,6 +277,10 @@ fn an_answer_that_comes_late_hides_nothing_newer() {
     ports.seen(&node("a"), &version("12", 20005));
     ports.written(&node("a"), &version("11", 20000));
     assert!(ports.wanted("a").is_some());
+    // And the other way round.
+    ports.written(&node("a"), &version("14", 20000));
+    ports.seen(&node("a"), &version("13", 20005));
+    assert!(ports.wanted("a").is_none());
 }
 
 #[test]
