@@ -40,7 +40,7 @@ use crate::{admin, clock};
 const DRAIN: Duration = Duration::from_secs(5);
 /// Open files that a process may have wherever it runs.
 const FILES: usize = 1024;
-/// Of them, those that are kept for what is no session: connections that begin, kubectl's, the apiserver's.
+/// Open files that are kept for what is no session, where there are many: connections that begin, kubectl's, the apiserver's.
 const STRANGERS: usize = 1024;
 /// How often certificates and tokens are looked after.
 const ROUND: Duration = Duration::from_secs(3600);

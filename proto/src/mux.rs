@@ -36,7 +36,7 @@ pub const CUT: usize = 4 << 10;
 /// Streams of one class that one side may have opened at a time.
 pub const MAX_STREAMS: usize = 128;
 /// The longest header of a stream, in bytes; it goes uncut.
-pub const MAX_HEADER: usize = 4 << 10;
+pub const MAX_HEADER: usize = CUT;
 /// The longest reason of a reset, in bytes; a longer one is cut.
 pub const MAX_REASON: usize = 256;
 /// What one stream may have waiting to be sent, in bytes.

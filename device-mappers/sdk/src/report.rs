@@ -116,6 +116,10 @@ impl Report {
         self.said.properties.is_empty() && self.said.state.is_empty()
     }
 
+    fn is_of_the_same(&self, other: &Self) -> bool {
+        self.said.device_name == other.said.device_name && self.said.device_namespace == other.said.device_namespace
+    }
+
     fn key(&self) -> String {
         format!("{}/{}", self.said.device_namespace, self.said.device_name)
     }
@@ -257,7 +261,10 @@ impl Pending {
     fn put(&mut self, report: Report) {
         let device = report.key();
         // What is newer is not to be undone by what was refused before it.
-        self.again.iter_mut().filter(|(_, older)| older.key() == device).for_each(|(_, older)| older.yield_to(&report));
+        self.again
+            .iter_mut()
+            .filter(|(_, older)| older.is_of_the_same(&report))
+            .for_each(|(_, older)| older.yield_to(&report));
         self.again.retain(|(_, older)| !older.is_empty());
         if let Some(waiting) = self.reports.get_mut(&device) {
             waiting.merge(report);

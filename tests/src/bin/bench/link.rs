@@ -43,7 +43,7 @@ const DAY: f64 = 86_400.0;
 
 pub(crate) fn run(dir: &Path, idle: Duration) -> Result<()> {
     SUBJECTS.into_iter().try_for_each(|(subject, _)| control::run(subject))?;
-    let Bed { edge, relay, cloud, kubectl, runtime: _runtime, control: _control } = Bed::start(dir, &[])?;
+    let Bed { edge, relay, cloud, kubectl, control: _control, runtime: _runtime } = Bed::start(dir, &[])?;
     let mut link = Link { cloud, relay, edge, kubectl, subject: "" };
     for (subject, transport) in SUBJECTS {
         link.take(subject, transport)?;
