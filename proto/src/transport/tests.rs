@@ -311,6 +311,30 @@ async fn a_frame_of_a_stream_that_was_not_cut_is_garbage() {
 }
 
 #[tokio::test]
+async fn frames_of_a_websocket_are_cut_shorter() {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let cloud = WebSocketStream::from_raw_socket(near, Role::Server, Some(ws_config())).await;
+    let mut cloud = Wire::over_websocket(cloud, Side::Cloud, ());
+    let mut edge = WebSocketStream::from_raw_socket(far, Role::Client, Some(ws_config())).await;
+    let mut stream = cloud.streams().open(Class::Ops, Bytes::new()).unwrap();
+    stream.write_all(&[7; 5 * WS_CUT]).await.unwrap();
+    cloud.push(Frame { body: Some(Body::Goodbye(goodbye(5 * WS_CUT))) });
+    let (mut data, mut parts) = (0, 0);
+    while (data, parts) < (5, 5) {
+        let message = tokio::select! {
+            event = cloud.next(true) => panic!("{event:?}"),
+            message = futures_util::StreamExt::next(&mut edge) => message.unwrap().unwrap().into_data(),
+        };
+        assert!(message.len() <= WS_CUT + 16, "a frame has {} bytes", message.len());
+        match crate::frame::decode(message).unwrap().body {
+            Some(Body::StreamData(frame)) => data += usize::from(frame.data.len() == WS_CUT),
+            Some(Body::ControlPart(_)) => parts += 1,
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
 async fn garbage_on_quic_is_told() {
     use prost::Message as _;
     let control = ping(1).encode_length_delimited_to_vec();
