@@ -143,7 +143,12 @@ impl Wheel {
             Renewed::Failed => RETRY.mul_f64(period.div_duration_f64(RENEW[0]) * spread.mul_add(0.2, 0.9)),
         };
         let failed = how == Renewed::Failed;
-        spoke.written |= !failed;
+        // A patch of an older session that came late is written over the next time.
+        spoke.written = match how {
+            Renewed::Failed => spoke.written,
+            Renewed::Yes => true,
+            Renewed::Epoch(epoch) => epoch == spoke.epoch,
+        };
         spoke.failures = if failed { spoke.failures.saturating_add(1) } else { 0 };
         spoke.due = now + wait;
         self.due.insert((spoke.due, renewal.node.name.clone()));
@@ -507,6 +512,79 @@ mod tests {
         assert_eq!(replaced["metadata"]["ownerReferences"][0]["uid"], "u");
         assert_eq!(replaced["metadata"]["resourceVersion"], "7");
         assert_eq!(replaced["metadata"]["managedFields"], json!([{}]));
+    }
+
+    #[test]
+    fn an_older_session_that_wrote_last_is_written_over() {
+        let mut wheel = Wheel::default();
+        wheel.begin(&node(), 3, seconds(0));
+        let first = wheel.take(seconds(0)).unwrap();
+        wheel.renewed(&first, Renewed::Epoch(3), seconds(0), 0.5);
+        let second = wheel.take(seconds(20)).unwrap();
+        assert!(!second.first);
+        wheel.renewed(&second, Renewed::Epoch(2), seconds(20), 0.5);
+        assert!(wheel.take(seconds(40)).unwrap().first);
+    }
+
+    type Script = std::collections::VecDeque<(&'static str, u16)>;
+
+    /// Renews once, from an apiserver that expects these requests and answers so: with the lease, or with an error. What it was sent last,
+    /// and how that ended.
+    async fn renew_once(renewal: &mut Renewal, answers: &[(&'static str, u16)]) -> (Value, Renewed) {
+        let script = Arc::new(Mutex::new(Script::from(answers.to_vec())));
+        let sent = Arc::new(Mutex::new(Value::Null));
+        let shown = Kind::Lease.json(&lease(renewal, &json!({})));
+        let serve = {
+            let (script, sent) = (script.clone(), sent.clone());
+            tower::service_fn(move |request: hyper::Request<kube::client::Body>| {
+                let (script, sent, shown) = (script.clone(), sent.clone(), shown.clone());
+                async move {
+                    let (expected, code) = script.lock().unwrap().pop_front().expect("no more is asked");
+                    assert_eq!(request.method(), expected);
+                    let body = request.into_body().collect_bytes().await.unwrap();
+                    *sent.lock().unwrap() = serde_json::from_slice(&body).unwrap();
+                    let reason = if code == 404 { "NotFound" } else { "" };
+                    let failure = json!({"status": "Failure", "code": code, "reason": reason, "details": {"name": "e", "kind": "leases"}});
+                    let body = if code == 200 { shown } else { failure };
+                    let answer = hyper::Response::builder()
+                        .status(code)
+                        .body(kube::client::Body::from(body.to_string().into_bytes()));
+                    Ok::<_, std::convert::Infallible>(answer.unwrap())
+                }
+            })
+        };
+        let api = Apiserver::new(kube::Client::new(serve, "default"), crate::apiserver::Metrics::default());
+        let how = renew(&api, renewal, "2026-01-01T00:00:00Z".parse().unwrap()).await;
+        assert!(script.lock().unwrap().is_empty(), "asked for less than {answers:?}");
+        let sent = sent.lock().unwrap().clone();
+        (sent, how)
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_replaced_is_patched_and_what_cannot_be_patched_is_made() {
+        let mine = Renewed::Epoch(3);
+        let cases: [(bool, &[(&str, u16)], Renewed); 9] = [
+            (false, &[("PATCH", 200)], mine),
+            (true, &[("PUT", 200)], mine),
+            (true, &[("PUT", 409), ("PATCH", 200)], mine),
+            (true, &[("PUT", 403), ("PATCH", 200)], mine),
+            (true, &[("PUT", 404), ("PATCH", 404), ("POST", 200)], mine),
+            (true, &[("PUT", 503)], Renewed::Failed),
+            (true, &[("PUT", 409), ("PATCH", 429)], Renewed::Failed),
+            (false, &[("PATCH", 403)], Renewed::Failed),
+            (false, &[("PATCH", 404), ("POST", 404)], Renewed::Failed),
+        ];
+        for (replaceable, answers, expected) in cases {
+            let version = replaceable.then(|| "6".into());
+            let mut renewal = Renewal { node: node(), epoch: 3, first: false, version };
+            let (sent, how) = renew_once(&mut renewal, answers).await;
+            assert_eq!(how, expected, "{answers:?}");
+            assert_eq!(renewal.version.as_deref(), (how == mine).then_some("7"), "{answers:?}");
+            let (last, _) = answers[answers.len() - 1];
+            assert_eq!(sent["metadata"]["resourceVersion"], if last == "PUT" { json!("6") } else { Value::Null });
+            assert_eq!(sent["spec"]["holderIdentity"], if last == "PATCH" { Value::Null } else { json!("e") });
+            assert_eq!(sent["spec"]["renewTime"], "2026-01-01T00:00:00.000000Z");
+        }
     }
 
     #[test]
