@@ -24,6 +24,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
+use skerry_proto::footprint;
 use skerry_proto::mux::Class;
 use skerry_proto::streams::Services;
 use tokio::signal::unix::{SignalKind, signal};
@@ -41,7 +42,7 @@ use crate::ops::{self, Ops};
 use crate::runtime::connect;
 use crate::stats::Stats;
 use crate::store::Store;
-use crate::{clock, footprint, supervise};
+use crate::{clock, supervise};
 
 /// Name of the lock's file in the data directory; it holds the process id.
 pub const LOCK: &str = "edgecore.lock";

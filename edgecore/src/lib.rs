@@ -9,7 +9,6 @@ pub mod control;
 pub mod devices;
 pub mod enroll;
 pub mod files;
-pub mod footprint;
 pub mod https;
 pub mod identity;
 pub mod kubelet;

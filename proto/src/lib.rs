@@ -1,7 +1,7 @@
 //! What cloudcore and edgecore agree on: the frames of the link, the two sync state machines, the multiplexer of a session's streams,
 //! the payloads of reports, devices, MQTT and, with the features `cri` and `dmi`, the bindings of the CRI and of the device mapper interface.
 //!
-//! Nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
+//! But for what the features `transport` and `footprint` add nothing here does IO or reads a clock: the machines in [`sync`] are stepped with the time and an input and answer with outputs.
 
 #[cfg(feature = "dmi")]
 pub mod authority;
@@ -10,6 +10,8 @@ pub mod device;
 #[cfg(test)]
 mod dice;
 mod dictionary;
+#[cfg(feature = "footprint")]
+pub mod footprint;
 pub mod frame;
 #[cfg(test)]
 mod fuzz;

@@ -12,6 +12,7 @@ use skerry_proto::authority::Legal;
 use skerry_proto::dmi;
 use skerry_proto::dmi::device_mapper_service_server::DeviceMapperServiceServer;
 use skerry_proto::dmi::extensions::device_method_service_server::DeviceMethodServiceServer;
+use skerry_proto::footprint;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
@@ -109,6 +110,8 @@ async fn serve<D: Driver>(driver: D, arguments: Arguments) -> anyhow::Result<()>
     task::spawn("dmi", serve_dmi(listener, service));
     let (registered, dmi_socket) = (Arc::clone(&directory), arguments.dmi_socket);
     task::spawn("session", async move { session::run(&dmi_socket, info, registered, reports).await });
+
+    task::spawn("footprint", footprint::settle());
 
     let (mut terminated, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {

@@ -8,17 +8,20 @@ use std::ptr::NonNull;
 use std::time::Duration;
 
 use nix::sys::mman::{MmapAdvise, madvise};
-use tracing::debug;
 
-/// By then a start is over: pods are taken up, the link stands or is being tried.
+/// After so long a start is over: what runs is taken up, and who is to be reached has been or is being tried.
 const SETTLED: Duration = Duration::from_secs(15);
 
 /// Waits until the start is over, then gives back the code it used.
 pub async fn settle() {
     tokio::time::sleep(SETTLED).await;
-    let Ok(maps) = tokio::fs::read_to_string("/proc/self/maps").await else { return };
-    let bytes: usize = maps.lines().filter_map(code).map(give_back).sum();
-    debug!(bytes, "code that only the start used is given back");
+    give_back_code();
+}
+
+/// How many bytes that may be at most.
+fn give_back_code() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    maps.lines().filter_map(code).map(give_back).sum()
 }
 
 /// The addresses of a mapping of code: a file's, private, and not writable, so that nothing in it can differ from the file.
@@ -66,8 +69,7 @@ mod tests {
 
     #[test]
     fn the_program_goes_on_without_its_pages() {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let given: usize = maps.lines().filter_map(code).map(give_back).sum();
+        let given = give_back_code();
         assert!(given > 1 << 20, "{given}");
     }
 }
