@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 /// glibc's allocator does not give back what many threads once needed.
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
