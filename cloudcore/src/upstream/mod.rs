@@ -158,13 +158,13 @@ impl Upstream {
     /// Ends when nothing waits any more.
     async fn drive(self: Arc<Self>, queue: Arc<Queue>, claims: bool) {
         if claims {
-            Box::pin(self.claim(&queue)).await;
+            self.claim(&queue).await;
         }
         loop {
             let next = lock(&queue.state).next(clock::monotonic());
             match next {
                 Next::Now(waiting) => {
-                    if let Some((id, refused)) = Box::pin(self.carry_out(&queue, waiting)).await {
+                    if let Some((id, refused)) = self.carry_out(&queue, waiting).await {
                         queue.end(id, refused);
                     }
                 }
@@ -183,7 +183,7 @@ impl Upstream {
             let claimed = match self.permits.acquire().await {
                 Ok(_permit) => {
                     self.leases.on_time().await;
-                    nodes::claim(&self.api, &queue.node, queue.epoch, known.take()).await
+                    Box::pin(nodes::claim(&self.api, &queue.node, queue.epoch, known.take())).await
                 }
                 Err(_) => return,
             };
@@ -224,7 +224,9 @@ impl Upstream {
                     // The newer session has it too: this one only has to end.
                     return None;
                 }
-                AssertUnwindSafe(self.attempt(queue, report)).catch_unwind().await.unwrap_or_else(|_| {
+                // A request is kilobytes, and of all that wait for a permit there may be thousands.
+                let attempt = AssertUnwindSafe(Box::pin(self.attempt(queue, report)));
+                attempt.catch_unwind().await.unwrap_or_else(|_| {
                     error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
                     Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
                 })
