@@ -10,7 +10,8 @@
 //! (`metadata.managedFields`): that costs the apiserver less than half of what a patch does, and leases are most of what it is asked.
 //!
 //! [`Wheel`] decides who is due; [`Leases::run`] carries it out. A session only ends the renewals of its own epoch, and stops renewing when
-//! the lease shows that a session of a higher epoch, at another replica, has taken over.
+//! the lease shows that a session of a higher epoch, at another replica, has taken over. If it shows a lower one, whose last renewal came
+//! late, or none, the next renewal says again whose it is.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -57,8 +58,8 @@ const AT_ONCE: usize = 64;
 struct Renewal {
     node: NodeIdentity,
     epoch: u64,
-    /// The first of its session: it also says whose the lease is.
-    first: bool,
+    /// It also says whose the lease is: the first of its session does, and one after an answer that named another or nobody.
+    whole: bool,
     /// The lease's resourceVersion, if nothing is in it that others wrote.
     version: Option<Box<str>>,
 }
@@ -66,6 +67,7 @@ struct Renewal {
 /// How a renewal ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Renewed {
+    /// The lease names no session.
     Yes,
     Failed,
     /// A session of this epoch has the lease.
@@ -86,6 +88,7 @@ struct Spoke {
     uid: String,
     epoch: u64,
     due: Duration,
+    /// The lease said last that it is this session's.
     written: bool,
     /// See [`Renewal::version`].
     version: Option<Box<str>>,
@@ -118,7 +121,7 @@ impl Wheel {
         let (_, name) = from.pop_first()?;
         let spoke = self.nodes.get_mut(&name)?;
         let node = NodeIdentity { name, uid: spoke.uid.clone() };
-        Some(Renewal { node, epoch: spoke.epoch, first: !spoke.written, version: spoke.version.take() })
+        Some(Renewal { node, epoch: spoke.epoch, whole: !spoke.written, version: spoke.version.take() })
     }
 
     /// `spread` in 0..1 keeps renewals apart. The renewal has the version that it made.
@@ -138,17 +141,14 @@ impl Wheel {
                 return;
             }
             // Those that begin together do not go on together.
-            Renewed::Yes | Renewed::Epoch(_) if renewal.first => period.mul_f64(spread.mul_add(0.75, 0.25)),
+            Renewed::Yes | Renewed::Epoch(_) if renewal.whole => period.mul_f64(spread.mul_add(0.75, 0.25)),
             Renewed::Yes | Renewed::Epoch(_) => period.mul_f64(spread.mul_add(0.2, 0.8)),
             Renewed::Failed => RETRY.mul_f64(period.div_duration_f64(RENEW[0]) * spread.mul_add(0.2, 0.9)),
         };
         let failed = how == Renewed::Failed;
-        // A patch of an older session that came late is written over the next time.
-        spoke.written = match how {
-            Renewed::Failed => spoke.written,
-            Renewed::Yes => true,
-            Renewed::Epoch(epoch) => epoch == spoke.epoch,
-        };
+        if !failed {
+            spoke.written = how == Renewed::Epoch(spoke.epoch);
+        }
         spoke.failures = if failed { spoke.failures.saturating_add(1) } else { 0 };
         spoke.due = now + wait;
         self.due.insert((spoke.due, renewal.node.name.clone()));
@@ -266,7 +266,7 @@ async fn renew(api: &Apiserver, renewal: &mut Renewal, now: Timestamp) -> Renewe
             Err(why) => debug!(node = name, ?why, "the node's lease cannot be replaced, and is patched"),
         }
     }
-    let patch = Patch::Merge(if renewal.first { whole(renewal, now) } else { time(now) });
+    let patch = Patch::Merge(if renewal.whole { whole(renewal, now) } else { time(now) });
     let mut answer = api.patch(Kind::Lease, NAMESPACE, &name, &patch).await;
     if let Err(error) = &answer
         && verdict(error) == Verdict::NotFound
@@ -353,7 +353,7 @@ mod tests {
         let mut wheel = Wheel::default();
         wheel.begin(&node(), 3, seconds(0));
         let first = wheel.take(seconds(0)).unwrap();
-        assert_eq!(first, Renewal { node: node(), epoch: 3, first: true, version: None });
+        assert_eq!(first, Renewal { node: node(), epoch: 3, whole: true, version: None });
         assert_eq!(wheel.take(seconds(0)), None, "one request at a time");
         wheel.renewed(&first, Renewed::Epoch(3), seconds(1), 0.5);
         assert_eq!(
@@ -361,7 +361,7 @@ mod tests {
             Some(Duration::from_millis(7250)),
             "the second soon, so that those who began together part"
         );
-        assert!(!wheel.take(seconds(8)).unwrap().first);
+        assert!(!wheel.take(seconds(8)).unwrap().whole);
         wheel.end("e", 3);
         wheel.renewed(&first, Renewed::Yes, seconds(12), 0.5);
         assert_eq!(wheel.next(), None, "an answer that comes after the end");
@@ -388,7 +388,7 @@ mod tests {
         wheel.renewed(&renewal, Renewed::Yes, seconds(6), 1.0);
         assert_eq!(wheel.nodes[&renewal.node.name].due, seconds(26), "never later than the period");
         wheel.begin(&node(), 1, seconds(7));
-        let renewal = wheel.take(seconds(7)).filter(|renewal| renewal.first || renewal.node.name != "e").unwrap();
+        let renewal = wheel.take(seconds(7)).filter(|renewal| renewal.whole || renewal.node.name != "e").unwrap();
         wheel.renewed(&renewal, Renewed::Failed, seconds(7), 1.0);
         assert_eq!(wheel.take(seconds(7)).as_ref(), Some(&renewal), "at once, and before all others that are due");
         wheel.renewed(&renewal, Renewed::Failed, seconds(7), 1.0);
@@ -406,7 +406,7 @@ mod tests {
         wheel.begin(&node(), 4, seconds(1));
         wheel.end("e", 3);
         wheel.renewed(&old, Renewed::Yes, seconds(2), 0.5);
-        assert_eq!(wheel.take(seconds(2)), Some(Renewal { node: node(), epoch: 4, first: true, version: None }));
+        assert_eq!(wheel.take(seconds(2)), Some(Renewal { node: node(), epoch: 4, whole: true, version: None }));
         wheel.begin(&node(), 3, seconds(3));
         assert_eq!(wheel.nodes["e"].epoch, 4, "an older one does not take over");
     }
@@ -434,7 +434,7 @@ mod tests {
         wheel.renewed(&renewal, Renewed::Failed, seconds(3), 0.5);
         assert_eq!((wheel.next(), wheel.take(seconds(4))), (Some(seconds(5)), None), "then as all others");
         let renewal = wheel.take(seconds(5)).unwrap();
-        assert!(renewal.first);
+        assert!(renewal.whole);
         wheel.renewed(&renewal, Renewed::Yes, seconds(5), 0.5);
         let renewal = wheel.take(seconds(20)).unwrap();
         wheel.renewed(&renewal, Renewed::Failed, seconds(20), 0.5);
@@ -492,7 +492,7 @@ mod tests {
     #[test]
     fn a_lease_is_replaced_while_nothing_is_in_it_that_others_wrote() {
         let now: Timestamp = "2026-01-01T00:00:00.25Z".parse().unwrap();
-        let renewal = Renewal { node: node(), epoch: 3, first: false, version: None };
+        let renewal = Renewal { node: node(), epoch: 3, whole: false, version: None };
         assert_eq!(time(now), json!({"spec": {"renewTime": "2026-01-01T00:00:00.250000Z"}}));
         assert_eq!(replaceable(&lease(&renewal, &json!({})), &renewal).as_deref(), Some("7"));
         let lease_of_others = [
@@ -515,15 +515,18 @@ mod tests {
     }
 
     #[test]
-    fn an_older_session_that_wrote_last_is_written_over() {
+    fn a_lease_that_names_another_session_or_none_is_written_over() {
         let mut wheel = Wheel::default();
         wheel.begin(&node(), 3, seconds(0));
         let first = wheel.take(seconds(0)).unwrap();
         wheel.renewed(&first, Renewed::Epoch(3), seconds(0), 0.5);
         let second = wheel.take(seconds(20)).unwrap();
-        assert!(!second.first);
+        assert!(!second.whole);
         wheel.renewed(&second, Renewed::Epoch(2), seconds(20), 0.5);
-        assert!(wheel.take(seconds(40)).unwrap().first);
+        let third = wheel.take(seconds(40)).unwrap();
+        assert!(third.whole);
+        wheel.renewed(&third, Renewed::Yes, seconds(40), 0.5);
+        assert!(wheel.take(seconds(60)).unwrap().whole, "somebody took away whose it is");
     }
 
     type Script = std::collections::VecDeque<(&'static str, u16)>;
@@ -539,7 +542,8 @@ mod tests {
             tower::service_fn(move |request: hyper::Request<kube::client::Body>| {
                 let (script, sent, shown) = (script.clone(), sent.clone(), shown.clone());
                 async move {
-                    let (expected, code) = script.lock().unwrap().pop_front().expect("no more is asked");
+                    let (expected, code) =
+                        script.lock().unwrap().pop_front().expect("no more is asked for than is scripted");
                     assert_eq!(request.method(), expected);
                     let body = request.into_body().collect_bytes().await.unwrap();
                     *sent.lock().unwrap() = serde_json::from_slice(&body).unwrap();
@@ -576,7 +580,7 @@ mod tests {
         ];
         for (replaceable, answers, expected) in cases {
             let version = replaceable.then(|| "6".into());
-            let mut renewal = Renewal { node: node(), epoch: 3, first: false, version };
+            let mut renewal = Renewal { node: node(), epoch: 3, whole: false, version };
             let (sent, how) = renew_once(&mut renewal, answers).await;
             assert_eq!(how, expected, "{answers:?}");
             assert_eq!(renewal.version.as_deref(), (how == mine).then_some("7"), "{answers:?}");
