@@ -70,6 +70,8 @@ fn clients_of_a_broker_on_the_box_speak_with_devices() -> Result<()> {
             [(Some("app2"), topic.as_str()), (None, &topic), (None, "$hw/events/device/press/twin/update")]
         {
             publish(user, topic, &update("77"))?;
+            // What the device's own program would take for edgecore's word.
+            publish(user, &format!("{topic}/delta"), r#"{"delta":{"level":"77"}}"#)?;
         }
         publish(Some("app1"), &format!("devices/{namespace}/press/level"), "77")?;
         publish(Some("app1"), &topic, &update("12"))?;

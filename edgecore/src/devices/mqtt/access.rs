@@ -1,7 +1,8 @@
 //! Who may say what to the broker that edgecore starts: mosquitto's access list, made from the devices.
 //!
 //! Whoever is on the box may use the broker as before, without a password, but for two things. The plain topics are edgecore's: others
-//! read them. And a device whose annotation `skerry.dev/mqtt-writers` names users takes updates from these users only; they log in with
+//! read them. And of a device whose annotation `skerry.dev/mqtt-writers` names users only these users write any topic, be it an update or what
+//! the device would take for edgecore's word; the others may ask for its twin, and read. Users log in with
 //! the passwords of the file `mqtt-passwd` in the data directory, made with `mosquitto_passwd`.
 
 use std::collections::BTreeMap;
@@ -35,7 +36,7 @@ impl Writers {
     /// The access list, for the users that there are.
     ///
     /// mosquitto looks at what is said of the user first, then at the patterns, and in each at what denies before what allows: so what a
-    /// user may read of the plain topics is allowed before the pattern denies the rest.
+    /// user may read, or write, is allowed before the patterns deny the rest.
     pub(super) fn list(&self, users: &[String]) -> String {
         let mut text = "# Made by edgecore; changes are lost.\n".to_owned();
         self.section(&mut text, None);
@@ -44,21 +45,32 @@ impl Writers {
             let _ = write!(text, "\nuser {user}\n");
             self.section(&mut text, Some(user));
         }
-        text + "\npattern deny devices/#\npattern readwrite #\npattern readwrite $hw/#\npattern read $SYS/#\n"
+        text.push_str("\npattern deny devices/#\n");
+        for id in self.0.keys().flat_map(|key| ids(key)) {
+            let _ = writeln!(text, "pattern deny {}", super::topic::device(id, "#"));
+        }
+        text + "pattern readwrite #\npattern readwrite $hw/#\npattern read $SYS/#\n"
     }
 
     fn section(&self, text: &mut String, user: Option<&String>) {
         text.push_str("topic read devices/#\n");
-        let denied = self.0.iter().filter(|(_, writers)| !user.is_some_and(|user| writers.contains(user)));
-        for (key, _) in denied {
-            let name = key.split_once('/').map_or(key.as_str(), |(_, name)| name);
-            for id in [key.as_str(), name] {
-                for what in ["twin/update", "state/update"] {
-                    let _ = writeln!(text, "topic deny {}", super::topic::device(id, what));
+        for (key, writers) in &self.0 {
+            let may_write = user.is_some_and(|user| writers.contains(user));
+            for id in ids(key) {
+                let access = if may_write { "readwrite" } else { "read" };
+                let _ = writeln!(text, "topic {access} {}", super::topic::device(id, "#"));
+                if !may_write {
+                    // To ask is to publish.
+                    let _ = writeln!(text, "topic readwrite {}", super::topic::device(id, "twin/get"));
                 }
             }
         }
     }
+}
+
+/// What a device is called in topics: by its key, and by its name alone.
+fn ids(key: &str) -> [&str; 2] {
+    [key, key.split_once('/').map_or(key, |(_, name)| name)]
 }
 
 /// Of a Device in JSON.
@@ -117,14 +129,24 @@ mod tests {
         let users = users("app1:$7$101$x==\napp3:y\n\nnot a user:z\napp1:again\n");
         assert_eq!(users, ["app1", "app3"]);
         let list = writers.list(&users);
-        let of = |user: &str| list.split("\n\n").find(|part| part.contains(user)).unwrap().matches("deny").count();
-        assert_eq!((of("Made by"), of("user app1"), of("user app3")), (4, 0, 4));
-        assert!(list.contains("\ntopic deny $hw/events/device/default/press/twin/update\n"));
-        assert!(list.contains("\ntopic deny $hw/events/device/press/state/update\n"));
+        let of = |user: &str| list.split("\n\n").find(|part| part.contains(user)).unwrap();
+        let (read, write) = ("\ntopic read $hw/events/device/", "\ntopic readwrite $hw/events/device/");
+        for user in ["Made by", "user app3"] {
+            for id in ["default/press", "press"] {
+                assert!(of(user).contains(&format!("{read}{id}/#\n")), "{list}");
+                assert!(of(user).contains(&format!("{write}{id}/twin/get")), "{list}");
+                assert!(!of(user).contains(&format!("{write}{id}/#")), "{list}");
+            }
+        }
+        assert!(
+            of("user app1").contains(&format!("{write}default/press/#\n")) && !of("user app1").contains("twin/get")
+        );
+        let denied = "pattern deny devices/#\npattern deny $hw/events/device/default/press/#\npattern deny $hw/events/device/press/#\n";
+        assert!(list.contains(&format!("\n\n{denied}pattern readwrite #\n")), "{list}");
         assert!(!list.contains("open") && list.ends_with("read $SYS/#\n"));
         // Of nobody: nobody may.
         assert!(writers.device("default/press", Some(&device(""))));
-        assert!(writers.list(&users).matches("deny $hw").count() == 12);
+        assert!(writers.list(&users).matches("twin/get\n").count() == 6);
         assert!(writers.device("default/press", None) && !writers.device("default/press", None));
         assert_eq!(writers, Writers::default());
     }
@@ -135,7 +157,7 @@ mod tests {
             let mut writers = Writers::default();
             writers.device("a/b", Some(&device(&annotation)));
             let of: Vec<String> = writers.0.values().flatten().cloned().collect();
-            let known = ["#", "topic read ", "topic deny ", "user ", "pattern ", ""];
+            let known = ["#", "topic read ", "topic readwrite ", "user ", "pattern ", ""];
             for line in writers.list(&users(&passwords)).lines().chain(writers.list(&of).lines()) {
                 prop_assert!(known.iter().any(|begin| line.starts_with(begin) && (line.is_empty() || !begin.is_empty())), "{line:?}");
                 prop_assert!(line.split(' ').count() <= 3 || line.starts_with('#'));
