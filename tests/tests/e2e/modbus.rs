@@ -1,15 +1,19 @@
 //! A device of pymodbus behind the Modbus mapper, on a node with a cloud: with it, without it, and when everything falls over.
 
+use std::fs;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use skerry_tests::images::BUSYBOX;
+use skerry_tests::kubectl::{Kubectl, restarts};
 use skerry_tests::mapper::{self, Modbus};
 use skerry_tests::process::Process;
-use skerry_tests::wait::until;
+use skerry_tests::wait::{stays, until};
+use skerry_tests::{paths, ports};
 
-use crate::world::{World, story};
+use crate::world::{World, control, story};
 
 #[test]
 fn a_modbus_device_follows_the_cloud_and_the_box_through_cuts_and_crashes() -> Result<()> {
@@ -67,6 +71,112 @@ fn a_modbus_device_follows_the_cloud_and_the_box_through_cuts_and_crashes() -> R
     })
 }
 
+#[test]
+fn a_mapper_in_a_pod_comes_back_from_a_power_cut_without_a_link() -> Result<()> {
+    story("modbus-pod", |world| {
+        let mut plant = Modbus::start(&world.dir().join("modbus"), false)?;
+        let port = ports::free()?;
+        world.kubectl.create(&mapper_pod(world, port)?)?;
+        world.kubectl.create(&model())?;
+        world.kubectl.create(&device(world.edge.name(), plant.port(), &desired("19.5", None)))?;
+        register(&plant, 0, 195, "what the Device was created with")?;
+        let pod = world.wait_ready("app=skerry-mapper-modbus", 1)?.remove(0);
+        stays("the mapper's container under its probe", Duration::from_secs(8), || {
+            Ok(restarts(&world.kubectl.get("pod", "mapper")?) == restarts(&pod))
+        })?;
+        through_the_cloud(world)?;
+        register(&plant, 0, 215, "what a method said")?;
+
+        world.relay.cut();
+        at_the_box(world, &["set", "boiler", "temperature=25"])?;
+        register(&plant, 0, 250, "what was set at the box")?;
+        world.edge.kill();
+        world.runtime.power_off(&[&world.edge.pods()])?;
+        plant.restart()?;
+        world.runtime.boot()?;
+        world.edge.start()?;
+        register(&plant, 0, 250, "what was set before the power was gone")?;
+        until("the device to be well without a link", 30, || Ok(state(world)? == "ok"))?;
+        world.relay.heal();
+        world.wait_connected()?;
+        until(
+            "the state to be known to the cloud",
+            30,
+            || Ok(shown(world, "temperature", "reported")?["value"] == "25"),
+        )
+    })
+}
+
+/// What is asked of the node itself for its devices comes through cloudcore, and a method is called by whoever may.
+fn through_the_cloud(world: &World) -> Result<()> {
+    let boiler = format!("/devices/{}/boiler", world.kubectl.namespace());
+    let get = |path: &str| -> Result<String> {
+        let said = world.straight(world.admin(), &["get", "--raw", path])?;
+        ensure!(said.success, "{path}: {}", said.text());
+        Ok(said.stdout)
+    };
+    let listed: Value = serde_json::from_str(&get("/devices")?)?;
+    ensure!(listed.to_string().contains("boiler"), "{listed}");
+    let twin: Value = serde_json::from_str(&get(&boiler)?)?;
+    ensure!(twin["properties"][0]["reported"]["value"] == "19.5", "{twin}");
+    let values = get("/devices/values?follow=false")?;
+    let lines = values.lines().map(serde_json::from_str).collect::<serde_json::Result<Vec<Value>>>()?;
+    ensure!(lines.iter().any(|line| line["value"] == "19.5"), "{values}");
+    let metrics = get("/metrics/devices")?;
+    let labels = format!("namespace=\"{}\",device=\"boiler\",property=\"temperature\"", world.kubectl.namespace());
+    ensure!(metrics.contains(&format!("device_property_value{{{labels}}} 19.5 ")), "{metrics}");
+
+    let arguments = world.dir().join("arguments");
+    fs::write(&arguments, json!({"arguments": {"temperature": "21.5"}}).to_string())?;
+    let method = format!("{boiler}/methods/heat");
+    let call = ["create", "--raw", &method, "-f", arguments.to_str().context("a path")?];
+    let nobody = control()?.certificate_kubeconfig("nobody", "nobody", &[])?;
+    let refused = world.straight(&Kubectl::new(&nobody, world.dir())?, &call)?;
+    ensure!(!refused.success && refused.stderr.contains("orbidden"), "{}", refused.text());
+    let called = world.straight(world.admin(), &call)?;
+    ensure!(called.success, "{}", called.text());
+    Ok(())
+}
+
+/// The pod of the mapper's example, with this bed's places and with the program and its libraries from this machine, for there is no image of it.
+fn mapper_pod(world: &World, port: u16) -> Result<Value> {
+    let example = paths::repository().join("device-mappers/modbus/example.yaml");
+    let example = example.to_str().context("a path")?;
+    // It prints one document behind the other.
+    let objects = world.kubectl.run(&["create", "--dry-run=client", "-o", "json", "-f", example])?;
+    let objects = serde_json::Deserializer::from_str(&objects).into_iter::<Value>();
+    let objects: Vec<Value> = objects.collect::<serde_json::Result<_>>()?;
+    let set =
+        objects.into_iter().find(|object| object["kind"] == "DaemonSet").context("the example has no DaemonSet")?;
+    let mut spec = set["spec"]["template"]["spec"].clone();
+    let dmi = world.edge.dmi_socket();
+    let product = paths::product("skerry-mapper-modbus")?;
+    let store = world.dir().join("mapper-store");
+    fs::create_dir_all(&store)?;
+    let places = [
+        ("dmi", dmi.parent().context("a directory")?),
+        ("store", &store),
+        ("product", product.parent().context("a directory")?),
+        ("lib", Path::new("/lib")),
+        ("lib64", Path::new("/lib64")),
+    ];
+    spec["volumes"] = places.iter().map(|(name, path)| json!({"name": name, "hostPath": {"path": path}})).collect();
+    spec["nodeName"] = world.edge.name().into();
+    let container = &mut spec["containers"][0];
+    container["volumeMounts"] = places.iter().map(|(name, path)| json!({"name": name, "mountPath": path})).collect();
+    container["image"] = BUSYBOX.into();
+    container["command"] = json!([product]);
+    container["args"] = json!([
+        format!("--metrics=127.0.0.1:{port}"),
+        format!("--dmi-socket={}", dmi.display()),
+        format!("--store={}", store.display()),
+    ]);
+    container["livenessProbe"]["tcpSocket"]["port"] = port.into();
+    container["livenessProbe"]["periodSeconds"] = 1.into();
+    let labels = &set["spec"]["template"]["metadata"]["labels"];
+    Ok(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "mapper", "labels": labels}, "spec": spec}))
+}
+
 fn start_mapper(world: &World, directory: &Path) -> Result<Process> {
     let log = world.dir().join("mapper-modbus.log");
     Process::spawn("the modbus mapper", &mut mapper::command(&world.edge, "modbus", directory)?, &log)
@@ -114,6 +224,7 @@ fn device(node: &str, port: u16, properties: &Value) -> Value {
         "spec": {
             "deviceModelRef": {"name": "boiler"}, "nodeName": node, "protocol": protocol,
             "properties": properties["spec"]["properties"],
+            "methods": [{"name": "heat", "propertyNames": ["temperature"]}],
         },
     })
 }

@@ -147,6 +147,18 @@ impl World {
         self.admin.get("node", self.edge.name())
     }
 
+    /// Where the cluster reaches the node's kubelet.
+    pub(crate) fn port(&self) -> Result<u64> {
+        let port = &self.node()?["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"];
+        port.as_u64().context("the Node names no port")
+    }
+
+    /// kubectl straight at that port: through its proxy the apiserver refuses loopback addresses.
+    pub(crate) fn straight(&self, kubectl: &Kubectl, arguments: &[&str]) -> Result<Output> {
+        let server = format!("--server=https://127.0.0.1:{}", self.port()?);
+        kubectl.output(&[&[&server, "--insecure-skip-tls-verify=true"], arguments].concat())
+    }
+
     pub(crate) fn wait_node_ready(&self) -> Result<()> {
         self.admin.wait("node", self.edge.name(), "Ready", 60, is_ready).map(drop)
     }
