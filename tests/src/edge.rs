@@ -175,6 +175,13 @@ impl Edge {
         self.process.as_ref().map(Process::pid)
     }
 
+    /// `edgecore VERB --data-dir …`, to be given arguments.
+    pub fn command(&self, verb: &str) -> Result<Command> {
+        let mut command = Command::new(paths::product("edgecore")?);
+        command.arg(verb).arg("--data-dir").arg(self.data());
+        Ok(command)
+    }
+
     /// Runs `edgecore COMMAND… --data-dir …` as the technician at the box does.
     pub fn cli(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(paths::product("edgecore")?);

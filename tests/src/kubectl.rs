@@ -5,13 +5,12 @@ use std::io::Write as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::paths;
-use crate::process::{self, Output};
+use crate::process::{self, Output, Piped};
 use crate::wait::eventually;
 
 /// A kubectl for one cluster and, if set, one namespace.
@@ -155,38 +154,10 @@ impl Kubectl {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Runs it with this input, binary both ways, for two minutes at most. `dialect` is what KUBECTL_REMOTE_COMMAND_WEBSOCKETS is set to.
+    /// Runs it with this input, as [`process::pipe`] does. `dialect` is what KUBECTL_REMOTE_COMMAND_WEBSOCKETS is set to.
     pub fn pipe(&self, arguments: &[&str], input: &[u8], dialect: &str) -> Result<Piped> {
-        let mut child = self
-            .command()
-            .args(arguments)
-            .env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", dialect)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot start kubectl")?;
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        std::thread::scope(|scope| {
-            // One that ends before it has read everything says so by its exit code.
-            scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
-            let output = scope.spawn(move || read(stdout));
-            let errors = scope.spawn(move || read(stderr));
-            let end = Instant::now() + Duration::from_secs(120);
-            let code = loop {
-                if let Some(status) = child.try_wait()? {
-                    break status.code();
-                }
-                if Instant::now() > end {
-                    child.kill()?;
-                    child.wait()?;
-                    break None;
-                }
-                std::thread::sleep(Duration::from_millis(20));
-            };
-            let whole = |reader: std::thread::ScopedJoinHandle<'_, Vec<u8>>| reader.join().unwrap_or_default();
-            Ok(Piped { code, output: whole(output), errors: String::from_utf8_lossy(&whole(errors)).into_owned() })
-        })
+        let mut command = self.command();
+        process::pipe(command.args(arguments).env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", dialect), input)
     }
 
     /// The command, to be given arguments.
@@ -198,26 +169,6 @@ impl Kubectl {
         }
         command
     }
-}
-
-/// How a command with an input ended.
-#[derive(Debug)]
-pub struct Piped {
-    /// Its exit code; `None` if it had to be ended.
-    pub code: Option<i32>,
-    /// What it printed.
-    pub output: Vec<u8>,
-    /// What it printed on standard error.
-    pub errors: String,
-}
-
-fn read(from: Option<impl std::io::Read>) -> Vec<u8> {
-    let mut all = Vec::new();
-    if let Some(mut from) = from {
-        // What came before an error is what there is.
-        let _ = from.read_to_end(&mut all);
-    }
-    all
 }
 
 /// A link to the multi-call binary, named after the program it is to be.

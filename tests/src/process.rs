@@ -1,6 +1,7 @@
 //! A child process whose output goes to a log file of its own name, and which does not outlive its handle.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -198,6 +199,48 @@ pub fn run(command: &mut Command, seconds: u64) -> Result<Output> {
     Ok(Output { success: status.success(), code: status.code().unwrap_or(-1), stdout, stderr })
 }
 
+/// How a command with an input ended.
+#[derive(Debug)]
+pub struct Piped {
+    /// Its exit code; `None` if it had to be ended.
+    pub code: Option<i32>,
+    /// What it printed.
+    pub output: Vec<u8>,
+    /// What it printed on standard error.
+    pub errors: String,
+}
+
+/// Runs a command with this input, binary both ways, for two minutes at most.
+pub fn pipe(command: &mut Command, input: &[u8]) -> Result<Piped> {
+    let name = command.get_program().display().to_string();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {name}"))?;
+    let (stdin, mut stdout, mut stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    std::thread::scope(|scope| {
+        // One that ends before it has read everything says so by its exit code.
+        scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
+        let output = scope.spawn(move || read_bytes(stdout.as_mut()));
+        let errors = scope.spawn(move || read_all(stderr.as_mut()));
+        let end = Instant::now() + Duration::from_secs(120);
+        let code = loop {
+            if let Some(status) = child.try_wait()? {
+                break status.code();
+            }
+            if Instant::now() > end {
+                child.kill()?;
+                child.wait()?;
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        Ok(Piped { code, output: output.join().unwrap_or_default(), errors: errors.join().unwrap_or_default() })
+    })
+}
+
 /// The last lines of a file.
 pub fn tail(path: &Path, lines: usize) -> String {
     let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
@@ -213,9 +256,14 @@ fn append(log: &Path) -> Result<File> {
 }
 
 fn read_all(source: Option<&mut impl std::io::Read>) -> String {
+    String::from_utf8_lossy(&read_bytes(source)).into_owned()
+}
+
+/// What came before an error is what there is.
+fn read_bytes(source: Option<&mut impl std::io::Read>) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(source) = source {
         source.read_to_end(&mut bytes).ok();
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    bytes
 }

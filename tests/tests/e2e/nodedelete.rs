@@ -1,5 +1,6 @@
 //! A node is taken out of the cluster.
 
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,8 +18,10 @@ fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
     alone("nodedelete", Setup::default(), |world| {
         let node = world.edge.name().to_owned();
         world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
+        let port = u16::try_from(world.port()?)?;
         world.admin().delete("node", &node)?;
         until("its pods to be wound down", 60, || Ok(world.running()?.is_empty()))?;
+        until("its port to be closed", 30, || Ok(TcpStream::connect(("127.0.0.1", port)).is_err()))?;
         until("edgecore to say what happened", 30, || {
             let said = world.edge.status()? + &world.edge.log_text();
             Ok(said.contains("deleted") && said.contains("join"))

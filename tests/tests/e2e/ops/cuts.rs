@@ -121,7 +121,7 @@ fn a_hostile_edge_gets_at_no_session_of_another_node() -> Result<()> {
             let node = world.admin().find("node", NEIGHBOUR)?;
             Ok(node.and_then(|node| node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64()))
         })?;
-        ensure!(port != super::port(world)?, "two nodes have one port");
+        ensure!(port != world.port()?, "two nodes have one port");
         // What is asked at its port for another node's pod comes to it, and not to that node.
         let admin = control()?.authority()?.client(world.dir(), "asker", "admin", &["system:masters"])?;
         let namespace = world.kubectl.namespace();

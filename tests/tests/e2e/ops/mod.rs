@@ -14,14 +14,16 @@ use rand::{RngExt as _, SeedableRng as _};
 use ring::digest::{SHA256, digest};
 use serde_json::json;
 use skerry_tests::images::{BUSYBOX, SERVER};
-use skerry_tests::kubectl::{Kubectl, Piped};
+use skerry_tests::kubectl::Kubectl;
 use skerry_tests::manifests::{GRACE, container};
+use skerry_tests::process::Piped;
 use skerry_tests::wait::{eventually, until};
 
 use crate::world::{World, control, story};
 
 mod cuts;
 mod monitoring;
+mod offline;
 mod soak;
 
 /// What kubectl speaks: WebSockets first, or only SPDY.
@@ -43,6 +45,7 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     world.relay.set(|line| line.latency = Duration::from_millis(25));
     let kubectl = world.kubectl.clone();
 
+    let crashed = crash_once(world)?;
     logs(&kubectl)?;
     for dialect in DIALECTS {
         execs(&kubectl, dialect).with_context(|| format!("exec with KUBECTL_REMOTE_COMMAND_WEBSOCKETS={dialect}"))?;
@@ -53,6 +56,10 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     terminal(&kubectl)?;
     debugs(&kubectl)?;
     pages(world)?;
+    eventually("the log of a container before its crash", 60, || {
+        let before = kubectl.output(&["logs", &crashed, "--previous"])?;
+        Ok((before.success && before.stdout == "before the crash\n").then_some(()))
+    })?;
     // Nothing of it is left on either side.
     until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))
 }
@@ -62,7 +69,8 @@ fn start_pod(world: &World) -> Result<()> {
     let node = world.edge.name();
     let mut echo = container("echo", &["sh", "-c", "while read line; do echo \"heard $line\"; done"]);
     echo["stdin"] = true.into();
-    let server = json!({"name": "server", "image": SERVER, "imagePullPolicy": "IfNotPresent"});
+    let probe = json!({"httpGet": {"port": 8080, "path": "/healthz"}, "periodSeconds": 1});
+    let server = json!({"name": "server", "image": SERVER, "imagePullPolicy": "IfNotPresent", "readinessProbe": probe});
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": "ops", "labels": {"app": "ops"}},
@@ -76,6 +84,24 @@ fn start_pod(world: &World) -> Result<()> {
         },
     });
     world.run_pods(&pod.to_string(), "app=ops", 1).map(drop)
+}
+
+/// A pod whose container crashes once. Its name.
+fn crash_once(world: &World) -> Result<String> {
+    let script = "[ -e /mark/crashed ] && exec sleep 1000000; touch /mark/crashed; echo before the crash; exit 1";
+    let mut once = container("main", &["sh", "-c", script]);
+    once["volumeMounts"] = json!([{"name": "mark", "mountPath": "/mark"}]);
+    world.kubectl.apply(
+        &json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "crashed"},
+            "spec": {
+                "nodeName": world.edge.name(), "terminationGracePeriodSeconds": GRACE, "automountServiceAccountToken": false,
+                "containers": [once], "volumes": [{"name": "mark", "emptyDir": {}}],
+            },
+        })
+        .to_string(),
+    )?;
+    Ok("crashed".to_owned())
 }
 
 fn logs(kubectl: &Kubectl) -> Result<()> {
@@ -104,8 +130,7 @@ fn execs(kubectl: &Kubectl, dialect: &str) -> Result<()> {
     // The input ends, the output goes on.
     let halves = run(&["sh", "-c", "cat > /dev/null; sleep 1; echo after the end"], b"some input")?;
     ensure!(halves.output == b"after the end\n", "{halves:?}");
-    let mut sent = vec![0; 4 << 20];
-    rand::rngs::SmallRng::seed_from_u64(7).fill(&mut sent[..]);
+    let sent = noise(4 << 20);
     let back = run(&["cat"], &sent)?;
     ensure!(
         back.code == Some(0) && digest(&SHA256, &back.output).as_ref() == digest(&SHA256, &sent).as_ref(),
@@ -117,22 +142,36 @@ fn execs(kubectl: &Kubectl, dialect: &str) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of every kind.
+fn noise(length: usize) -> Vec<u8> {
+    let mut noise = vec![0; length];
+    rand::rngs::SmallRng::seed_from_u64(7).fill(&mut noise[..]);
+    noise
+}
+
 fn forwards(kubectl: &Kubectl, dialect: &str) -> Result<()> {
-    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let mut forward = kubectl
-        .command()
-        .args(["port-forward", "pod/ops", &format!("{port}:8080")])
-        .env("KUBECTL_PORT_FORWARD_WEBSOCKETS", dialect)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
+    let port = free_port()?;
+    let mut command = kubectl.command();
+    command.args(["port-forward", "pod/ops", &format!("{port}:8080")]).env("KUBECTL_PORT_FORWARD_WEBSOCKETS", dialect);
+    forward(&mut command, port)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Twenty connections at once through what this command forwards.
+fn forward(command: &mut Command, port: u16) -> Result<()> {
+    let mut forward = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     let served = (|| {
         until("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok()))?;
-        for number in 0..20 {
-            let answer =
-                Command::new("curl").args(["-s", "-m", "20", &format!("http://127.0.0.1:{port}/healthz")]).output()?;
-            ensure!(answer.status.success(), "connection {number} failed: {answer:?}");
+        let url = format!("http://127.0.0.1:{port}/healthz");
+        let clients: io::Result<Vec<_>> = (0..20)
+            .map(|_| Command::new("curl").args(["-sf", "-m", "20", &url]).stdout(Stdio::null()).spawn())
+            .collect();
+        for (number, mut client) in clients?.into_iter().enumerate() {
+            let status = client.wait()?;
+            ensure!(status.success(), "connection {number} failed: {status}");
         }
         Ok(())
     })();
@@ -159,7 +198,7 @@ fn copies(kubectl: &Kubectl, dir: &Path) -> Result<()> {
 fn attaches(kubectl: &Kubectl) -> Result<()> {
     let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "echo"])?;
     let followed = (|| {
-        attach(kubectl)?;
+        attach(kubectl.command().args(["attach", "-i", "ops", "-c", "echo"]))?;
         let mut said = String::new();
         BufReader::new(follow.stdout.as_mut().context("no output")?).read_line(&mut said)?;
         ensure!(said == "heard hello\n", "the log that is followed says {said:?}");
@@ -170,14 +209,8 @@ fn attaches(kubectl: &Kubectl) -> Result<()> {
     followed
 }
 
-fn attach(kubectl: &Kubectl) -> Result<()> {
-    let mut attached = kubectl
-        .command()
-        .args(["attach", "-i", "ops", "-c", "echo"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()?;
+fn attach(command: &mut Command) -> Result<()> {
+    let mut attached = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     let mut input = attached.stdin.take().context("no input")?;
     input.write_all(b"hello\n")?;
     // The runtime lets go of the output as soon as the input ends.
@@ -276,12 +309,7 @@ fn debugs(kubectl: &Kubectl) -> Result<()> {
 
 /// What monitoring reads.
 fn pages(world: &World) -> Result<()> {
-    // Straight at the node's port: through its proxy the apiserver refuses loopback addresses.
-    let server = format!("https://127.0.0.1:{}", port(world)?);
-    let ask = |path: &str| {
-        let path = format!("/{path}");
-        world.admin().output(&["--server", &server, "--insecure-skip-tls-verify=true", "get", "--raw", &path])
-    };
+    let ask = |path: &str| world.straight(world.admin(), &["get", "--raw", &format!("/{path}")]);
     let page = |path: &str| -> Result<String> {
         let answer = ask(path)?;
         ensure!(answer.success, "{path}: {}", answer.stderr);
@@ -301,22 +329,29 @@ fn pages(world: &World) -> Result<()> {
         page("metrics")?.contains("kubelet_running_pods")
             && page("metrics/cadvisor")?.contains("container_memory_working_set_bytes")
     );
-    let refused = ask("checkpoint/a/b/c")?;
-    ensure!(!refused.success, "a checkpoint was made");
+    let running: serde_json::Value = serde_json::from_str(&page("runningpods/")?)?;
+    ensure!(running["items"].as_array().is_some_and(|pods| !pods.is_empty()), "{running}");
+    let config: serde_json::Value = serde_json::from_str(&page("configz")?)?;
+    ensure!(config["kubeletconfig"].is_object(), "{config}");
+    ensure!(page("metrics/probes")?.contains("prober_probe_total"), "no probe of the pod is counted");
+    ensure!(page("logs/")?.contains("<a href="));
+    let nothing = world.dir().join("nothing");
+    fs::write(&nothing, "")?;
+    let nothing = nothing.to_str().context("a path")?;
+    let post = |path: &str| world.straight(world.admin(), &["create", "--raw", path, "-f", nothing]);
+    let namespace = world.kubectl.namespace();
+    let said = post(&format!("/run/{namespace}/ops/box?cmd=echo%20it%20ran"))?;
+    ensure!(said.success && said.stdout == "it ran\n", "{}", said.text());
+    let refused = post(&format!("/checkpoint/{namespace}/ops/box"))?;
+    ensure!(!refused.success && refused.stderr.contains("cannot be checkpointed"), "{}", refused.text());
     Ok(())
-}
-
-/// Where the cluster reaches the node's kubelet.
-fn port(world: &World) -> Result<u64> {
-    let node = world.node()?;
-    node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64().context("the Node names no port")
 }
 
 #[test]
 fn only_who_may_reaches_a_node() -> Result<()> {
     story("ops-access", |world| {
         start_pod(world)?;
-        let port = port(world)?;
+        let port = world.port()?;
         let url = format!("https://127.0.0.1:{port}/pods");
         let ask = |more: &[&str]| -> Result<String> {
             let answer = Command::new("curl")
@@ -330,14 +365,7 @@ fn only_who_may_reaches_a_node() -> Result<()> {
         ensure!(ask(&["-H", "Authorization: Bearer nonsense"])? == "401");
         let nobody = control()?.certificate_kubeconfig("nobody", "nobody", &[])?;
         let nobody = Kubectl::new(&nobody, world.dir())?;
-        let straight = nobody.output(&[
-            "--server",
-            &format!("https://127.0.0.1:{port}"),
-            "--insecure-skip-tls-verify=true",
-            "get",
-            "--raw",
-            "/pods",
-        ])?;
+        let straight = world.straight(&nobody, &["get", "--raw", "/pods"])?;
         ensure!(!straight.success && straight.stderr.contains("orbidden"), "{}", straight.stderr);
         let exec =
             nobody.in_namespace(world.kubectl.namespace()).output(&["exec", "ops", "-c", "box", "--", "true"])?;

@@ -75,7 +75,7 @@ fn tops(world: &World) -> Result<()> {
 fn signs(world: &World) -> Result<()> {
     let ca = world.dir().join("cluster-ca.crt");
     fs::write(&ca, control()?.ca_pem()?)?;
-    let url = format!("https://127.0.0.1:{}/healthz", super::port(world)?);
+    let url = format!("https://127.0.0.1:{}/healthz", world.port()?);
     let verified = || {
         let answer = run(
             Command::new("curl").args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert"]).arg(&ca).arg(&url),
@@ -160,6 +160,7 @@ fn metrics_server_manifest(port: u16) -> Value {
             "roleRef": cluster_role("system:auth-delegator"), "subjects": account},
         {"apiVersion": version, "kind": "RoleBinding", "metadata": {"name": "metrics-server-auth-reader", "namespace": "kube-system"},
             "roleRef": {"apiGroup": rbac, "kind": "Role", "name": "extension-apiserver-authentication-reader"}, "subjects": account},
+        // The server is a process of this machine, so a name and not endpoints, which `--enable-aggregator-routing` would go to: loopback may be none.
         {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "metrics-server", "namespace": "kube-system"},
             "spec": {"type": "ExternalName", "externalName": "localhost"}},
         {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService", "metadata": {"name": "v1beta1.metrics.k8s.io"}, "spec": {
@@ -198,7 +199,7 @@ impl Prometheus {
         let token = write("token", kubectl.run(&["create", "token", "prometheus"])?.trim())?;
         let node = world.node()?;
         let host = node["status"]["addresses"][0]["address"].as_str().context("the Node has no address")?;
-        let target = format!("{host}:{}", super::port(world)?);
+        let target = format!("{host}:{}", world.port()?);
         let authorization = json!({"credentials_file": token});
         let job = |name: &str, path: &str| {
             json!({

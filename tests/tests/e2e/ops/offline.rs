@@ -1,0 +1,76 @@
+//! What a technician does at the box with no link, by the same habits as kubectl's; and that afterwards the cluster reaches the node where it did.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use anyhow::{Context as _, Result, ensure};
+use skerry_tests::process::{Piped, pipe};
+use skerry_tests::wait::until;
+
+use super::{attach, forward, free_port, noise, start_pod};
+use crate::world::{World, story};
+
+#[test]
+fn the_box_is_operated_with_no_link_and_reached_again_where_it_was() -> Result<()> {
+    story("ops-offline", |world| {
+        start_pod(world)?;
+        let port = world.port()?;
+        let session = world.session()?.1;
+        world.relay.cut();
+        at_the_box(world)?;
+        world.edge.kill();
+        world.relay.heal();
+        world.edge.start()?;
+        is_reached_at(world, port).context("after the link was cut and edgecore killed")?;
+        ensure!(world.session()?.1 > session, "it is the session that was");
+        world.cloud.kill();
+        world.cloud.boot()?;
+        is_reached_at(world, port).context("after cloudcore was killed")
+    })
+}
+
+fn at_the_box(world: &World) -> Result<()> {
+    let namespace = world.kubectl.namespace();
+    let run = |verb: &str, arguments: &[&str], input: &[u8]| -> Result<Piped> {
+        pipe(world.edge.command(verb)?.args(["-n", namespace]).args(arguments), input)
+    };
+    let log = run("logs", &["ops", "-c", "talker", "--tail=2"], b"")?;
+    ensure!(log.code == Some(0) && log.output == b"line 1000\nlast\n", "{log:?}");
+    let said = run("exec", &["ops", "-c", "box", "--", "sh", "-c", "echo out; echo err >&2; exit 7"], b"")?;
+    ensure!(said.code == Some(7) && said.output == b"out\n" && said.errors.starts_with("err\n"), "{said:?}");
+    let sent = noise(1 << 20);
+    let back = run("exec", &["-i", "ops", "-c", "box", "--", "cat"], &sent)?;
+    ensure!(
+        back.code == Some(0) && back.output == sent,
+        "{} bytes came back, or other ones: {}",
+        back.output.len(),
+        back.errors
+    );
+    attach(world.edge.command("attach")?.args(["-n", namespace, "-i", "ops", "-c", "echo"]))?;
+    let local = free_port()?;
+    forward(world.edge.command("port-forward")?.args(["-n", namespace, "ops", &format!("{local}:8080")]), local)?;
+    for (arguments, words) in [
+        (&["describe", "pod", "ops", "-n", namespace][..], &["talker", "Running"][..]),
+        (&["get", "pods"], &["ops", "Running"]),
+        (&["top", "pod"], &["ops", "Mi"]),
+        (&["top", "node"], &[world.edge.name(), "Mi"]),
+    ] {
+        let output = world.edge.cli(arguments)?;
+        let has_all = words.iter().all(|word| output.stdout.contains(word));
+        ensure!(output.success && has_all, "edgecore {}: {}", arguments.join(" "), output.text());
+    }
+    let wrong = run("logs", &["nobody"], b"")?;
+    ensure!(wrong.code == Some(1) && wrong.errors.contains("nobody"), "{wrong:?}");
+    let mode = fs::metadata(world.edge.data().join("edgecore.sock"))?.permissions().mode();
+    ensure!(mode & 0o777 == 0o600, "others may operate the box: its socket has mode {mode:o}");
+    Ok(())
+}
+
+fn is_reached_at(world: &World, before: u64) -> Result<()> {
+    until("kubectl to reach the pod", 60, || {
+        Ok(world.kubectl.output(&["exec", "ops", "-c", "box", "--", "true"])?.success)
+    })?;
+    let now = world.port()?;
+    ensure!(now == before, "the node's port was {before} and is {now}");
+    Ok(())
+}
