@@ -5,7 +5,9 @@ use skerry_tests::procfs;
 
 /// One line on standard output.
 pub(crate) fn tell(figure: &str, subject: &str, value: f64, unit: &str) {
-    println!("{figure}\t{subject}\t{value:.2}\t{unit}");
+    // Of what takes less than a second, milliseconds.
+    let digits = if unit == "s" { 3 } else { 2 };
+    println!("{figure}\t{subject}\t{value:.digits$}\t{unit}");
 }
 
 /// Resident memory of a process, in MB.

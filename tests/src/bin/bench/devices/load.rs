@@ -12,6 +12,8 @@ const REST: Duration = Duration::from_secs(10);
 const STEP: Duration = Duration::from_secs(15);
 /// What reads faster: the name of its devices, and their cycle in milliseconds.
 const FASTER: [(&str, u64); 4] = [("two", 500), ("four", 250), ("six", 166), ("eight", 125)];
+/// What edgecore may come to hold more under the load, MB; what leaks is more, after ten minutes of ten thousand values a second.
+const GROWTH: f64 = 2.0;
 /// For how long telemetry is asked for over the narrow line.
 const STREAM: Duration = Duration::from_secs(30);
 
@@ -53,7 +55,14 @@ pub(super) fn measure(bed: &Bed, time: Duration) -> Result<()> {
     stream(bed, &mut desire, undisturbed)?;
     bed.relay.set(|line| line.bandwidth = 0);
     drop((mapper, valve));
-    sustained(bed, rate)
+    sustained(bed, if lost + counts.lost == 0 { rate } else { 0.0 })?;
+    ensure!(
+        lost == 0 && counts.lost == 0,
+        "values were lost: {lost} on the way to edgecore, {} on the way to the sink",
+        counts.lost
+    );
+    ensure!(last - first < GROWTH, "edgecore grew by {:.1} MB in {seconds:.0} s", last - first);
+    Ok(())
 }
 
 /// Memory of an edgecore that has no devices yet.
