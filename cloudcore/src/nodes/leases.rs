@@ -338,6 +338,8 @@ fn replaceable(lease: &DynamicObject, renewal: &Renewal) -> Option<Box<str>> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
 
     fn node() -> NodeIdentity {
@@ -529,12 +531,13 @@ mod tests {
         assert!(wheel.take(seconds(60)).unwrap().whole, "somebody took away whose it is");
     }
 
-    type Script = std::collections::VecDeque<(&'static str, u16)>;
+    /// What is asked for, and the code of the answer.
+    type Exchange = (&'static str, u16);
 
     /// Renews once, from an apiserver that expects these requests and answers so: with the lease, or with an error. What it was sent last,
     /// and how that ended.
-    async fn renew_once(renewal: &mut Renewal, answers: &[(&'static str, u16)]) -> (Value, Renewed) {
-        let script = Arc::new(Mutex::new(Script::from(answers.to_vec())));
+    async fn renew_once(renewal: &mut Renewal, answers: &[Exchange]) -> (Value, Renewed) {
+        let script = Arc::new(Mutex::new(VecDeque::from(answers.to_vec())));
         let sent = Arc::new(Mutex::new(Value::Null));
         let shown = Kind::Lease.json(&lease(renewal, &json!({})));
         let serve = {
@@ -567,7 +570,7 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_replaced_is_patched_and_what_cannot_be_patched_is_made() {
         let mine = Renewed::Epoch(3);
-        let cases: [(bool, &[(&str, u16)], Renewed); 9] = [
+        let cases: [(bool, &[Exchange], Renewed); 9] = [
             (false, &[("PATCH", 200)], mine),
             (true, &[("PUT", 200)], mine),
             (true, &[("PUT", 409), ("PATCH", 200)], mine),
