@@ -171,31 +171,11 @@ impl Output {
 
 /// Runs a command to its end, whatever the end; kills it after `seconds`.
 pub fn run(command: &mut Command, seconds: u64) -> Result<Output> {
-    let name = command.get_program().display().to_string();
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot start {name}"))?;
-    let pid = Pid::from_raw(i32::try_from(child.id())?);
-    let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
-    let stdout = std::thread::spawn(move || read_all(out.as_mut()));
-    let stderr = std::thread::spawn(move || read_all(err.as_mut()));
-    let begin = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if begin.elapsed() > patience(seconds) {
-            kill(pid, Signal::SIGKILL).ok();
-            child.wait()?;
-            let said = stderr.join().unwrap_or_default();
-            bail!("{name} was still running after {seconds} s; it said: {said}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
+    let (status, stdout, stderr) = finish(command.stdin(Stdio::null()), &[], patience(seconds))?;
+    let (stdout, stderr) = (text(&stdout), text(&stderr));
+    let Some(status) = status else {
+        bail!("{} was still running after {seconds} s; it said: {stderr}", command.get_program().display());
     };
-    let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
     Ok(Output { success: status.success(), code: status.code().unwrap_or(-1), stdout, stderr })
 }
 
@@ -212,32 +192,37 @@ pub struct Piped {
 
 /// Runs a command with this input, binary both ways, for two minutes at most.
 pub fn pipe(command: &mut Command, input: &[u8]) -> Result<Piped> {
+    let (status, output, errors) = finish(command.stdin(Stdio::piped()), input, Duration::from_secs(120))?;
+    Ok(Piped { code: status.and_then(|status| status.code()), output, errors: text(&errors) })
+}
+
+/// Runs a command to its end, or ends it after so long; then it has no status. What it printed, and what on standard error.
+fn finish(command: &mut Command, input: &[u8], patience: Duration) -> Result<(Option<ExitStatus>, Vec<u8>, Vec<u8>)> {
     let name = command.get_program().display().to_string();
     let mut child = command
-        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
-    let (stdin, mut stdout, mut stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     std::thread::scope(|scope| {
         // One that ends before it has read everything says so by its exit code.
         scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
-        let output = scope.spawn(move || read_bytes(stdout.as_mut()));
-        let errors = scope.spawn(move || read_all(stderr.as_mut()));
-        let end = Instant::now() + Duration::from_secs(120);
-        let code = loop {
+        let output = scope.spawn(move || read_all(stdout));
+        let errors = scope.spawn(move || read_all(stderr));
+        let begin = Instant::now();
+        let status = loop {
             if let Some(status) = child.try_wait()? {
-                break status.code();
+                break Some(status);
             }
-            if Instant::now() > end {
+            if begin.elapsed() > patience {
                 child.kill()?;
                 child.wait()?;
                 break None;
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(5));
         };
-        Ok(Piped { code, output: output.join().unwrap_or_default(), errors: errors.join().unwrap_or_default() })
+        Ok((status, output.join().unwrap_or_default(), errors.join().unwrap_or_default()))
     })
 }
 
@@ -255,15 +240,15 @@ fn append(log: &Path) -> Result<File> {
     OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("cannot open {}", log.display()))
 }
 
-fn read_all(source: Option<&mut impl std::io::Read>) -> String {
-    String::from_utf8_lossy(&read_bytes(source)).into_owned()
-}
-
 /// What came before an error is what there is.
-fn read_bytes(source: Option<&mut impl std::io::Read>) -> Vec<u8> {
+fn read_all(source: Option<impl std::io::Read>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    if let Some(source) = source {
+    if let Some(mut source) = source {
         source.read_to_end(&mut bytes).ok();
     }
     bytes
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }

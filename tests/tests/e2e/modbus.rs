@@ -110,19 +110,14 @@ fn a_mapper_in_a_pod_comes_back_from_a_power_cut_without_a_link() -> Result<()> 
 /// What is asked of the node itself for its devices comes through cloudcore, and a method is called by whoever may.
 fn through_the_cloud(world: &World) -> Result<()> {
     let boiler = format!("/devices/{}/boiler", world.kubectl.namespace());
-    let get = |path: &str| -> Result<String> {
-        let said = world.straight(world.admin(), &["get", "--raw", path])?;
-        ensure!(said.success, "{path}: {}", said.text());
-        Ok(said.stdout)
-    };
-    let listed: Value = serde_json::from_str(&get("/devices")?)?;
+    let listed: Value = serde_json::from_str(&world.page("/devices")?)?;
     ensure!(listed.to_string().contains("boiler"), "{listed}");
-    let twin: Value = serde_json::from_str(&get(&boiler)?)?;
+    let twin: Value = serde_json::from_str(&world.page(&boiler)?)?;
     ensure!(twin["properties"][0]["reported"]["value"] == "19.5", "{twin}");
-    let values = get("/devices/values?follow=false")?;
+    let values = world.page("/devices/values?follow=false")?;
     let lines = values.lines().map(serde_json::from_str).collect::<serde_json::Result<Vec<Value>>>()?;
     ensure!(lines.iter().any(|line| line["value"] == "19.5"), "{values}");
-    let metrics = get("/metrics/devices")?;
+    let metrics = world.page("/metrics/devices")?;
     let labels = format!("namespace=\"{}\",device=\"boiler\",property=\"temperature\"", world.kubectl.namespace());
     ensure!(metrics.contains(&format!("device_property_value{{{labels}}} 19.5 ")), "{metrics}");
 

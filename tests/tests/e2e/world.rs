@@ -159,6 +159,13 @@ impl World {
         kubectl.output(&[&[&server, "--insecure-skip-tls-verify=true"], arguments].concat())
     }
 
+    /// A page that is there, for who may read it.
+    pub(crate) fn page(&self, path: &str) -> Result<String> {
+        let answer = self.straight(&self.admin, &["get", "--raw", path])?;
+        ensure!(answer.success, "{path}: {}", answer.text());
+        Ok(answer.stdout)
+    }
+
     pub(crate) fn wait_node_ready(&self) -> Result<()> {
         self.admin.wait("node", self.edge.name(), "Ready", 60, is_ready).map(drop)
     }

@@ -1,13 +1,14 @@
 //! What becomes of kubectl's sessions when the link goes under them, and what another node's edge can do to them.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use skerry_proto::wire::{self, frame::Body};
 use skerry_tests::peer::{self, Session};
+use skerry_tests::ports;
 use skerry_tests::wait::{eventually, until};
 
 use super::start_pod;
@@ -32,7 +33,7 @@ fn a_cut_link_ends_what_went_over_it_and_the_next_try_works() -> Result<()> {
         // Slow enough that a copy is under way when the link goes.
         let large = world.dir().join("large");
         std::fs::write(&large, vec![7; 64 << 20])?;
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = ports::free()?;
         let mut clients = vec![
             begin(&["logs", "-f", "ops", "-c", "talker"])?,
             begin(&["exec", "-i", "ops", "-c", "box", "--", "cat"])?,

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::sync_channel;
@@ -16,6 +16,7 @@ use serde_json::json;
 use skerry_tests::images::{BUSYBOX, SERVER};
 use skerry_tests::kubectl::Kubectl;
 use skerry_tests::manifests::{GRACE, container};
+use skerry_tests::ports;
 use skerry_tests::process::Piped;
 use skerry_tests::wait::{eventually, until};
 
@@ -45,7 +46,7 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     world.relay.set(|line| line.latency = Duration::from_millis(25));
     let kubectl = world.kubectl.clone();
 
-    let crashed = crash_once(world)?;
+    crash_once(world)?;
     logs(&kubectl)?;
     for dialect in DIALECTS {
         execs(&kubectl, dialect).with_context(|| format!("exec with KUBECTL_REMOTE_COMMAND_WEBSOCKETS={dialect}"))?;
@@ -57,7 +58,7 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     debugs(&kubectl)?;
     pages(world)?;
     eventually("the log of a container before its crash", 60, || {
-        let before = kubectl.output(&["logs", &crashed, "--previous"])?;
+        let before = kubectl.output(&["logs", "crashed", "--previous"])?;
         Ok((before.success && before.stdout == "before the crash\n").then_some(()))
     })?;
     // Nothing of it is left on either side.
@@ -86,22 +87,19 @@ fn start_pod(world: &World) -> Result<()> {
     world.run_pods(&pod.to_string(), "app=ops", 1).map(drop)
 }
 
-/// A pod whose container crashes once. Its name.
-fn crash_once(world: &World) -> Result<String> {
+/// A pod, `crashed`, whose container does so once.
+fn crash_once(world: &World) -> Result<()> {
     let script = "[ -e /mark/crashed ] && exec sleep 1000000; touch /mark/crashed; echo before the crash; exit 1";
     let mut once = container("main", &["sh", "-c", script]);
     once["volumeMounts"] = json!([{"name": "mark", "mountPath": "/mark"}]);
-    world.kubectl.apply(
-        &json!({
-            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "crashed"},
-            "spec": {
-                "nodeName": world.edge.name(), "terminationGracePeriodSeconds": GRACE, "automountServiceAccountToken": false,
-                "containers": [once], "volumes": [{"name": "mark", "emptyDir": {}}],
-            },
-        })
-        .to_string(),
-    )?;
-    Ok("crashed".to_owned())
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "crashed"},
+        "spec": {
+            "nodeName": world.edge.name(), "terminationGracePeriodSeconds": GRACE, "automountServiceAccountToken": false,
+            "containers": [once], "volumes": [{"name": "mark", "emptyDir": {}}],
+        },
+    });
+    world.kubectl.create(&pod).map(drop)
 }
 
 fn logs(kubectl: &Kubectl) -> Result<()> {
@@ -150,14 +148,10 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn forwards(kubectl: &Kubectl, dialect: &str) -> Result<()> {
-    let port = free_port()?;
+    let port = ports::free()?;
     let mut command = kubectl.command();
     command.args(["port-forward", "pod/ops", &format!("{port}:8080")]).env("KUBECTL_PORT_FORWARD_WEBSOCKETS", dialect);
     forward(&mut command, port)
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// Twenty connections at once through what this command forwards.
@@ -309,12 +303,7 @@ fn debugs(kubectl: &Kubectl) -> Result<()> {
 
 /// What monitoring reads.
 fn pages(world: &World) -> Result<()> {
-    let ask = |path: &str| world.straight(world.admin(), &["get", "--raw", &format!("/{path}")]);
-    let page = |path: &str| -> Result<String> {
-        let answer = ask(path)?;
-        ensure!(answer.success, "{path}: {}", answer.stderr);
-        Ok(answer.stdout)
-    };
+    let page = |path: &str| world.page(&format!("/{path}"));
     ensure!(page("healthz")?.trim() == "ok");
     let resource = page("metrics/resource")?;
     ensure!(resource.contains("node_memory_working_set_bytes") && resource.contains("pod=\"ops\""), "{resource}");

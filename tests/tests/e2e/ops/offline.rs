@@ -4,10 +4,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
 use anyhow::{Context as _, Result, ensure};
+use skerry_tests::ports;
 use skerry_tests::process::{Piped, pipe};
 use skerry_tests::wait::until;
 
-use super::{attach, forward, free_port, noise, start_pod};
+use super::{attach, forward, noise, start_pod};
 use crate::world::{World, story};
 
 #[test]
@@ -47,7 +48,7 @@ fn at_the_box(world: &World) -> Result<()> {
         back.errors
     );
     attach(world.edge.command("attach")?.args(["-n", namespace, "-i", "ops", "-c", "echo"]))?;
-    let local = free_port()?;
+    let local = ports::free()?;
     forward(world.edge.command("port-forward")?.args(["-n", namespace, "ops", &format!("{local}:8080")]), local)?;
     for (arguments, words) in [
         (&["describe", "pod", "ops", "-n", namespace][..], &["talker", "Running"][..]),

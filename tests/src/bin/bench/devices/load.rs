@@ -55,12 +55,9 @@ pub(super) fn measure(bed: &Bed, time: Duration) -> Result<()> {
     stream(bed, &mut desire, undisturbed)?;
     bed.relay.set(|line| line.bandwidth = 0);
     drop((mapper, valve));
-    sustained(bed, if lost + counts.lost == 0 { rate } else { 0.0 })?;
-    ensure!(
-        lost == 0 && counts.lost == 0,
-        "values were lost: {lost} on the way to edgecore, {} on the way to the sink",
-        counts.lost
-    );
+    let is_whole = lost + counts.lost == 0;
+    sustained(bed, if is_whole { rate } else { 0.0 })?;
+    ensure!(is_whole, "values were lost: {lost} on the way to edgecore, {} on the way to the sink", counts.lost);
     ensure!(last - first < GROWTH, "edgecore grew by {:.1} MB in {seconds:.0} s", last - first);
     Ok(())
 }
