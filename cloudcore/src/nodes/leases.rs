@@ -145,11 +145,12 @@ impl Wheel {
             Renewed::Yes | Renewed::Epoch(_) => period.mul_f64(spread.mul_add(0.2, 0.8)),
             Renewed::Failed => RETRY.mul_f64(period.div_duration_f64(RENEW[0]) * spread.mul_add(0.2, 0.9)),
         };
-        let failed = how == Renewed::Failed;
-        if !failed {
+        if how == Renewed::Failed {
+            spoke.failures = spoke.failures.saturating_add(1);
+        } else {
             spoke.written = how == Renewed::Epoch(spoke.epoch);
+            spoke.failures = 0;
         }
-        spoke.failures = if failed { spoke.failures.saturating_add(1) } else { 0 };
         spoke.due = now + wait;
         self.due.insert((spoke.due, renewal.node.name.clone()));
     }
