@@ -55,7 +55,7 @@ pub enum Network {
 
 /// Looks at what the runtime would find.
 pub fn look(Places { conf_dir, bin_dirs }: &Places) -> Network {
-    let mut found: Vec<PathBuf> = std::fs::read_dir(conf_dir)
+    let first = std::fs::read_dir(conf_dir)
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
@@ -63,9 +63,8 @@ pub fn look(Places { conf_dir, bin_dirs }: &Places) -> Network {
             path.extension()
                 .is_some_and(|extension| ["conf", "conflist", "json"].iter().any(|known| extension == *known))
         })
-        .collect();
-    found.sort();
-    if let Some(first) = found.into_iter().next() {
+        .min();
+    if let Some(first) = first {
         return Network::Present(first);
     }
     let missing: Vec<&str> =

@@ -26,7 +26,7 @@ use crate::identity::Identity;
 use crate::link::{LinkState, Transport};
 use crate::ops::Ops;
 use crate::store::{Row, Stats, Store};
-use crate::supervise;
+use crate::{order, supervise};
 
 /// Kind of the notes in which the kubelet keeps each pod's last PodStatus, as JSON, by pod UID.
 pub const POD_STATUS_NOTES: &str = "pod-status";
@@ -294,7 +294,7 @@ pub fn objects(rows: &[Row], notes: &[(String, Bytes)], namespace: Option<&str>)
         namespace.is_none_or(|namespace| row.entry.key.split_once('/').is_some_and(|(of, _)| of == namespace))
     };
     let mut rows: Vec<&Row> = rows.iter().filter(wanted).collect();
-    rows.sort_by(|a, b| a.entry.cmp(&b.entry));
+    order::sort_by(&mut rows, |a, b| a.entry.cmp(&b.entry));
     rows.into_iter()
         .filter_map(|row| {
             let mut object: Value = serde_json::from_slice(&row.json).ok()?;

@@ -14,6 +14,7 @@ pub mod identity;
 pub mod kubelet;
 pub mod link;
 pub mod ops;
+pub mod order;
 pub mod preflight;
 pub mod runtime;
 pub mod stats;

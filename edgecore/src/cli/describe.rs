@@ -1,6 +1,5 @@
 //! `edgecore describe pod`: what the node knows of a pod, for people, in kubectl's habits.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
@@ -102,10 +101,14 @@ fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-/// `key=value`, in order.
+/// `key=value`, in order, which an object of `serde_json` is in.
 fn pairs(value: &Value, between: &str) -> Vec<String> {
-    let sorted: BTreeMap<&String, &Value> = value.as_object().into_iter().flatten().collect();
-    sorted.into_iter().map(|(key, value)| format!("{key}{between}{}", value.as_str().unwrap_or_default())).collect()
+    value
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(key, value)| format!("{key}{between}{}", value.as_str().unwrap_or_default()))
+        .collect()
 }
 
 fn describe(pod: &Value, now: Timestamp) -> String {

@@ -15,9 +15,9 @@ use skerry_proto::ops::percent_encode;
 
 use super::node::Node;
 use super::{DataDir, note, print, table};
-use crate::clock;
 use crate::control::age;
 use crate::devices::Twin;
+use crate::{clock, order};
 
 /// The most of an answer that is taken, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -311,7 +311,7 @@ fn list(devices: &[Twin], now: Timestamp) -> String {
         ]
     };
     let mut rows: Vec<Vec<String>> = devices.iter().map(row).collect();
-    rows.sort();
+    order::sort_by(&mut rows, Ord::cmp);
     table(&["NAMESPACE", "NAME", "MODEL", "PROTOCOL", "STATE", "LAST-SEEN", "MAPPER", "READY"], &rows)
 }
 

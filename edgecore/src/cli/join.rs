@@ -1,7 +1,6 @@
 //! `edgecore join`: makes a box a node. Every step says what came of it; every file it writes is there whole or not at all, so that it
 //! can be interrupted anywhere and done again.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -20,7 +19,7 @@ use crate::identity::Identity;
 use crate::link::Transport;
 use crate::link::dial::Server;
 use crate::preflight::{self, Check, Places, Verdict};
-use crate::{app, clock, files};
+use crate::{app, clock, files, order};
 
 const UNIT: &str = include_str!("../../../deploy/systemd/edgecore.service");
 pub(super) const UNIT_PATH: &str = "/etc/systemd/system/edgecore.service";
@@ -172,7 +171,7 @@ impl Join {
             config.pods_dir.clone_from(dir);
         }
         if !self.labels.is_empty() {
-            config.labels = self.labels.iter().cloned().collect::<BTreeMap<_, _>>();
+            config.labels = order::map(self.labels.iter().cloned());
         }
         config.check(&self.data.data_dir).map_err(|(key, cause)| anyhow::anyhow!("{key}: {cause}"))?;
         Ok(config)

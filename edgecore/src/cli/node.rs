@@ -119,10 +119,9 @@ fn plain(name: &str) -> anyhow::Result<&str> {
 }
 
 pub(super) fn find(pods: Vec<Value>, namespace: &str, name: &str) -> anyhow::Result<Pod> {
-    let mut pods: Vec<Value> = pods.into_iter().filter(|pod| pod["metadata"]["name"] == name).collect();
+    let named = pods.into_iter().filter(|pod| pod["metadata"]["name"] == name);
     // Of two of a name, the one that is not on its way out.
-    pods.sort_by_key(|pod| pod["metadata"]["deletionTimestamp"].is_string());
-    let object = pods.into_iter().next().with_context(|| {
+    let object = named.min_by_key(|pod| pod["metadata"]["deletionTimestamp"].is_string()).with_context(|| {
         format!("pod {name:?} is not on this node in namespace {namespace:?}; `edgecore get pods` lists those of all namespaces")
     })?;
     Ok(Pod { namespace: namespace.to_owned(), name: name.to_owned(), object })

@@ -13,6 +13,7 @@ use super::node::Node;
 use super::{DataDir, note, print, table};
 use crate::config::Config;
 use crate::kubelet::node::{Machine, Resources, capacity};
+use crate::order;
 
 /// A summary of all the pods that a node may have is smaller.
 const MAX_SUMMARY: usize = 16 << 20;
@@ -182,10 +183,10 @@ impl Pods {
                 && self.name.as_ref().is_none_or(|name| *name == pod.pod_ref.name)
         };
         let mut pods: Vec<&PodStats> = summary.pods.iter().filter(wanted).collect();
-        pods.sort_by(|one, other| one.key().cmp(&other.key()));
+        order::sort_by(&mut pods, |one, other| one.key().cmp(&other.key()));
         match self.sort_by {
-            Some(Sort::Cpu) => pods.sort_by_key(|pod| Reverse(pod.used().cpu.usage_nano_cores)),
-            Some(Sort::Memory) => pods.sort_by_key(|pod| Reverse(pod.used().memory.working_set_bytes)),
+            Some(Sort::Cpu) => order::sort_by_key(&mut pods, |pod| Reverse(pod.used().cpu.usage_nano_cores)),
+            Some(Sort::Memory) => order::sort_by_key(&mut pods, |pod| Reverse(pod.used().memory.working_set_bytes)),
             None => {}
         }
         let (mut header, mut rows) = (vec!["NAMESPACE", "NAME", "CPU(cores)", "MEMORY(bytes)"], Vec::new());

@@ -128,14 +128,14 @@ pub fn parse<T: DeserializeOwned>(row: &Row) -> Option<T> {
 /// The row of this key; while an old UID of the name is on its way out, the one that was created last.
 async fn newest(store: &Store, collection: Collection, key: &str) -> Result<Option<Row>, Error> {
     let mut rows = store.named(collection, key).await?;
-    if rows.len() > 1 {
-        // RFC 3339 in UTC sorts as text.
-        rows.sort_by_cached_key(|row| {
-            let object: Option<serde_json::Value> = parse(row);
-            object.and_then(|object| Some(object["metadata"]["creationTimestamp"].as_str()?.to_owned()))
-        });
+    if rows.len() < 2 {
+        return Ok(rows.pop());
     }
-    Ok(rows.pop())
+    // RFC 3339 in UTC sorts as text.
+    Ok(rows.into_iter().max_by_key(|row| {
+        let object: Option<serde_json::Value> = parse(row);
+        object.and_then(|object| Some(object["metadata"]["creationTimestamp"].as_str()?.to_owned()))
+    }))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use super::images::canonical;
 use super::node::Disk;
+use crate::order;
 use crate::runtime::Cri;
 use crate::runtime::cri::Error;
 
@@ -102,7 +103,7 @@ impl Memory {
             .filter_map(|image| Some((image, *self.seen.get(&image.id)?)))
             .filter(|(_, seen)| now.saturating_sub(seen.first) >= policy.min_age && seen.used < now)
             .collect();
-        candidates.sort_by(|(a, x), (b, y)| (x.used, x.first, &a.id).cmp(&(y.used, y.first, &b.id)));
+        order::sort_by(&mut candidates, |(a, x), (b, y)| (x.used, x.first, &a.id).cmp(&(y.used, y.first, &b.id)));
         let mut chosen = Vec::new();
         let mut freed = 0;
         for (image, _) in candidates {

@@ -19,6 +19,7 @@ use skerry_proto::cri;
 use skerry_proto::payload::Settings;
 
 use super::references::NodeFacts;
+use crate::order;
 use crate::runtime::cri::{CgroupDriver, Error, Health, Setup};
 
 mod machine;
@@ -270,7 +271,7 @@ pub fn labels(name: &str, machine: &Machine) -> BTreeMap<String, String> {
         ("beta.kubernetes.io/os", "linux"),
         ("beta.kubernetes.io/arch", machine.architecture),
     ];
-    hostname.into_iter().chain(rest).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+    order::map(hostname.into_iter().chain(rest).map(|(key, value)| (key.to_owned(), value.to_owned())))
 }
 
 fn faults(inputs: &Inputs<'_>) -> Vec<String> {
@@ -372,7 +373,7 @@ fn node_info(machine: &Machine, version: Option<&RuntimeVersion>) -> NodeSystemI
 fn images(all: &[cri::Image]) -> Vec<ContainerImage> {
     let mut largest: Vec<&cri::Image> = all.iter().collect();
     // By name too, so that the list is the same as long as the images are.
-    largest.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
+    order::sort_by(&mut largest, |a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
     largest
         .into_iter()
         .filter(|image| !image.repo_digests.is_empty() || !image.repo_tags.is_empty())

@@ -28,11 +28,11 @@ use super::resources::{self, PodCgroup};
 use super::spec::Spec;
 use super::worker::{self, Admission, Beginning, Desired};
 use crate::app::ResetRequests;
-use crate::clock;
 use crate::control::ResetRequest;
 use crate::link::ReportWanted;
 use crate::runtime::events::Wake;
 use crate::store::{Change, Error};
+use crate::{clock, order};
 
 /// How long until a store that could not be read is read again.
 const DOUBT: Duration = Duration::from_secs(5);
@@ -200,7 +200,7 @@ impl Pods {
         let rows = self.context.store.list(Collection::Pods).await?;
         let uids = rows.iter().map(|row| row.entry.uid.clone()).collect();
         let mut pods: Vec<Pod> = rows.iter().filter_map(parse).collect();
-        pods.sort_by_key(|pod: &Pod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0));
+        order::sort_by_key(&mut pods, |pod: &Pod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0));
         Ok(Wanted { pods, uids })
     }
 
@@ -214,7 +214,7 @@ impl Pods {
             warn!(%error, "the last statuses of pods cannot be read");
             Vec::new()
         });
-        notes.into_iter().filter_map(|(uid, json)| Some((uid, serde_json::from_slice(&json).ok()?))).collect()
+        order::map(notes.into_iter().filter_map(|(uid, json)| Some((uid, serde_json::from_slice(&json).ok()?))))
     }
 
     async fn changed(&mut self, change: &Change) {

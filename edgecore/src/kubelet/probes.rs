@@ -23,7 +23,7 @@ use super::probe::{Attempt, Kind, Outcome, ProbeSpec, Step, Subject, Worker};
 use super::prober::{self, Target};
 use super::references::PodEvent;
 use super::spec::{self, Spec};
-use crate::{clock, supervise};
+use crate::{clock, order, supervise};
 
 /// What the worker tells the probes of its pod.
 #[derive(Clone, Debug, Default)]
@@ -133,14 +133,10 @@ async fn run(
         fill(&mut workers, &view, &adopted, spread);
         let (now, wall) = (clock::monotonic(), clock::wall());
         let mut wake: Option<Duration> = None;
-        let started: BTreeMap<String, bool> = view
-            .instances
-            .iter()
-            .map(|seen| {
-                let startup = workers.get(&(seen.name.clone(), Kind::Startup));
-                (seen.name.clone(), startup.is_none_or(|worker| worker.outcome(&seen.id) == Outcome::Success))
-            })
-            .collect();
+        let started: BTreeMap<String, bool> = order::map(view.instances.iter().map(|seen| {
+            let startup = workers.get(&(seen.name.clone(), Kind::Startup));
+            (seen.name.clone(), startup.is_none_or(|worker| worker.outcome(&seen.id) == Outcome::Success))
+        }));
         for (key, worker) in &mut workers {
             if busy.contains(key) {
                 continue;

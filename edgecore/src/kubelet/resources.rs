@@ -109,8 +109,11 @@ impl Totals {
     }
 
     fn parse(list: Option<&BTreeMap<String, Quantity>>) -> Result<Self, QuantityError> {
-        let entries = list.into_iter().flatten();
-        entries.map(|(name, quantity)| Ok((name.clone(), Amount::of(quantity)?))).collect::<Result<_, _>>().map(Self)
+        let mut totals = BTreeMap::new();
+        for (name, quantity) in list.into_iter().flatten() {
+            totals.insert(name.clone(), Amount::of(quantity)?);
+        }
+        Ok(Self(totals))
     }
 
     /// Adds another one's amounts.

@@ -20,8 +20,9 @@ pub(super) async fn find(store: &Store, path: &PodPath) -> Result<Option<Pod>, s
     let rows = store.named(Collection::Pods, &format!("{}/{}", path.namespace, path.name)).await?;
     let mut pods: Vec<Pod> = rows.iter().filter_map(|row| serde_json::from_slice(&row.json).ok()).collect();
     pods.retain(|pod| path.uid.is_none() || pod.metadata.uid == path.uid);
-    pods.sort_by_key(|pod| pod.metadata.deletion_timestamp.is_some());
-    let Some(mut pod) = pods.into_iter().next() else { return Ok(None) };
+    let Some(mut pod) = pods.into_iter().min_by_key(|pod| pod.metadata.deletion_timestamp.is_some()) else {
+        return Ok(None);
+    };
     let uid = pod.metadata.uid.clone().unwrap_or_default();
     if let Some(note) = store.note(POD_STATUS_NOTES, &uid).await?
         && let Ok(status) = serde_json::from_slice::<PodStatus>(&note)

@@ -2,8 +2,8 @@
 //!
 //! Nothing is measured while nobody asks. A request makes one pass over the cgroups, one request at a time, and what cannot be read loses
 //! its own value only: a page is always a page, and says by `resource_scrape_error` or `container_scrape_error` that something was
-//! missing. Kept between requests are the last samples of CPU time, for rates, and what volumes on the disk took; five minutes after the
-//! last request they are dropped.
+//! missing. Kept between requests are the last samples of CPU time, for rates, and what volumes, images and writable layers took; five
+//! minutes after the last request they are dropped.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -25,7 +25,7 @@ use crate::devices::mqtt;
 use crate::kubelet::context::{Context, blocking};
 use crate::kubelet::node::{Disk, Load, Machine, default_link};
 use crate::kubelet::observed::Observed;
-use crate::{clock, supervise};
+use crate::{clock, order, supervise};
 
 mod cadvisor;
 mod cgroup;
@@ -50,6 +50,9 @@ pub const SUMMARY_TYPE: &str = "application/json";
 const PATIENCE: Duration = Duration::from_secs(4);
 /// Between the two samples of a request that no other came before.
 const BETWEEN: Duration = Duration::from_millis(100);
+/// How long the runtime's word on images and writable layers is good. containerd looks at them as often (`stats_collect_period`), but
+/// asks every shim whenever it is asked.
+const STORED_FOR: Duration = Duration::from_secs(10);
 /// How long after the last request anything is kept.
 const KEPT_FOR: Duration = Duration::from_secs(300);
 
@@ -69,9 +72,20 @@ struct Inner {
     findings: Findings,
 }
 
+/// What the runtime says its storage takes.
+#[derive(Clone, Debug, Default)]
+struct Stored {
+    /// Writable layers, by container.
+    layers: Arc<HashMap<String, cri::FilesystemUsage>>,
+    /// Where images are, and what they take.
+    images: Option<(String, Used)>,
+}
+
 #[derive(Debug, Default)]
 struct Kept {
     samples: Samples,
+    /// When the runtime told it, monotonic.
+    stored: Option<(Duration, Stored)>,
     /// Of the last request, monotonic.
     asked: Duration,
     /// A task is there that will drop it.
@@ -126,9 +140,9 @@ impl Stats {
         let mut parts = None;
         let mut wanted = Wanted::cgroups(Depth::Core);
         if !only_cpu_and_memory {
-            let (layers, image_fs) = self.stored().await;
-            parts = Some(self.node_parts(&layers, image_fs.as_ref()).await);
-            wanted = Wanted { depth: Depth::Full, network: true, disk: true, layers };
+            let stored = self.stored().await;
+            parts = Some(self.node_parts(&stored).await);
+            wanted = Wanted { depth: Depth::Full, network: true, disk: true, layers: stored.layers };
         }
         let mut snapshot = self.0.rate(self.take(listed, wanted, &turn).await);
         snapshot.is_lacking |= !is_whole;
@@ -153,26 +167,23 @@ impl Stats {
     /// The page `/metrics/cadvisor`.
     pub async fn cadvisor(&self) -> Bytes {
         let turn = Turn::of(&self.0.turn).await;
-        let ((listed, is_whole), (layers, image_fs), sandbox_image) =
+        let ((listed, is_whole), stored, sandbox_image) =
             tokio::join!(self.listed(), self.stored(), self.sandbox_image());
-        let wanted = Wanted { depth: Depth::All, network: true, disk: false, layers };
+        let wanted = Wanted { depth: Depth::All, network: true, disk: false, layers: stored.layers };
         let mut snapshot = self.take(listed, wanted, &turn).await;
         snapshot.is_lacking |= !is_whole;
         let names = snapshot.devices();
         let around = blocking(move || Around {
             machine: Machine::read(),
             sandbox_image,
-            disk: image_fs.and_then(|(place, _)| {
+            disk: stored.images.and_then(|(place, _)| {
                 let device = proc::device_of(place.as_ref()).map(|numbers| proc::device_name(&numbers));
                 Some((Disk::read(place.as_ref())?, device.unwrap_or_default()))
             }),
-            devices: names
-                .into_iter()
-                .map(|numbers| {
-                    let name = proc::device_name(&numbers);
-                    (numbers, name)
-                })
-                .collect(),
+            devices: order::map(names.into_iter().map(|numbers| {
+                let name = proc::device_name(&numbers);
+                (numbers, name)
+            })),
             interfaces: proc::interfaces("self").unwrap_or_default(),
         });
         cadvisor::page(&snapshot, &around.await)
@@ -208,31 +219,38 @@ impl Stats {
         observed.ok()?.inspect_err(|error| debug!(%error, "no statistics of containers")).ok()
     }
 
-    /// What writable layers take, by container; where images are, and what they take.
-    async fn stored(&self) -> (HashMap<String, cri::FilesystemUsage>, Option<(String, Used)>) {
+    /// What the runtime told lately, or tells now.
+    async fn stored(&self) -> Stored {
+        let now = clock::monotonic();
+        if let Some((at, stored)) = &self.0.kept().stored
+            && now.saturating_sub(*at) < STORED_FOR
+        {
+            return stored.clone();
+        }
         let cri = &self.0.context.cri;
         let images = tokio::time::timeout(PATIENCE, cri.image_fs_info());
         let (layers, images) = tokio::join!(cri.writable_layers(PATIENCE), images);
-        let layers = layers.inspect_err(|error| debug!(%error, "no statistics of writable layers")).unwrap_or_default();
+        let layers = layers.inspect_err(|error| debug!(%error, "no statistics of writable layers"));
+        let is_whole = layers.is_ok() && matches!(images, Ok(Ok(_)));
         let first = images.ok().and_then(Result::ok).and_then(|info| info.image_filesystems.into_iter().next());
         let images = first.and_then(|usage| {
             let used = disk::told(&usage);
             Some((usage.fs_id?.mountpoint, used))
         });
-        (layers, images)
+        let stored = Stored { layers: Arc::new(layers.unwrap_or_default()), images };
+        if is_whole {
+            self.remember();
+            self.0.kept().stored = Some((now, stored.clone()));
+        }
+        stored
     }
 
-    async fn node_parts(
-        &self,
-        layers: &HashMap<String, cri::FilesystemUsage>,
-        image_fs: Option<&(String, Used)>,
-    ) -> NodeParts {
-        let layers = layers.values().map(disk::told).fold(Used::default(), |sum, one| Used {
+    async fn node_parts(&self, stored: &Stored) -> NodeParts {
+        let layers = stored.layers.values().map(disk::told).fold(Used::default(), |sum, one| Used {
             bytes: sum.bytes.saturating_add(one.bytes),
             inodes: sum.inodes.saturating_add(one.inodes),
         });
-        let place = image_fs.map(|(place, _)| place.clone());
-        let images = image_fs.map(|(_, used)| *used);
+        let (place, images) = stored.images.clone().unzip();
         let pods_root = self.0.context.node().pods_root.clone();
         blocking(move || NodeParts {
             load: Load::read(&pods_root, place.as_ref().map(AsRef::as_ref)),

@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::page::{Labels, Page};
 use crate::kubelet::probe::{Attempt, Kind};
+use crate::order;
 
 /// The counts of all pods.
 #[derive(Debug, Default)]
@@ -45,7 +46,7 @@ impl Counts {
     /// Writes the page.
     pub(super) fn page(&self) -> Bytes {
         let mut pods: Vec<Arc<PodCounts>> = locked(&self.0).iter().filter_map(Weak::upgrade).collect();
-        pods.sort_by(|a, b| (&a.namespace, &a.name, &a.uid).cmp(&(&b.namespace, &b.name, &b.uid)));
+        order::sort_by(&mut pods, |a, b| (&a.namespace, &a.name, &a.uid).cmp(&(&b.namespace, &b.name, &b.uid)));
         // A pod that is taken up anew while what it had is not yet dropped.
         pods.dedup_by(|a, b| a.uid == b.uid);
         let mut page = Page::default();

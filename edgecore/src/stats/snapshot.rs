@@ -1,8 +1,9 @@
 //! The node and its pods at one moment: what a page is written from.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use skerry_proto::cri::FilesystemUsage;
@@ -13,6 +14,7 @@ use super::disk::{self, Used, Volume};
 use super::proc::{self, Interface, NodeMemory};
 use crate::kubelet::cgroup::Cgroups;
 use crate::kubelet::observed::{Instance, Observed, Sandbox, State};
+use crate::order;
 
 /// All of it.
 #[derive(Debug, Default)]
@@ -74,7 +76,7 @@ pub(super) struct Wanted {
     /// Volumes and logs.
     pub(super) disk: bool,
     /// Writable layers by container id.
-    pub(super) layers: std::collections::HashMap<String, FilesystemUsage>,
+    pub(super) layers: Arc<HashMap<String, FilesystemUsage>>,
 }
 
 impl Snapshot {
@@ -92,7 +94,7 @@ impl Snapshot {
 impl Wanted {
     /// Nothing but cgroups.
     pub(super) fn cgroups(depth: Depth) -> Self {
-        Self { depth, network: false, disk: false, layers: std::collections::HashMap::new() }
+        Self { depth, network: false, disk: false, layers: Arc::default() }
     }
 }
 
@@ -117,13 +119,15 @@ pub(super) fn list(index: Vec<(Collection, Entry)>, observed: Option<BTreeMap<St
                     running.push(instance);
                 }
             }
-            running.sort_by(|a, b| a.name.cmp(&b.name));
+            order::sort_by(&mut running, |a, b| a.name.cmp(&b.name));
             Some(Listed { uid: entry.uid, name, namespace, sandbox: seen.sandboxes.into_iter().next(), running })
         })
         .collect();
     // Of one name the newest: the one before may still be ending, and a page can have each name once.
     let made = |one: &Listed| one.sandbox.as_ref().map(|sandbox| sandbox.created_at);
-    listed.sort_by(|a, b| (&a.namespace, &a.name, made(b), &a.uid).cmp(&(&b.namespace, &b.name, made(a), &b.uid)));
+    order::sort_by(&mut listed, |a, b| {
+        (&a.namespace, &a.name, made(b), &a.uid).cmp(&(&b.namespace, &b.name, made(a), &b.uid))
+    });
     listed.dedup_by(|later, first| later.namespace == first.namespace && later.name == first.name);
     listed
 }

@@ -15,6 +15,8 @@ use super::schema::meta;
 use super::seal::Sealer;
 use super::{Error, FILE, Opened};
 
+use crate::order;
+
 /// Damaged files kept for whoever wants to know why; the oldest goes.
 const KEPT: usize = 2;
 const DAMAGED: &str = "store.db.damaged-";
@@ -287,7 +289,7 @@ fn set_aside(data_dir: &Path, path: &Path, now: Timestamp) -> Result<PathBuf, Er
             name.starts_with(DAMAGED) && !name.ends_with("-wal") && !name.ends_with("-shm")
         })
         .collect();
-    old.sort();
+    order::sort_by(&mut old, Ord::cmp);
     for path in old.iter().take(old.len().saturating_sub(KEPT)) {
         for suffix in ["", "-wal", "-shm"] {
             let mut name = path.as_os_str().to_owned();

@@ -8,6 +8,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use crate::order;
+
 /// The annotation of a Device: names of users, with commas between.
 const WRITERS: &str = "skerry.dev/mqtt-writers";
 
@@ -98,7 +100,7 @@ pub(super) fn users(passwords: &str) -> Vec<String> {
         .filter(|user| is_user(user))
         .map(str::to_owned)
         .collect();
-    users.sort();
+    order::sort_by(&mut users, Ord::cmp);
     users.dedup();
     users
 }

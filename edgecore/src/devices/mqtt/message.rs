@@ -121,22 +121,18 @@ impl Head<'_> {
             let last = last.map_or(Json::Null, property);
             (current.name.clone(), json!({ "last": last, "current": property(current) }))
         });
-        self.with([("twin", Json::Object(of.collect()))])
+        self.with([("twin", object(of))])
     }
 
     /// `{twin, delta}` of what should be other than it is; `None` if nothing should.
     pub(super) fn delta(self, twin: &Twin) -> Option<Vec<u8>> {
-        let delta: Map<String, Json> = twin
-            .properties
-            .iter()
-            .filter_map(|of| {
-                let desired = of.desired.as_ref()?.value.as_str();
-                let differs = of.reported.as_ref().is_none_or(|reported| reported.value != desired);
-                differs.then(|| (of.name.clone(), desired.into()))
-            })
-            .collect();
+        let delta = object(twin.properties.iter().filter_map(|of| {
+            let desired = of.desired.as_ref()?.value.as_str();
+            let differs = of.reported.as_ref().is_none_or(|reported| reported.value != desired);
+            differs.then(|| (of.name.clone(), desired.into()))
+        }));
         let wanted = || properties(twin.properties.iter().filter(|of| of.desired.is_some()));
-        (!delta.is_empty()).then(|| self.with([("twin", wanted()), ("delta", Json::Object(delta))]))
+        (delta != json!({})).then(|| self.with([("twin", wanted()), ("delta", delta)]))
     }
 
     /// `{device}`: its name, its state.
@@ -166,12 +162,18 @@ impl Head<'_> {
     fn with<const N: usize>(self, body: [(&str, Json); N]) -> Vec<u8> {
         let head = [("event_id", self.event_id.into()), ("timestamp", self.now.into())];
         let all = head.into_iter().chain(body).map(|(key, value)| (key.to_owned(), value));
-        Json::Object(all.collect()).to_string().into_bytes()
+        object(all).to_string().into_bytes()
     }
 }
 
 fn properties<'p>(properties: impl IntoIterator<Item = &'p Property>) -> Json {
-    Json::Object(properties.into_iter().map(|of| (of.name.clone(), property(of))).collect())
+    object(properties.into_iter().map(|of| (of.name.clone(), property(of))))
+}
+
+fn object(pairs: impl IntoIterator<Item = (String, Json)>) -> Json {
+    let mut object = Map::new();
+    object.extend(pairs);
+    Json::Object(object)
 }
 
 fn property(of: &Property) -> Json {

@@ -9,6 +9,7 @@ use super::state::State;
 use super::values::Sample;
 use super::{Device, Now, Refused, Twins};
 use crate::devices::convert::type_name;
+use crate::order;
 
 /// A device as it is and as it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,7 +225,7 @@ impl From<&Sample> for Value {
             value: sample.text.to_string(),
             timestamp: sample.at,
             version: sample.version,
-            metadata: extra.map(|(key, value)| (key.to_string(), value.to_string())).collect(),
+            metadata: order::map(extra.map(|(key, value)| (key.to_string(), value.to_string()))),
         }
     }
 }

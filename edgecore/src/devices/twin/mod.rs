@@ -18,6 +18,8 @@ use self::mappers::Mapper;
 use self::shape::Shape;
 use self::state::Active;
 
+use crate::order;
+
 pub(crate) mod desired;
 mod documents;
 mod mappers;
@@ -498,9 +500,9 @@ impl Device {
     fn note(&self) -> Note {
         let Some(shape) = &self.shape else { return Note::new() };
         let local = self.desired.iter().filter(|(_, desired)| desired.is_local());
-        local
-            .map(|(place, desired)| (shape.properties[usize::from(*place)].name.to_string(), desired.clone()))
-            .collect()
+        order::map(
+            local.map(|(place, desired)| (shape.properties[usize::from(*place)].name.to_string(), desired.clone())),
+        )
     }
 
     /// What is wanted and can be: place, value, and when it was written.

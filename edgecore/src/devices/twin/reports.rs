@@ -137,10 +137,10 @@ impl Device {
             })
         });
         let extensions = self.trouble.as_ref().map(|trouble| {
-            serde_json::Map::from_iter([
-                ("message".to_owned(), trouble.to_string().into()),
-                ("refused".to_owned(), self.refused.into()),
-            ])
+            let mut extensions = serde_json::Map::new();
+            extensions.insert("message".to_owned(), trouble.to_string().into());
+            extensions.insert("refused".to_owned(), self.refused.into());
+            extensions
         });
         DeviceStatusStatus {
             twins: twins.collect(),

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use smol_str::SmolStr;
 
+use crate::order;
+
 /// What the history of one property may take, in bytes; a longer value is not kept in it. About 40 numbers.
 pub(crate) const HISTORY: usize = 256;
 /// What it takes as long as few values were said: it does not grow bit by bit, which would leave holes in the heap of every size.
@@ -47,7 +49,7 @@ pub(super) fn extras<'a>(metadata: impl Iterator<Item = (&'a String, &'a String)
             extras.push((key.as_str().into(), value.as_str().into()));
         }
     }
-    extras.sort();
+    order::sort_by(&mut extras, Ord::cmp);
     (!extras.is_empty()).then(|| extras.into())
 }
 

@@ -3,6 +3,7 @@
 //! A key of a docker configuration is a registry, with a path or without, with `*` in the parts of its host or without. The most
 //! particular one comes first.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use base64::Engine;
@@ -12,6 +13,8 @@ use serde::Deserialize;
 use skerry_proto::cri::AuthConfig;
 
 use super::reference::repository;
+
+use crate::order;
 
 #[derive(Deserialize)]
 struct DockerConfig {
@@ -41,8 +44,8 @@ pub fn credentials<'a>(image: &str, secrets: impl IntoIterator<Item = &'a Secret
             matching.push((key, auth));
         }
     }
-    // A stable sort: equally long ones stay in the order of the pod's secrets.
-    matching.sort_by_key(|(key, _)| std::cmp::Reverse((!key.contains('*'), key.len())));
+    // Equally long ones stay in the order of the pod's secrets.
+    order::sort_by_key(&mut matching, |(key, _)| Reverse((!key.contains('*'), key.len())));
     let mut ordered: Vec<AuthConfig> = Vec::new();
     for (_, auth) in matching {
         if !ordered.contains(&auth) {

@@ -10,6 +10,8 @@ use nix::net::if_::InterfaceFlags;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{SysconfVar, sysconf};
 
+use crate::order;
+
 /// What does not change while the box is up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Machine {
@@ -161,7 +163,7 @@ pub fn addresses() -> Vec<IpAddr> {
         };
         found.push((rank, ip.is_ipv6(), ip));
     }
-    found.sort();
+    order::sort_by(&mut found, Ord::cmp);
     // Of other interfaces only when the one with the default route has none.
     let best = found.first().map(|(rank, ..)| *rank);
     found.retain(|(rank, ..)| Some(*rank) == best);
@@ -264,7 +266,7 @@ fn hugepages(dir: &Path) -> BTreeMap<String, u64> {
         };
         Some((size, count * kibibytes * 1024))
     });
-    sizes.collect()
+    order::map(sizes)
 }
 
 #[cfg(test)]

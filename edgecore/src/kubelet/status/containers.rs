@@ -10,6 +10,7 @@ use crate::kubelet::memory::{PostStart, ProbeResult, Probes};
 use crate::kubelet::observed::{Instance, State};
 use crate::kubelet::plan::Moment;
 use crate::kubelet::spec::{ContainerView, Kind};
+use crate::order;
 
 /// All termination messages of a pod together are held to this.
 const MESSAGES: usize = 12_288;
@@ -38,7 +39,7 @@ impl Containers {
 
     pub(super) fn put(self, status: &mut PodStatus) {
         let sorted = |mut list: Vec<ContainerStatus>| {
-            list.sort_by(|a, b| a.name.cmp(&b.name));
+            order::sort_by(&mut list, |a, b| a.name.cmp(&b.name));
             (!list.is_empty()).then_some(list)
         };
         status.init_container_statuses = (!self.inits.is_empty()).then_some(self.inits);

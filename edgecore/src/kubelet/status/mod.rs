@@ -23,6 +23,8 @@ use super::resources::qos_class;
 use super::spec::{ContainerView, Spec, is_terminal_phase};
 use phase::Phase;
 
+use crate::order;
+
 /// The status of a pod. Call after [`Memory::note`], so that what was decided shows.
 pub fn status(
     pod: &Pod,
@@ -103,7 +105,7 @@ fn addresses(at: &Moment<'_>, old: Option<&PodStatus>, node_ips: &[IpAddr], stat
     };
     // One of the node's family, then one of the other.
     let primary_is_v4 = node_ips.first().is_none_or(IpAddr::is_ipv4);
-    ips.sort_by_key(|ip| ip.is_ipv4() != primary_is_v4);
+    order::sort_by_key(&mut ips, |ip| ip.is_ipv4() != primary_is_v4);
     let mut families = Vec::new();
     ips.retain(|ip| {
         let fresh = !families.contains(&ip.is_ipv4());

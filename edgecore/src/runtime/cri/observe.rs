@@ -1,5 +1,6 @@
 //! What the runtime holds of pods, and the cache that makes looking cheap.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -10,9 +11,9 @@ use jiff::Timestamp;
 use skerry_proto::cri;
 
 use super::{Cri, DEADLINE, Error, call};
-use crate::clock;
 use crate::kubelet::observed::{Instance, Observed, Sandbox, State, label};
 use crate::runtime::termination;
+use crate::{clock, order};
 
 /// How many detail calls are under way at once.
 const PARALLEL: usize = 8;
@@ -125,8 +126,8 @@ impl Cri {
             pods.entry(uid).or_default().containers.push(instance);
         }
         for pod in pods.values_mut() {
-            pod.sandboxes.sort_by_key(|sandbox| std::cmp::Reverse((sandbox.attempt, sandbox.created_at)));
-            pod.containers.sort_by_key(|instance| std::cmp::Reverse(instance.created_at));
+            order::sort_by_key(&mut pod.sandboxes, |sandbox| Reverse((sandbox.attempt, sandbox.created_at)));
+            order::sort_by_key(&mut pod.containers, |instance| Reverse(instance.created_at));
         }
         Ok(pods)
     }
