@@ -234,7 +234,18 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     info!(node = %config.node_name, server = %config.server, version = env!("CARGO_PKG_VERSION"), "edgecore runs");
     notify(&[NotifyState::Ready]);
-    let footprint = supervise::spawn("footprint", footprint::settle());
+    let mut changes = store.changes();
+    let footprint = supervise::spawn("footprint", async move {
+        loop {
+            let change = tokio::select! {
+                () = footprint::settle() => changes.recv().await,
+                change = changes.recv() => change,
+            };
+            if let Err(broadcast::error::RecvError::Closed) = change {
+                return;
+            }
+        }
+    });
     let failed = tokio::select! {
         _ = terminate.recv() => false,
         _ = interrupt.recv() => false,

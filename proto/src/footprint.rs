@@ -1,7 +1,8 @@
-//! The memory that starting took and running does not need.
+//! The memory that work took and rest does not need.
 //!
-//! A start touches most of the program's code once: arguments, certificates, migrations, the first look at everything. Those pages stay
-//! mapped, and count as this process's, until the kernel is short of memory. Given back, what is needed again comes from the page cache.
+//! A start touches most of the program's code once: arguments, certificates, migrations, the first look at everything; and so does, later,
+//! whatever comes in a burst. Those pages stay mapped, and count as this process's, until the kernel is short of memory. Given back, what is
+//! needed again comes from the page cache.
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -9,10 +10,10 @@ use std::time::Duration;
 
 use nix::sys::mman::{MmapAdvise, madvise};
 
-/// After so long a start is over: what runs is taken up, and who is to be reached has been or is being tried.
+/// So long after the last of it work is over: what runs is taken up, and who is to be reached has been or is being tried.
 const SETTLED: Duration = Duration::from_secs(15);
 
-/// Waits until the start is over, then gives back the code it used.
+/// Waits until work is over, then gives back the code it used. Who drops this when more comes, and begins anew, is not in its way.
 pub async fn settle() {
     tokio::time::sleep(SETTLED).await;
     give_back_code();
@@ -24,7 +25,8 @@ fn give_back_code() -> usize {
     maps.lines().filter_map(code).map(give_back).sum()
 }
 
-/// The addresses of a mapping of code: a file's, private, and not writable, so that nothing in it can differ from the file.
+/// The addresses of a mapping of code: a file's, private, and not writable. Nobody here makes code writable or writes into it, so what is
+/// mapped again is what was dropped.
 fn code(line: &str) -> Option<(usize, usize)> {
     let mut words = line.split_ascii_whitespace();
     let (range, permissions) = (words.next()?, words.next()?);
