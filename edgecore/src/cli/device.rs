@@ -311,7 +311,7 @@ fn list(devices: &[Twin], now: Timestamp) -> String {
         ]
     };
     let mut rows: Vec<Vec<String>> = devices.iter().map(row).collect();
-    order::sort_by(&mut rows, Ord::cmp);
+    order::sort(&mut rows);
     table(&["NAMESPACE", "NAME", "MODEL", "PROTOCOL", "STATE", "LAST-SEEN", "MAPPER", "READY"], &rows)
 }
 

@@ -21,6 +21,8 @@ use super::dirs::{At, PathError, is_plain_name};
 use super::resources::PodCgroup;
 use super::volumes::mountinfo;
 
+use crate::order;
+
 /// Shares of what has no request.
 pub const MIN_SHARES: u64 = 2;
 
@@ -141,7 +143,7 @@ impl Cgroups {
             if attempt > 0 {
                 pause();
             }
-            let left: BTreeSet<i32> = dirs.iter().flat_map(|dir| processes(dir, 0)).collect();
+            let left: BTreeSet<i32> = order::set(dirs.iter().flat_map(|dir| processes(dir, 0)));
             if left.is_empty() {
                 break;
             }

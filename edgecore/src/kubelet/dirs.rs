@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use nix::libc;
 use thiserror::Error;
 
+use crate::order;
+
 /// Most of a termination message that is kept: its end.
 pub const TERMINATION_MESSAGE_MAX: usize = 4096;
 /// Most of a log that stands in for a termination message: its end.
@@ -179,7 +181,7 @@ pub fn pod_uids(root: &Path) -> Result<Vec<String>, PathError> {
             uids.push(name.to_owned());
         }
     }
-    uids.sort_unstable();
+    order::sort(&mut uids);
     Ok(uids)
 }
 
@@ -254,7 +256,7 @@ fn next_termination_log(dir: &Path) -> u32 {
         u32::from_str_radix(name.to_str().filter(|name| name.len() == 8)?, 16).ok()
     });
     let mut numbers: Vec<u32> = numbers.collect();
-    numbers.sort_unstable();
+    order::sort(&mut numbers);
     let excess = (numbers.len() + 1).saturating_sub(TERMINATION_LOGS_KEPT);
     for number in &numbers[..excess] {
         // Failing to save an inode is no reason not to start a container.

@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 
 use super::observed::{Instance, Observed, Sandbox, State};
 
+use crate::order;
+
 /// What may be removed.
 #[derive(Debug, Default, PartialEq)]
 pub struct Surplus<'a> {
@@ -34,7 +36,7 @@ pub fn surplus(observed: &Observed, deleted: bool) -> Surplus<'_> {
         .filter(|instance| deleted || instance.state == State::Created || !kept.insert(instance.name.as_str()))
         .collect();
 
-    let gone: BTreeSet<&str> = containers.iter().map(|instance| instance.id.as_str()).collect();
+    let gone: BTreeSet<&str> = order::set(containers.iter().map(|instance| instance.id.as_str()));
     let sandboxes = observed
         .sandboxes
         .iter()

@@ -16,7 +16,7 @@ use super::image_gc::{self, Policy};
 use super::logs::{self, Rotation};
 use super::observed::{Observed, State};
 use super::spec::Spec;
-use crate::clock;
+use crate::{clock, order};
 
 /// How often it is looked whether logs have grown too large.
 const LOGS_EVERY: Duration = Duration::from_secs(10);
@@ -88,7 +88,7 @@ async fn rotate_logs(context: &Context) {
 async fn remove_orphans(context: &Arc<Context>) {
     let (finder, node) = (context.clone(), context.node());
     let found = blocking(move || {
-        let mut found: BTreeSet<String> = finder.volumes.pod_uids_on_disk().unwrap_or_default().into_iter().collect();
+        let mut found: BTreeSet<String> = order::set(finder.volumes.pod_uids_on_disk().unwrap_or_default());
         found.extend(finder.cgroups.pods().into_keys());
         found.extend(logs::pod_dirs(&node.logs_root).unwrap_or_default().into_iter().map(|(uid, _)| uid));
         found
@@ -102,8 +102,9 @@ async fn remove_orphans(context: &Arc<Context>) {
             context.remove_rest(uid).await;
         }
     }
-    let ended: BTreeSet<String> = observed.values().flat_map(ended_ids).collect();
-    let alive: BTreeSet<String> = observed.values().flat_map(|pod| &pod.containers).map(|one| one.id.clone()).collect();
+    let ended: BTreeSet<String> = order::set(observed.values().flat_map(ended_ids));
+    let alive: BTreeSet<String> =
+        order::set(observed.values().flat_map(|pod| &pod.containers).map(|one| one.id.clone()));
     let links = context.node().log_links.clone();
     blocking(move || {
         let over = |id: &str| !alive.contains(id) || ended.contains(id);
@@ -122,7 +123,7 @@ fn ended_ids(pod: &Observed) -> impl Iterator<Item = String> {
 /// Images of pods in the store are never collected, whether they run now or not.
 async fn collect_images(context: &Context, memory: &mut image_gc::Memory, sandbox_image: Option<&str>) {
     let Ok(rows) = context.store.list(Collection::Pods).await else { return };
-    let mut wanted: BTreeSet<String> = sandbox_image.map(str::to_owned).into_iter().collect();
+    let mut wanted: BTreeSet<String> = order::set(sandbox_image.map(str::to_owned));
     for pod in rows.iter().filter_map(parse::<Pod>) {
         wanted.extend(Spec::new(&pod).all().into_iter().map(|container| container.image.to_owned()));
     }

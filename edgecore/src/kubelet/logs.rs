@@ -17,6 +17,8 @@ use thiserror::Error;
 use super::dirs::{At, PathError, is_plain_name, make_dirs};
 use super::volumes::tree;
 
+use crate::order;
+
 /// Size at which a log is rotated.
 pub const MAX_SIZE: u64 = 10 * 1024 * 1024;
 /// Files per container, the one being written included.
@@ -85,7 +87,7 @@ pub fn plan_rotation(file: &str, others: &[String], max_files: usize, now: Times
             Err(_) => {}
         }
     }
-    rotated.sort_unstable();
+    order::sort(&mut rotated);
     let newest = rotated.last().map(|(stamp, _)| *stamp);
     let kept = max_files.saturating_sub(2);
     let excess = rotated.len().saturating_sub(kept);
@@ -125,7 +127,7 @@ pub fn rotated(file: &Path) -> Result<Vec<PathBuf>, PathError> {
     };
     let stamp = |other: &str| DateTime::strptime(STAMP, other.strip_prefix(name)?.strip_prefix('.')?).ok();
     let mut rotated: Vec<_> = names_in(dir)?.into_iter().filter_map(|other| Some((stamp(&other)?, other))).collect();
-    rotated.sort_unstable();
+    order::sort(&mut rotated);
     Ok(rotated.into_iter().map(|(_, name)| dir.join(name)).collect())
 }
 
@@ -246,7 +248,7 @@ pub fn pod_dirs(logs_root: &Path) -> Result<Vec<(String, PathBuf)>, PathError> {
             dirs.push((uid.to_owned(), logs_root.join(&name)));
         }
     }
-    dirs.sort_unstable();
+    order::sort(&mut dirs);
     Ok(dirs)
 }
 

@@ -13,6 +13,7 @@ use skerry_proto::cri;
 use crate::kubelet::field::is_static;
 use crate::kubelet::quantity::{Amount, QuantityError};
 use crate::kubelet::references::NodeFacts;
+use crate::order;
 
 /// Length of a CFS period in microseconds.
 pub const CPU_PERIOD: u64 = 100_000;
@@ -351,7 +352,7 @@ pub fn qos_cgroups<'p>(pods: impl IntoIterator<Item = &'p Pod>, node: &NodeFacts
 pub fn hugepage_sizes<'n>(entries: impl IntoIterator<Item = &'n str>) -> Vec<String> {
     let kib = |entry: &str| entry.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<i64>().ok();
     let mut sizes: Vec<i64> = entries.into_iter().filter_map(kib).filter_map(|kib| kib.checked_mul(1024)).collect();
-    sizes.sort_unstable();
+    order::sort(&mut sizes);
     sizes.dedup();
     sizes.into_iter().map(hugepage_size).collect()
 }

@@ -14,6 +14,7 @@ use skerry_proto::ops::percent_encode;
 
 use super::answer::{Answer, Refusal, empty, pieces, whole};
 use crate::kubelet::context::blocking;
+use crate::order;
 
 /// What is served.
 pub(super) const ROOT: &str = "/var/log";
@@ -83,7 +84,7 @@ fn find(root: &Path, parts: &[String], slash: bool) -> io::Result<Found> {
         let end = if entry.file_type()?.is_dir() { "/" } else { "" };
         names.push(format!("{}{end}", entry.file_name().to_string_lossy()));
     }
-    names.sort_unstable();
+    order::sort(&mut names);
     let link = |name: &String| {
         let (plain, end) = name.strip_suffix('/').map_or((name.as_str(), ""), |plain| (plain, "/"));
         format!("<a href=\"{}{end}\">{}</a>\n", percent_encode(plain), escape(name))

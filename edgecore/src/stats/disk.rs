@@ -18,6 +18,7 @@ use skerry_proto::cri;
 use crate::kubelet::dirs::{PodDirs, is_plain_name};
 use crate::kubelet::node::Disk;
 use crate::kubelet::volumes::tree;
+use crate::order;
 
 /// Most files that are looked at in one volume.
 const PER_VOLUME: usize = 20_000;
@@ -192,7 +193,7 @@ fn subdirectories(dir: &Path) -> Vec<PathBuf> {
             && entry.file_name().to_str().is_some_and(|name| is_plain_name(&name.replace('~', "-")))
     };
     let mut found: Vec<PathBuf> = entries.filter(is_ours).map(|entry| entry.path()).collect();
-    found.sort_unstable();
+    order::sort(&mut found);
     found
 }
 

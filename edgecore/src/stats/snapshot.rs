@@ -87,7 +87,7 @@ impl Snapshot {
             .iter()
             .flat_map(|pod| std::iter::once(&pod.usage).chain(pod.containers.iter().map(|container| &container.usage)));
         let usages = [&self.node, &self.all_pods].into_iter().chain(pods);
-        usages.flat_map(|usage| &usage.io).map(|io| io.device.clone()).collect()
+        order::set(usages.flat_map(|usage| &usage.io).map(|io| io.device.clone()))
     }
 }
 

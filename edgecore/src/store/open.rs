@@ -289,7 +289,7 @@ fn set_aside(data_dir: &Path, path: &Path, now: Timestamp) -> Result<PathBuf, Er
             name.starts_with(DAMAGED) && !name.ends_with("-wal") && !name.ends_with("-shm")
         })
         .collect();
-    order::sort_by(&mut old, Ord::cmp);
+    order::sort(&mut old);
     for path in old.iter().take(old.len().saturating_sub(KEPT)) {
         for suffix in ["", "-wal", "-shm"] {
             let mut name = path.as_os_str().to_owned();

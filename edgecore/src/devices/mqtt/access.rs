@@ -100,7 +100,7 @@ pub(super) fn users(passwords: &str) -> Vec<String> {
         .filter(|user| is_user(user))
         .map(str::to_owned)
         .collect();
-    order::sort_by(&mut users, Ord::cmp);
+    order::sort(&mut users);
     users.dedup();
     users
 }

@@ -49,7 +49,7 @@ pub(super) fn extras<'a>(metadata: impl Iterator<Item = (&'a String, &'a String)
             extras.push((key.as_str().into(), value.as_str().into()));
         }
     }
-    order::sort_by(&mut extras, Ord::cmp);
+    order::sort(&mut extras);
     (!extras.is_empty()).then(|| extras.into())
 }
 

@@ -163,7 +163,7 @@ pub fn addresses() -> Vec<IpAddr> {
         };
         found.push((rank, ip.is_ipv6(), ip));
     }
-    order::sort_by(&mut found, Ord::cmp);
+    order::sort(&mut found);
     // Of other interfaces only when the one with the default route has none.
     let best = found.first().map(|(rank, ..)| *rank);
     found.retain(|(rank, ..)| Some(*rank) == best);

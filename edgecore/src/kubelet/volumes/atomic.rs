@@ -18,6 +18,7 @@ use thiserror::Error;
 
 use super::{fs_group, tree};
 use crate::kubelet::dirs::{At, PathError};
+use crate::order;
 
 const DATA: &str = "..data";
 const DATA_NEW: &str = "..data_tmp";
@@ -82,7 +83,7 @@ impl AtomicWriter<'_> {
             done("switch").at("replace", &data)?;
             current = Some(fresh);
         }
-        let visible: BTreeSet<&str> = payload.keys().filter_map(|path| path.split('/').next()).collect();
+        let visible: BTreeSet<&str> = order::set(payload.keys().filter_map(|path| path.split('/').next()));
         for name in &visible {
             self.show(name, done)?;
         }

@@ -34,6 +34,8 @@ use super::references::{NodeFacts, References};
 use atomic::{AtomicWriter, Payload};
 pub use error::{Reason, VolumeError};
 use projected::Sources;
+
+use crate::order;
 pub use tear_down::TearDownError;
 
 /// The volumes below one kubelet root.
@@ -298,7 +300,7 @@ fn nested_mount_points(pod: &Pod, volume: &str) -> BTreeSet<PathBuf> {
                 .filter(|path| !path.as_os_str().is_empty() && !path.to_string_lossy().starts_with(".."))
                 .collect();
             // What lies inside another nested mount is that one's matter.
-            inside.sort_unstable();
+            order::sort(&mut inside);
             let mut kept: Vec<PathBuf> = Vec::new();
             for path in inside {
                 if !kept.iter().any(|outer| path.starts_with(outer)) {
@@ -330,7 +332,7 @@ fn used_volumes(pod: &Pod) -> BTreeSet<&str> {
     let mounted = all_mounts(pod).flatten().map(|mount| mount.name.as_str());
     let containers = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten().chain(&spec.containers));
     let devices = containers.flat_map(|container| container.volume_devices.iter().flatten());
-    mounted.chain(devices.map(|device| device.name.as_str())).collect()
+    order::set(mounted.chain(devices.map(|device| device.name.as_str())))
 }
 
 fn fs_group_of(pod: &Pod) -> Option<u32> {

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use super::{mountinfo, tree};
 use crate::kubelet::dirs::{At, PathError, make_dirs};
+use crate::order;
 
 const LINKS_MAX: usize = 40;
 
@@ -78,7 +79,7 @@ pub(crate) fn expand(text: &str, env: &[(String, String)]) -> Result<String, Sub
         }
     }
     if !missing.is_empty() {
-        missing.sort_unstable();
+        order::sort(&mut missing);
         missing.dedup();
         return Err(SubPathError::MissingValue(missing));
     }
