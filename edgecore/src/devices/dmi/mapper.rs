@@ -89,12 +89,9 @@ impl Links {
         self.with(|links| links.get(&id)?.client.clone())
     }
 
-    /// The one mapper of a process, if it has one.
-    pub(super) fn of_process(&self, pid: i32) -> Option<MapperId> {
-        self.with(|links| {
-            let mut of = links.iter().filter(|(_, link)| link.pid == Some(pid)).map(|(id, _)| *id);
-            of.next().filter(|_| of.next().is_none())
-        })
+    /// The mappers of a process.
+    pub(super) fn of_process(&self, pid: i32) -> Vec<MapperId> {
+        self.with(|links| links.iter().filter(|(_, link)| link.pid == Some(pid)).map(|(id, _)| *id).collect())
     }
 }
 

@@ -185,8 +185,8 @@ struct Service {
 }
 
 impl Service {
-    fn reporter(&self) -> Option<MapperId> {
-        self.devices.0.links.of_process(self.pid?)
+    fn reporters(&self) -> Vec<MapperId> {
+        self.pid.map(|pid| self.devices.0.links.of_process(pid)).unwrap_or_default()
     }
 }
 
@@ -232,8 +232,8 @@ impl DeviceManagerService for Service {
         let said = request.into_inner();
         let key = key(said.device_namespace, &said.device_name);
         let twins = said.reported_device.unwrap_or_default().twins;
-        let reporter = self.reporter();
-        let taken = self.hear(|of, now| of.report_values(&key, reporter, &twins, now));
+        let reporters = self.reporters();
+        let taken = self.hear(|of, now| of.report_values(&key, &reporters, &twins, now));
         taken.map_err(|refused| self.refuse(&key, &refused))?;
         Ok(Response::new(ReportDeviceStatusResponse {}))
     }
@@ -244,8 +244,8 @@ impl DeviceManagerService for Service {
     ) -> Result<Response<ReportDeviceStatesResponse>, Status> {
         let said = request.into_inner();
         let key = key(said.device_namespace, &said.device_name);
-        let reporter = self.reporter();
-        let taken = self.hear(|of, now| of.report_state(&key, reporter, &said.state, now));
+        let reporters = self.reporters();
+        let taken = self.hear(|of, now| of.report_state(&key, &reporters, &said.state, now));
         taken.map_err(|refused| self.refuse(&key, &refused))?;
         Ok(Response::new(ReportDeviceStatesResponse {}))
     }
@@ -258,10 +258,10 @@ impl DeviceReportService for Service {
         if said.len() > MAX_DEVICES {
             return Err(Status::resource_exhausted(format!("one call may speak of {MAX_DEVICES} devices")));
         }
-        let reporter = self.reporter();
+        let reporters = self.reporters();
         let mut refusals = Vec::new();
         for (said, first) in said.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
-            let taken = self.take(said, reporter);
+            let taken = self.take(said, &reporters);
             let refused = (first..).zip(taken).filter_map(|(device, refused)| Some((device, refused?)));
             refusals.extend(refused.map(|(device, (key, refused))| {
                 let status = self.refuse(&key, &refused);
@@ -276,17 +276,17 @@ impl DeviceReportService for Service {
 
 impl Service {
     /// Takes what some devices say; of each why something was refused.
-    fn take(&self, said: &[DeviceReport], reporter: Option<MapperId>) -> Vec<Option<(String, Refused)>> {
+    fn take(&self, said: &[DeviceReport], reporters: &[MapperId]) -> Vec<Option<(String, Refused)>> {
         self.hear(|twins, now| {
             let taken = said.iter().map(|said| {
                 let key = key(said.device_namespace.clone(), &said.device_name);
                 let values = match &*said.properties {
                     [] => Ok(()),
-                    of => twins.report_values(&key, reporter, of, now),
+                    of => twins.report_values(&key, reporters, of, now),
                 };
                 let state = match &*said.state {
                     "" => Ok(()),
-                    state => twins.report_state(&key, reporter, state, now),
+                    state => twins.report_state(&key, reporters, state, now),
                 };
                 values.and(state).err().map(|refused| (key, refused))
             });

@@ -43,8 +43,8 @@ proptest! {
             .into_iter()
             .map(|(property_name, reported, observed_desired)| Twin { property_name, reported, observed_desired })
             .collect();
-        let _ = twins.report_values(&key, None, &said, NOW);
-        let _ = twins.report_state(&key, Some(7), &state, NOW);
+        let _ = twins.report_values(&key, &[], &said, NOW);
+        let _ = twins.report_state(&key, &[7], &state, NOW);
         twins.tick(NOW);
         while let Some(due) = twins.take_report(NOW) {
             let text = serde_json::to_string(&due.report).unwrap();
@@ -61,10 +61,10 @@ proptest! {
     #[test]
     fn any_bytes_are_a_message_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         if let Ok(said) = ReportDeviceStatusRequest::decode(&bytes[..]) {
-            let _ = twins().report_values("n/d", None, &said.reported_device.unwrap_or_default().twins, NOW);
+            let _ = twins().report_values("n/d", &[], &said.reported_device.unwrap_or_default().twins, NOW);
         }
         for said in ReportRequest::decode(&bytes[..]).map(|said| said.devices).unwrap_or_default() {
-            let _ = twins().report_values("n/d", None, &said.properties, NOW);
+            let _ = twins().report_values("n/d", &[], &said.properties, NOW);
         }
         let _ = serde_json::from_slice::<Note>(&bytes);
     }

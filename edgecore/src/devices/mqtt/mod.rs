@@ -178,7 +178,7 @@ impl Devices {
 
     /// What a device says of itself, without a mapper.
     fn said(&self, device: &str, said: &[dmi::Twin]) -> Result<(), Refused> {
-        let taken = self.with(|twins, now| twins.report_values(device, None, said, now));
+        let taken = self.with(|twins, now| twins.report_values(device, &[], said, now));
         // It may be the first that is heard of any device: nobody looks at those before.
         self.0.work.notify_one();
         taken
@@ -186,7 +186,7 @@ impl Devices {
 
     /// The same of its state.
     fn said_state(&self, device: &str, state: &str) -> Result<(), Refused> {
-        let taken = self.with(|twins, now| twins.report_state(device, None, state, now));
+        let taken = self.with(|twins, now| twins.report_state(device, &[], state, now));
         self.0.work.notify_one();
         taken
     }

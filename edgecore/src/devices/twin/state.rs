@@ -229,24 +229,24 @@ impl Twins {
     pub(crate) fn report_values<'a, T>(
         &mut self,
         key: &str,
-        reporter: Option<MapperId>,
+        reporters: &[MapperId],
         said: &'a [T],
         now: Now,
     ) -> Result<(), Refused>
     where
         Said<'a>: From<&'a T>,
     {
-        self.take_values(key, reporter, &mut said.iter().map(Said::from), now)
+        self.take_values(key, reporters, &mut said.iter().map(Said::from), now)
     }
 
     fn take_values(
         &mut self,
         key: &str,
-        reporter: Option<MapperId>,
+        reporters: &[MapperId],
         said: &mut dyn Iterator<Item = Said<'_>>,
         now: Now,
     ) -> Result<(), Refused> {
-        let slot = self.reported_by(key, reporter, now)?;
+        let slot = self.reported_by(key, reporters, now)?;
         let (watched, mut room) = (self.watched, MAX_VALUES.saturating_sub(self.bytes));
         let Some(device) = self.devices.get_mut(slot as usize).and_then(Option::as_deref_mut) else {
             return Err(Refused::NoDevice);
@@ -364,11 +364,11 @@ impl Twins {
     pub(crate) fn report_state(
         &mut self,
         key: &str,
-        reporter: Option<MapperId>,
+        reporters: &[MapperId],
         said: &str,
         now: Now,
     ) -> Result<(), Refused> {
-        let slot = self.reported_by(key, reporter, now)?;
+        let slot = self.reported_by(key, reporters, now)?;
         let Some(state) = State::parse(said.trim()) else {
             let said: String = said.chars().take(32).collect();
             let known = "online, ok, offline, unhealthy, unknown and disconnected";
@@ -388,8 +388,8 @@ impl Twins {
         Ok(())
     }
 
-    /// The device, if whoever reports of it may.
-    fn reported_by(&mut self, key: &str, reporter: Option<MapperId>, now: Now) -> Result<u32, Refused> {
+    /// The device, if whoever reports of it may: one of these mappers, or a process of which none is known.
+    fn reported_by(&mut self, key: &str, reporters: &[MapperId], now: Now) -> Result<u32, Refused> {
         let slot = self.by_key.get(key).copied();
         let Some((slot, device)) = slot.and_then(|slot| Some((slot, self.get(slot)?))) else {
             self.counters.refused += 1;
@@ -397,15 +397,17 @@ impl Twins {
         };
         let refused = if device.shape.is_none() {
             Refused::Value(device.trouble.as_deref().unwrap_or("its device model is missing").to_owned())
-        } else if reporter.is_some() && device.owner != reporter {
+        } else if !reporters.is_empty() && !device.owner.is_some_and(|owner| reporters.contains(&owner)) {
             Refused::NotYours
         } else {
             return Ok(slot);
         };
         let of = Arc::clone(&device.key);
         self.counters.refused += 1;
-        if let (Refused::NotYours, Some(reporter)) = (&refused, reporter) {
-            self.drop_by(reporter, of, now);
+        if refused == Refused::NotYours {
+            for reporter in reporters {
+                self.drop_by(*reporter, Arc::clone(&of), now);
+            }
         }
         Err(refused)
     }

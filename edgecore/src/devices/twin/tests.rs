@@ -139,7 +139,7 @@ impl World {
             10 if self.one_in(4) => self.restart(),
             11 => {
                 let key = self.key();
-                let _ = self.twins.report_values(&key, None, &values(&[("t", "20"), ("on", "true")]), self.now);
+                let _ = self.twins.report_values(&key, &[], &values(&[("t", "20"), ("on", "true")]), self.now);
                 self.twins.tick(self.now);
             }
             _ => self.calls(true),
@@ -331,7 +331,8 @@ impl World {
             // Mappers go on about what they hold.
             for process in self.mappers.values() {
                 for key in process.holds.keys() {
-                    let said = self.twins.report_values(key, process.connected, &values(&[("t", "20")]), self.now);
+                    let said =
+                        self.twins.report_values(key, process.connected.as_slice(), &values(&[("t", "20")]), self.now);
                     if said == Err(Refused::NoDevice) {
                         self.twins.stranger(key, self.now);
                     }
@@ -421,14 +422,14 @@ fn values_that_cannot_be_are_refused_and_the_rest_is_taken() {
         ("note", &long),
         ("on", "true"),
     ]);
-    let refused = twins.report_values("ns/d", None, &said, START).unwrap_err();
+    let refused = twins.report_values("ns/d", &[], &said, START).unwrap_err();
     assert_eq!(refused.to_string(), "t is \"warm\", which is not a number");
     let twin = twins.twin("ns/d", START).unwrap();
     let value = |at: usize| twin.properties[at].reported.as_ref().map(|of| of.value.as_str());
     assert_eq!((value(0), value(1), value(2)), (Some("21.5"), Some("true"), None));
     assert_eq!((twin.refused, twins.counters.values), (5, 2));
-    assert!(twins.report_state("ns/d", None, "asleep", START).is_err());
-    assert_eq!(twins.report_values("ns/x", None, &said, START), Err(Refused::NoDevice));
+    assert!(twins.report_state("ns/d", &[], "asleep", START).is_err());
+    assert_eq!(twins.report_values("ns/x", &[], &said, START), Err(Refused::NoDevice));
     for (property, value) in [("on", "true"), ("t", "-1"), ("t", "NaN"), ("none", "1")] {
         assert!(twins.write("ns/d", property, value, "cli", START).is_err(), "{property} {value}");
     }
@@ -442,7 +443,7 @@ fn times_that_cannot_be_are_put_right_and_counted() {
         let mut said = values(&[("t", "21")]);
         let reported = said[0].reported.as_mut().unwrap();
         reported.metadata = at.map(|at| ("timestamp".to_owned(), at.to_string())).into_iter().collect();
-        twins.report_values("ns/d", None, &said, now).unwrap();
+        twins.report_values("ns/d", &[], &said, now).unwrap();
         let twin = twins.twin("ns/d", now).unwrap();
         let at = twin.properties[0].reported.as_ref().unwrap().timestamp;
         (at - START.wall, twins.counters.corrected, twin.message.is_some())
@@ -470,7 +471,7 @@ fn what_a_mapper_reports_changes_nothing_that_mappers_are_told() {
     assert_eq!(calls, [1, 0, 0, 1]);
     for n in 0..1000 {
         let value = format!("{}", n % 50);
-        twins.report_values("ns/d", Some(id), &values(&[("t", &value)]), START.after(n)).unwrap();
+        twins.report_values("ns/d", &[id], &values(&[("t", &value)]), START.after(n)).unwrap();
         assert!(twins.next_call(id, START.after(n)).is_none());
     }
     // Several changes, while it is busy, are one call with what is wanted last.
@@ -484,21 +485,27 @@ fn what_a_mapper_reports_changes_nothing_that_mappers_are_told() {
     twins.called(id, &call, Outcome::Done, START.after(1000));
     assert!(twins.next_call(id, START.after(1000)).is_none());
     // It is what the cloud is told, too.
-    twins.report_values("ns/d", Some(id), &values(&[("t", "2.9")]), START.after(1001)).unwrap();
+    twins.report_values("ns/d", &[id], &values(&[("t", "2.9")]), START.after(1001)).unwrap();
     let due = twins.take_report(START.after(1001)).unwrap();
     let observed = due.report.status.twins[0].observed_desired.clone().unwrap();
     assert_eq!((observed.value.as_str(), observed.metadata["origin"].as_str()), ("3", "mqtt"));
     // Another process does not speak for it.
     let other = MapperInfo { protocol: "opcua".to_owned(), address: "/b".to_owned(), ..MapperInfo::default() };
     let other = twins.register(other, START);
-    assert_eq!(twins.report_values("ns/d", Some(other), &values(&[("t", "1")]), START), Err(Refused::NotYours));
+    assert_eq!(twins.report_values("ns/d", &[other], &values(&[("t", "1")]), START), Err(Refused::NotYours));
+    // One process may be two mappers.
+    let third = MapperInfo { protocol: "http".to_owned(), address: "/c".to_owned(), ..MapperInfo::default() };
+    let third = twins.register(third, START);
+    let both = twins.report_values("ns/d", &[other, third], &values(&[("t", "1")]), START);
+    assert_eq!(both, Err(Refused::NotYours));
+    twins.report_values("ns/d", &[other, id], &values(&[("t", "1")]), START).unwrap();
 }
 
 #[test]
 fn the_cloud_is_told_first_values_at_once_then_news_by_the_cycle_and_the_pace() {
     let mut twins = one();
     let say =
-        |twins: &mut Twins, value: &str, now| twins.report_values("ns/d", None, &values(&[("t", value)]), now).unwrap();
+        |twins: &mut Twins, value: &str, now| twins.report_values("ns/d", &[], &values(&[("t", value)]), now).unwrap();
     let told = |twins: &mut Twins, now| {
         let due = twins.take_report(now)?;
         Some(due.report.status.twins[0].reported.clone().unwrap().value)
@@ -521,7 +528,7 @@ fn the_cloud_is_told_first_values_at_once_then_news_by_the_cycle_and_the_pace() 
     let now = START.after(100);
     for n in 0..12 {
         twins.device(&format!("ns/e{n:02}"), &format!("e{n:02}"), spec("modbus", None), now);
-        twins.report_values(&format!("ns/e{n:02}"), None, &values(&[("t", "1")]), now).unwrap();
+        twins.report_values(&format!("ns/e{n:02}"), &[], &values(&[("t", "1")]), now).unwrap();
     }
     let mut names = Vec::new();
     for second in 0..4 {
@@ -548,29 +555,29 @@ fn a_state_is_shown_at_once_and_one_that_flaps_when_it_stays() {
         twins.twin("ns/d", now).unwrap().state
     };
     assert_eq!(state(&mut twins, START), State::Unknown);
-    twins.report_values("ns/d", None, &values(&[("t", "1")]), START).unwrap();
+    twins.report_values("ns/d", &[], &values(&[("t", "1")]), START).unwrap();
     assert_eq!(state(&mut twins, START), State::Online);
     for second in 1..9 {
         let word = if second % 2 == 0 { "online" } else { "OFFLINE" };
-        twins.report_state("ns/d", None, word, START.after(second)).unwrap();
+        twins.report_state("ns/d", &[], word, START.after(second)).unwrap();
         assert_eq!(state(&mut twins, START.after(second)), State::Online);
     }
-    twins.report_state("ns/d", None, "offline", START.after(9)).unwrap();
+    twins.report_state("ns/d", &[], "offline", START.after(9)).unwrap();
     assert_eq!(state(&mut twins, START.after(9)), State::Online);
     assert_eq!(state(&mut twins, START.after(10)), State::Offline);
     // Its mapper goes, or says nothing: nobody knows.
-    twins.report_state("ns/d", None, "online", START.after(30)).unwrap();
+    twins.report_state("ns/d", &[], "online", START.after(30)).unwrap();
     twins.connected(id, false, START.after(31));
     assert_eq!(state(&mut twins, START.after(32)), State::Online);
     assert_eq!(state(&mut twins, START.after(40)), State::Unknown);
     twins.connected(id, true, START.after(41));
-    twins.report_state("ns/d", None, "ok", START.after(60)).unwrap();
+    twins.report_state("ns/d", &[], "ok", START.after(60)).unwrap();
     // What has not changed is said again once in a report cycle of a minute.
     assert_eq!(state(&mut twins, START.after(179)), State::Ok);
     assert_eq!(state(&mut twins, START.after(181)), State::Unknown);
     assert_eq!(twins.twin("ns/d", START).unwrap().last_seen, Some(START.after(60).wall));
     // A value shows that it is as it was said to be.
-    twins.report_values("ns/d", None, &values(&[("t", "1")]), START.after(200)).unwrap();
+    twins.report_values("ns/d", &[], &values(&[("t", "1")]), START.after(200)).unwrap();
     assert_eq!(state(&mut twins, START.after(200)), State::Ok);
 }
 
@@ -651,7 +658,7 @@ fn devices_weigh() {
     let begin = cpu();
     for said in &said {
         for key in &keys {
-            twins.report_values(key, None, said, START).unwrap();
+            twins.report_values(key, &[], said, START).unwrap();
         }
     }
     let each = (cpu() - begin) / 1_000_000;
