@@ -197,6 +197,9 @@ pub(super) fn json() -> Vec<Vec<u8>> {
         r#"{"node":"n","csr":"PEM","machine_id":"m","labels":{"a":"b"},"time":1700000000}"#,
         r#"{"certificate":"PEM","ca":"PEM","time":1700000000}"#,
         r#"{"reason":"token_expired","message":"é\u0000\ud83d\ude00"}"#,
+        r#"{"status":{"state":"online","twins":[{"propertyName":"t","reported":{"value":"1","metadata":{"timestamp":"1700000000"}}}]}}"#,
+        r#"{"nodeName":"n","deviceModelRef":{"name":"m"},"protocol":{"protocolName":"modbus","configData":{"unit":1,"addr":"[::1]:502"}},"properties":[{"name":"t","desired":{"value":"2"},"reportCycle":1000,"visitors":{"protocolName":"modbus","configData":{"offset":2,"scale":0.1}}}],"methods":[{"name":"go","propertyNames":["t"]}]}"#,
+        r#"{"protocol":"modbus","properties":[{"name":"t","type":"FLOAT","accessMode":"ReadWrite","minimum":"-40","maximum":"85","unit":"°C"}]}"#,
         r#"{"status":1e400,"deep":[[[[[[[[[[{"a":{"a":{"a":-0.0}}}]]]]]]]]]]}"#,
     ];
     texts.into_iter().map(|text| text.as_bytes().to_vec()).collect()

@@ -9,6 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::alloc::peak;
 use super::corpus;
 use crate::delta;
+use crate::device::{DeviceModelSpec, DeviceReport, DeviceSpec};
 use crate::frame;
 use crate::mqtt;
 use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_STREAMS, Mux, Side};
@@ -195,6 +196,9 @@ pub(super) fn json(bytes: &[u8]) {
     read::<JoinRequest>(bytes);
     read::<JoinResponse>(bytes);
     read::<Refusal>(bytes);
+    read::<DeviceReport>(bytes);
+    read::<DeviceSpec>(bytes);
+    read::<DeviceModelSpec>(bytes);
 }
 
 pub(super) fn token(bytes: &[u8]) {
