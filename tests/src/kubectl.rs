@@ -1,7 +1,6 @@
 //! kubectl, called as a user calls it.
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,19 +19,27 @@ pub struct Kubectl {
     kubeconfig: PathBuf,
     cache: PathBuf,
     namespace: Option<String>,
+    websockets: Option<&'static str>,
 }
 
 impl Kubectl {
     /// A kubectl that uses this kubeconfig and keeps its discovery cache in `dir`.
     pub fn new(kubeconfig: &Path, dir: &Path) -> Result<Self> {
         let program = linked(dir, "kubectl")?;
-        Ok(Self { program, kubeconfig: kubeconfig.to_owned(), cache: dir.join("kubectl-cache"), namespace: None })
+        let cache = dir.join("kubectl-cache");
+        Ok(Self { program, kubeconfig: kubeconfig.to_owned(), cache, namespace: None, websockets: None })
     }
 
     /// The same in a namespace.
     #[must_use]
     pub fn in_namespace(&self, namespace: &str) -> Self {
         Self { namespace: Some(namespace.to_owned()), ..self.clone() }
+    }
+
+    /// The same that is told whether to speak WebSockets (`true`) or SPDY alone (`false`); untold, it is WebSockets first.
+    #[must_use]
+    pub fn websockets(&self, whether: &'static str) -> Self {
+        Self { websockets: Some(whether), ..self.clone() }
     }
 
     /// The namespace it works in.
@@ -136,28 +143,16 @@ impl Kubectl {
     }
 
     fn feed(&self, arguments: &[&str], input: &str) -> Result<String> {
-        let mut child = self
-            .command()
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot start kubectl")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(input.as_bytes())?;
+        let done = self.pipe(arguments, input.as_bytes())?;
+        if done.code != Some(0) {
+            bail!("kubectl {} failed: {}", arguments.join(" "), done.errors.trim());
         }
-        let output = child.wait_with_output()?;
-        if !output.status.success() {
-            bail!("kubectl {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        Ok(String::from_utf8_lossy(&done.output).into_owned())
     }
 
-    /// Runs it with this input, as [`process::pipe`] does. `dialect` is what KUBECTL_REMOTE_COMMAND_WEBSOCKETS is set to.
-    pub fn pipe(&self, arguments: &[&str], input: &[u8], dialect: &str) -> Result<Piped> {
-        let mut command = self.command();
-        process::pipe(command.args(arguments).env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", dialect), input)
+    /// Runs it with this input, as [`process::pipe`] does.
+    pub fn pipe(&self, arguments: &[&str], input: &[u8]) -> Result<Piped> {
+        process::pipe(self.command().args(arguments), input)
     }
 
     /// The command, to be given arguments.
@@ -166,6 +161,9 @@ impl Kubectl {
         command.arg("--kubeconfig").arg(&self.kubeconfig).arg("--cache-dir").arg(&self.cache);
         if let Some(namespace) = &self.namespace {
             command.args(["-n", namespace]);
+        }
+        if let Some(whether) = self.websockets {
+            command.env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", whether).env("KUBECTL_PORT_FORWARD_WEBSOCKETS", whether);
         }
         command
     }
@@ -180,6 +178,11 @@ pub fn linked(dir: &Path, name: &str) -> Result<PathBuf> {
         symlink(paths::cached_binary("kube")?, &link)?;
     }
     Ok(link)
+}
+
+/// The port at which a node's kubelet is to be asked, if its Node tells one.
+pub fn kubelet_port(node: &Value) -> Option<u16> {
+    node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64()?.try_into().ok()
 }
 
 /// Whether a pod's Ready condition is true.

@@ -18,7 +18,7 @@ fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
     alone("nodedelete", Setup::default(), |world| {
         let node = world.edge.name().to_owned();
         world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
-        let port = u16::try_from(world.port()?)?;
+        let port = world.port()?;
         world.admin().delete("node", &node)?;
         until("its pods to be wound down", 60, || Ok(world.running()?.is_empty()))?;
         until("its port to be closed", 30, || Ok(TcpStream::connect(("127.0.0.1", port)).is_err()))?;

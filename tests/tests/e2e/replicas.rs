@@ -9,7 +9,7 @@ use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::relay::Relay;
 use skerry_tests::wait::until;
 
-use crate::world::{control, story};
+use crate::world::{World, control, story};
 
 #[test]
 fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result<()> {
@@ -40,6 +40,7 @@ fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result
             ensure!(sessions(&second)? == 1.0, "the node is not at the second replica");
             ensure!(world.session()?.1 > first_session, "the epoch did not rise");
             ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+            is_operated(world)?;
 
             // What is done now is done once, and by the second.
             world.kubectl.apply(&sleeper("three", &node, false).to_string())?;
@@ -59,6 +60,7 @@ fn a_node_that_comes_to_another_replica_goes_on_and_leaves_the_first() -> Result
             world.wait_connected()?;
             until("the second replica to let go", 10, || Ok(sessions(&second)? == 0.0))?;
             ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
+            is_operated(world)?;
         }
         Ok(())
     })
@@ -139,6 +141,14 @@ fn a_replica_that_lags_takes_nothing_back() -> Result<()> {
         world.relay.retarget(world.cloud.address());
         world.relay.reset();
         until("the session to be where it was", 30, || Ok(sessions(&world.cloud)? == 1.0 && world.is_connected()?))
+    })
+}
+
+/// kubectl gets at the node's pods, wherever its session is: the Node tells the port of the replica that has it.
+fn is_operated(world: &World) -> Result<()> {
+    until("kubectl to get at a pod again", 20, || {
+        let said = world.kubectl.output(&["exec", "one", "--", "echo", "here"])?;
+        Ok(said.success && said.stdout == "here\n")
     })
 }
 

@@ -12,7 +12,7 @@ use skerry_tests::cloudcore::Cloudcore;
 use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::edge::Edge;
 use skerry_tests::fault::FaultProxy;
-use skerry_tests::kubectl::{Kubectl, is_ready};
+use skerry_tests::kubectl::{Kubectl, is_ready, kubelet_port};
 use skerry_tests::paths::RunDir;
 use skerry_tests::process::{self, Output};
 use skerry_tests::relay::Relay;
@@ -148,9 +148,8 @@ impl World {
     }
 
     /// Where the cluster reaches the node's kubelet.
-    pub(crate) fn port(&self) -> Result<u64> {
-        let port = &self.node()?["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"];
-        port.as_u64().context("the Node names no port")
+    pub(crate) fn port(&self) -> Result<u16> {
+        kubelet_port(&self.node()?).context("the Node names no port")
     }
 
     /// kubectl straight at that port: through its proxy the apiserver refuses loopback addresses.

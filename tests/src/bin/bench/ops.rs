@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use skerry_tests::kubectl::is_ready;
+use skerry_tests::kubectl::{is_ready, kubelet_port};
 use skerry_tests::manifests::{GRACE, container};
 use skerry_tests::pki::Pair;
 
@@ -157,7 +157,7 @@ fn scrapes(bench: &Bench, scraper: &Pair) -> Result<()> {
     bench.apply_many()?;
     sleep(SETTLE);
     let node = bench.kubectl.get("node", bench.name)?;
-    let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64().context("no port")?;
+    let port = kubelet_port(&node).context("no port")?;
     let addresses = node["status"]["addresses"].as_array().context("no addresses")?;
     let internal = addresses.iter().find(|address| address["type"] == "InternalIP").context("no internal address")?;
     let host = internal["address"].as_str().context("no internal address")?;

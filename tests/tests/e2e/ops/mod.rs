@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
@@ -27,6 +26,8 @@ mod monitoring;
 mod offline;
 mod soak;
 
+type Verb = fn(&World, &Kubectl) -> Result<()>;
+
 /// What kubectl speaks: WebSockets first, or only SPDY.
 const DIALECTS: [&str; 2] = ["true", "false"];
 
@@ -49,13 +50,21 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     crash_once(world)?;
     logs(&kubectl)?;
     for dialect in DIALECTS {
-        execs(&kubectl, dialect).with_context(|| format!("exec with KUBECTL_REMOTE_COMMAND_WEBSOCKETS={dialect}"))?;
-        forwards(&kubectl, dialect).with_context(|| format!("port-forward with {dialect}"))?;
+        let kubectl = kubectl.websockets(dialect);
+        let sessions: [(_, Verb); 6] = [
+            ("exec", execs),
+            ("port-forward", forwards),
+            ("cp", copies),
+            ("attach", attaches),
+            ("exec -it", shells),
+            ("debug", debugs),
+        ];
+        for (verb, works) in sessions {
+            works(world, &kubectl).with_context(|| format!("{verb}, KUBECTL_…_WEBSOCKETS={dialect}"))?;
+        }
+        kubectl.run(&["delete", "pod", "ops"])?;
+        start_pod(world)?;
     }
-    copies(&kubectl, world.dir())?;
-    attaches(&kubectl)?;
-    terminal(&kubectl)?;
-    debugs(&kubectl)?;
     pages(world)?;
     eventually("the log of a container before its crash", 60, || {
         let before = kubectl.output(&["logs", "crashed", "--previous"])?;
@@ -117,9 +126,9 @@ fn logs(kubectl: &Kubectl) -> Result<()> {
     Ok(())
 }
 
-fn execs(kubectl: &Kubectl, dialect: &str) -> Result<()> {
+fn execs(_: &World, kubectl: &Kubectl) -> Result<()> {
     let run = |arguments: &[&str], input: &[u8]| -> Result<Piped> {
-        kubectl.pipe(&[&["exec", "-i", "ops", "-c", "box", "--"], arguments].concat(), input, dialect)
+        kubectl.pipe(&[&["exec", "-i", "ops", "-c", "box", "--"], arguments].concat(), input)
     };
     ensure!(run(&["true"], b"")?.code == Some(0));
     ensure!(run(&["sh", "-c", "exit 7"], b"")?.code == Some(7), "the exit code is lost");
@@ -147,11 +156,9 @@ fn noise(length: usize) -> Vec<u8> {
     noise
 }
 
-fn forwards(kubectl: &Kubectl, dialect: &str) -> Result<()> {
+fn forwards(_: &World, kubectl: &Kubectl) -> Result<()> {
     let port = ports::free()?;
-    let mut command = kubectl.command();
-    command.args(["port-forward", "pod/ops", &format!("{port}:8080")]).env("KUBECTL_PORT_FORWARD_WEBSOCKETS", dialect);
-    forward(&mut command, port)
+    forward(kubectl.command().args(["port-forward", "pod/ops", &format!("{port}:8080")]), port)
 }
 
 /// Twenty connections at once through what this command forwards.
@@ -174,8 +181,8 @@ fn forward(command: &mut Command, port: u16) -> Result<()> {
     served
 }
 
-fn copies(kubectl: &Kubectl, dir: &Path) -> Result<()> {
-    let (there, back) = (dir.join("there"), dir.join("back"));
+fn copies(world: &World, kubectl: &Kubectl) -> Result<()> {
+    let (there, back) = (world.dir().join("there"), world.dir().join("back"));
     fs::create_dir_all(there.join("deep/er"))?;
     fs::write(there.join("a"), b"one\0two")?;
     fs::write(there.join("deep/er/b"), vec![b'x'; 1 << 20])?;
@@ -189,7 +196,7 @@ fn copies(kubectl: &Kubectl, dir: &Path) -> Result<()> {
 }
 
 /// What goes in by attach comes out there, and in a log that is followed.
-fn attaches(kubectl: &Kubectl) -> Result<()> {
+fn attaches(_: &World, kubectl: &Kubectl) -> Result<()> {
     let mut follow = kubectl.stream(&["logs", "-f", "ops", "-c", "echo"])?;
     let followed = (|| {
         attach(kubectl.command().args(["attach", "-i", "ops", "-c", "echo"]))?;
@@ -216,15 +223,21 @@ fn attach(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// A shell at a terminal, whose window becomes larger.
-fn terminal(kubectl: &Kubectl) -> Result<()> {
+fn shells(_: &World, kubectl: &Kubectl) -> Result<()> {
+    let code = terminal(kubectl.command().args(["exec", "-it", "ops", "-c", "box", "--", "sh"]))?;
+    ensure!(code == Some(5), "the shell's exit code came as {code:?}");
+    Ok(())
+}
+
+/// A shell at a terminal, whose window becomes larger, and which ends with 5: what the command that has it ends with.
+fn terminal(kubectl: &mut Command) -> Result<Option<i32>> {
     let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     let OpenptyResult { master, slave } = openpty(&size, None)?;
     let window = nix::unistd::ttyname(&slave)?;
     let mut command = Command::new("setsid");
     // A terminal of its own: who resizes it sends the signal to its foreground.
-    command.args(["--ctty", "--wait"]).arg(kubectl.command().get_program()).args(kubectl.command().get_args());
-    command.args(["exec", "-it", "ops", "-c", "box", "--", "sh"]);
+    command.args(["--ctty", "--wait"]).arg(kubectl.get_program()).args(kubectl.get_args());
+    command.envs(kubectl.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let mut shell =
         command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave).spawn().context("no setsid")?;
     // It holds the other ends of the terminal.
@@ -265,32 +278,19 @@ fn terminal(kubectl: &Kubectl) -> Result<()> {
             ensure!(begin.elapsed() < Duration::from_secs(20), "the shell has ended, and kubectl goes on");
             std::thread::sleep(Duration::from_millis(20));
         }
-        let code = shell.wait()?.code();
-        ensure!(code == Some(5), "the shell's exit code came as {code:?}");
-        Ok(())
+        Ok(shell.wait()?.code())
     })();
     shell.kill().ok();
     shell.wait()?;
     seen
 }
 
-/// An ephemeral container in a pod that runs.
-fn debugs(kubectl: &Kubectl) -> Result<()> {
+/// Ephemeral containers in a pod that runs: one that does something by itself, and one at a terminal.
+fn debugs(_: &World, kubectl: &Kubectl) -> Result<()> {
     let image = format!("--image={BUSYBOX}");
-    kubectl.run(&[
-        "debug",
-        "ops",
-        "-c",
-        "debugger",
-        "--target=box",
-        &image,
-        "--image-pull-policy=IfNotPresent",
-        "--profile=general",
-        "--",
-        "sh",
-        "-c",
-        "echo it looks; exec sleep 1000000",
-    ])?;
+    let debug = ["debug", "ops", "--target=box", &image, "--image-pull-policy=IfNotPresent", "--profile=general"];
+    let script = "echo it looks; exec sleep 1000000";
+    kubectl.run(&[&debug[..], &["-c", "debugger", "--", "sh", "-c", script]].concat())?;
     eventually("the debugger to run", 30, || {
         let said = kubectl.output(&["logs", "ops", "-c", "debugger"])?;
         Ok((said.success && said.stdout == "it looks\n").then_some(()))
@@ -298,7 +298,7 @@ fn debugs(kubectl: &Kubectl) -> Result<()> {
     // It sees the processes of the container that it looks into.
     let seen = kubectl.run(&["exec", "ops", "-c", "debugger", "--", "pidof", "sleep"])?;
     ensure!(seen.split_whitespace().count() == 2, "the debugger sees {seen:?}");
-    Ok(())
+    terminal(kubectl.command().args(debug).args(["-c", "shell", "-it", "--", "sh"])).map(drop)
 }
 
 /// What monitoring reads.

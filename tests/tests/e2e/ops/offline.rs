@@ -67,7 +67,7 @@ fn at_the_box(world: &World) -> Result<()> {
     Ok(())
 }
 
-fn is_reached_at(world: &World, before: u64) -> Result<()> {
+fn is_reached_at(world: &World, before: u16) -> Result<()> {
     until("kubectl to reach the pod", 60, || {
         Ok(world.kubectl.output(&["exec", "ops", "-c", "box", "--", "true"])?.success)
     })?;

@@ -42,7 +42,7 @@ fn a_gibibyte_comes_back_as_it_was() -> Result<()> {
 }
 
 /// Sends so much through `cat`; the hashes of what went and of what came.
-fn there_and_back(world: &World, dialect: &str) -> Result<(Vec<u8>, Vec<u8>)> {
+fn there_and_back(world: &World, dialect: &'static str) -> Result<(Vec<u8>, Vec<u8>)> {
     let mut cat = start(world, &["exec", "-i", "ops", "-c", "box", "--", "cat"], dialect)?;
     let (mut input, mut output) = ends(&mut cat)?;
     std::thread::scope(|scope| {
@@ -178,9 +178,9 @@ fn a_flood_holds_up_neither_the_node_nor_its_objects() -> Result<()> {
     })
 }
 
-fn start(world: &World, arguments: &[&str], dialect: &str) -> Result<Child> {
-    let mut command = world.kubectl.command();
-    command.args(arguments).env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", dialect);
+fn start(world: &World, arguments: &[&str], dialect: &'static str) -> Result<Child> {
+    let mut command = world.kubectl.websockets(dialect).command();
+    command.args(arguments);
     Ok(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?)
 }
 

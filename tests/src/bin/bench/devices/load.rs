@@ -1,5 +1,7 @@
 //! A thousand devices of ten properties, each read once a second, over a narrow line; then faster and faster.
 
+use skerry_tests::kubectl::kubelet_port;
+
 use super::local::between;
 use super::*;
 
@@ -109,7 +111,7 @@ fn stream(bed: &Bed, desire: &mut objects::Desire, undisturbed: Vec<f64>) -> Res
     let up = bed.relay.bytes().0;
     // At the port of the node's kubelet: the apiserver's proxy goes to no loopback address.
     let node = bed.kubectl.get("node", NODE)?;
-    let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64().context("no port")?;
+    let port = kubelet_port(&node).context("no port")?;
     let scraper = bed.control.authority()?.client(&bed.dir, "scraper", "admin", &["system:masters"])?;
     let mut command = Command::new("curl");
     command.args(["-sSfk", "-o", "/dev/null", "--cert"]).arg(&scraper.certificate).arg("--key").arg(&scraper.key);
