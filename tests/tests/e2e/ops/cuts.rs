@@ -93,8 +93,8 @@ fn a_client_that_is_killed_leaves_nothing() -> Result<()> {
             }
             drop(through);
             let killed = Instant::now();
-            until("cloudcore to let go", 5, || Ok(count()? == 0.0))?;
-            until("edgecore to let go", 5, || Ok(descriptors(world)? <= before))?;
+            until("cloudcore to let go", 3, || Ok(count()? == 0.0))?;
+            until("edgecore to let go", 3, || Ok(descriptors(world)? <= before))?;
             eprintln!("nothing is left after {:.1} s, {transport}, {dialect}", killed.elapsed().as_secs_f64());
             wait_over(world, 5, before)?;
         }
