@@ -42,8 +42,6 @@ const COPY_BUFFER: usize = 16 << 10;
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(10);
 /// What a client may have to say yet when the node has ended.
 const LINGER: Duration = Duration::from_secs(5);
-/// How long the node may take to end what a client has hung up on: what has a terminal does not end by itself.
-const HANGUP: Duration = Duration::from_millis(500);
 /// How long a node may take to begin an answer: a little more than its runtime may.
 const HEAD_PATIENCE: Duration = Duration::from_secs(130);
 /// A stream that broke says why at once.
@@ -229,7 +227,7 @@ impl Upgrades {
                     // What the node has said is still to be read; that it takes no more may be because it is done.
                     Err(Broke::Writing(_)) => down.await,
                     // Its streams end one by one; the end of their connection is a client that has hung up.
-                    Ok(()) => tokio::time::timeout(HANGUP, down).await.unwrap_or(Ok(())),
+                    Ok(()) => tokio::time::timeout(LINGER, down).await.unwrap_or(Ok(())),
                 },
             }
         };

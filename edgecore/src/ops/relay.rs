@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader, copy_buf};
 use tokio::net::TcpStream;
+use tokio_util::io::InspectReader;
 
 use super::answer::{Answer, Refusal, empty, whole};
 
@@ -26,6 +28,8 @@ const MAX_REFUSAL: usize = 64 << 10;
 const BUFFER: usize = 16 << 10;
 /// What the asking side has to say yet when the runtime has ended.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long the runtime may be silent when the asking side has hung up: what has a terminal does not end by itself.
+const HANGUP: Duration = Duration::from_millis(500);
 
 /// What comes after the answer to a request that wanted to change the protocol.
 #[derive(Debug)]
@@ -85,15 +89,24 @@ impl Relay {
 }
 
 /// Copies both ways. The end of one direction is passed on, and the other goes on; also when what is said to the process is not taken any
-/// more: how it ended is still to come.
+/// more: how it ended is still to come. Streams end one by one in what both sides speak; the end of the connection is a client that has
+/// hung up, and what has nothing to say to it then is left.
 async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + AsyncWrite) -> io::Result<()> {
     let (from_client, to_client) = tokio::io::split(client);
     let (from_runtime, to_runtime) = tokio::io::split(runtime);
+    let said = AtomicBool::new(false);
+    let from_runtime = InspectReader::new(from_runtime, |_| said.store(true, Ordering::Relaxed));
     let mut up = pin!(pump(from_client, to_runtime));
     let mut down = pin!(told(from_runtime, to_client));
     tokio::select! {
         ended = &mut up => match ended {
-            Ok(()) => down.await,
+            Ok(()) => loop {
+                match tokio::time::timeout(HANGUP, &mut down).await {
+                    Ok(ended) => break ended,
+                    Err(_) if said.swap(false, Ordering::Relaxed) => {}
+                    Err(_) => break Ok(()),
+                }
+            },
             Err(error) => tokio::time::timeout(LINGER, down).await.unwrap_or(Err(error)),
         },
         ended = &mut down => {
@@ -203,6 +216,26 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+
+    #[tokio::test]
+    async fn who_hangs_up_ends_what_says_nothing_and_hears_what_does() {
+        let ((mut asking, client), (runtime, mut process)) = (tokio::io::duplex(64), tokio::io::duplex(64));
+        let asked = async {
+            asking.shutdown().await.unwrap();
+            assert_eq!(process.read(&mut [0; 1]).await.unwrap(), 0, "it is not told");
+            for _ in 0..6 {
+                tokio::time::sleep(HANGUP / 4).await;
+                process.write_all(b"more").await.unwrap();
+            }
+            let mut heard = String::new();
+            asking.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, "more".repeat(6));
+        };
+        let (relayed, ()) = tokio::join!(copy(client, runtime), asked);
+        relayed.unwrap();
+        // It has not ended by itself.
+        assert!(process.write_all(b"x").await.is_err(), "it is still read");
+    }
 
     #[tokio::test]
     async fn what_was_said_before_a_reset_arrives() {
