@@ -84,6 +84,8 @@ struct Stored {
 #[derive(Debug, Default)]
 struct Kept {
     samples: Samples,
+    /// Of the last summary, monotonic: what the samples are of.
+    sampled: Duration,
     /// When the runtime told it, monotonic.
     stored: Option<(Duration, Stored)>,
     /// Of the last request, monotonic.
@@ -104,6 +106,15 @@ impl Turn {
 }
 
 impl Kept {
+    /// Whether a summary that is made now has to begin with samples; those of long ago would give rates of long ago.
+    fn lacks_samples(&mut self, now: Duration) -> bool {
+        if now.saturating_sub(self.sampled) >= KEPT_FOR {
+            self.samples = Samples::default();
+        }
+        self.sampled = now;
+        self.samples.is_empty()
+    }
+
     /// Drops everything if nobody asked for long enough; else says how long that still is.
     fn expire(&mut self, now: Duration) -> Option<Duration> {
         let left = KEPT_FOR.checked_sub(now.saturating_sub(self.asked)).filter(|left| !left.is_zero());
@@ -132,7 +143,7 @@ impl Stats {
         let turn = Turn::of(&self.0.summing).await;
         let (listed, is_whole) = self.listed().await;
         self.remember();
-        if self.0.kept().samples.is_empty() {
+        if self.0.kept().lacks_samples(clock::monotonic()) {
             let first = self.take(listed.clone(), Wanted::cgroups(Depth::Cpu), &turn).await;
             self.0.rate(first);
             tokio::time::sleep(BETWEEN).await;

@@ -218,6 +218,29 @@ async fn the_summary_has_rates_at_once_and_everything_when_asked_for_everything(
 }
 
 #[tokio::test]
+async fn the_runtime_is_asked_for_its_storage_once_for_all_pages_of_a_while() {
+    let bench = Bench::new(2);
+    bench.pod("web").await;
+    let asked = || {
+        let calls = bench.fake.calls();
+        ["ListContainerStats", "ImageFsInfo"].map(|name| calls.iter().filter(|call| call.starts_with(name)).count())
+    };
+    let first = bench.summary(false).await;
+    assert_eq!(asked(), [1, 1]);
+    bench.stats.cadvisor().await;
+    let again = bench.summary(false).await;
+    assert_eq!(asked(), [0, 0]);
+    let layer = |summary: &Value| summary["pods"][0]["containers"][0]["rootfs"]["usedBytes"].clone();
+    assert!(layer(&first).is_u64() && layer(&first) == layer(&again));
+    // As if a while had gone by.
+    if let Some((at, _)) = &mut bench.stats.0.kept().stored {
+        *at = at.checked_sub(STORED_FOR).unwrap_or_default();
+    }
+    bench.summary(false).await;
+    assert_eq!(asked(), [1, 1]);
+}
+
+#[tokio::test]
 async fn cadvisors_page_is_labelled_as_cadvisor_does() {
     for version in [1, 2] {
         let bench = Bench::new(version);
@@ -359,6 +382,11 @@ fn what_is_kept_is_dropped_when_nobody_asks() {
     assert!(!kept.samples.is_empty());
     assert_eq!(kept.expire(asked + KEPT_FOR), None);
     assert!(kept.samples.is_empty() && !kept.expires);
+    // Other pages are asked for all the time, a summary now and then.
+    assert!(kept.lacks_samples(asked));
+    kept.samples.observe("/", Duration::ZERO, 1);
+    assert!(!kept.lacks_samples(asked + Duration::from_secs(299)));
+    assert!(kept.lacks_samples(asked + Duration::from_secs(600)));
 }
 
 #[test]
