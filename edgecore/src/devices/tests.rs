@@ -19,6 +19,7 @@ use skerry_proto::dmi::extensions::device_report_service_client::DeviceReportSer
 use skerry_proto::dmi::extensions::{CallRequest, CallResponse, PropertyReport, ReportRequest, Sample};
 use skerry_proto::dmi::*;
 use skerry_proto::sync::{Collection, Object, Op};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixListener;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -508,7 +509,52 @@ async fn whoever_floods_or_sends_ten_mebibytes_is_refused_and_holds_up_nobody() 
     bed.devices.write("ns/boiler", "temp", "30", "cli").await.unwrap();
     assert_eq!(bed.ask(Method::GET, "/devices/ns/boiler", Json::Null).await.0, 200);
     let taken = floods.join_all().await.into_iter().sum::<u32>();
-    // A process has 32 connections; what comes on others is refused.
-    assert!((50 * 20..50 * 40).contains(&taken), "{taken} reports were taken");
+    // What comes on more connections than a process may have is refused.
+    assert!((50 * 20..=50 * 40).contains(&taken), "{taken} reports were taken");
     assert_eq!(bed.devices.lock().counters.values, u64::from(taken));
+}
+
+#[tokio::test]
+async fn a_mapper_is_not_heard_on_a_device_that_is_not_its_own() {
+    let bed = Bed::new().await;
+    bed.heater().await;
+    let (mapper, _serving) = FakeMapper::start(bed.dir.path(), "a.sock", false);
+    // Nothing is known of this process before it registers, and its device speaks modbus.
+    eventually("the device", || bed.devices.twin("ns/boiler").is_some_and(|twin| twin.message.is_none())).await;
+    bed.manager().await.report_device_status(status("1")).await.unwrap();
+    let info = MapperInfo {
+        name: "stranger".to_owned(),
+        protocol: "opcua".to_owned(),
+        address: mapper.path.to_str().unwrap().as_bytes().to_vec(),
+        ..MapperInfo::default()
+    };
+    let request = MapperRegisterRequest { with_data: true, mapper: Some(info) };
+    bed.manager().await.mapper_register(request).await.unwrap();
+    let refused = bed.manager().await.report_device_status(status("2")).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_process_that_has_all_its_connections_gets_no_more_until_one_ends() {
+    let bed = Bed::new().await;
+    bed.heater().await;
+    eventually("the device", || bed.devices.twin("ns/boiler").is_some_and(|twin| twin.message.is_none())).await;
+    let path = bed.dir.path().join("dmi.sock");
+    eventually("the socket", || path.exists()).await;
+    let mut held = Vec::new();
+    for _ in 0..32 {
+        held.push(tokio::net::UnixStream::connect(&path).await.unwrap());
+    }
+    let mut more = tokio::net::UnixStream::connect(&path).await.unwrap();
+    assert_eq!(more.read(&mut [0; 1]).await.unwrap(), 0, "it is open");
+    assert_eq!(bed.devices.lock().counters.refused_connections, 1);
+    held.pop();
+    // Its end is noticed a moment later.
+    for _ in 0..100 {
+        if bed.manager().await.report_device_status(status("1")).await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("no connection is taken any more");
 }

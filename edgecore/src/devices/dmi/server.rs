@@ -69,7 +69,7 @@ pub(crate) async fn serve(devices: Devices, path: PathBuf, stop: CancellationTok
             }
         }
     };
-    let open: Arc<Mutex<HashMap<i32, u32>>> = Arc::default();
+    let open = Open::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -78,12 +78,20 @@ pub(crate) async fn serve(devices: Devices, path: PathBuf, stop: CancellationTok
         match accepted {
             Ok((stream, _)) => {
                 let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
-                let Some(place) = Place::take(&open, pid.unwrap_or(0)) else {
-                    warn!(
-                        pid,
-                        "a process has more than {MAX_CONNECTIONS} connections to the device mapper interface; the newest is closed"
-                    );
-                    continue;
+                let place = match Place::take(&open, pid.unwrap_or(0)) {
+                    Ok(place) => place,
+                    Err(refused) => {
+                        devices.lock().counters.refused_connections += 1;
+                        // Twice as often each time that it is said.
+                        if refused.is_power_of_two() {
+                            warn!(
+                                pid,
+                                refused,
+                                "a process has more than {MAX_CONNECTIONS} connections to the device mapper interface; the newest are closed"
+                            );
+                        }
+                        continue;
+                    }
                 };
                 let known = devices.0.store.pods_known();
                 let service = Service { devices: devices.clone(), pid, known, stop: stop.clone() };
@@ -118,26 +126,31 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     listener
 }
 
+/// The connections of each process: those that are open, and how many more were refused meanwhile.
+type Open = Arc<Mutex<HashMap<i32, (u32, u32)>>>;
+
 /// A connection's place among those of its process.
-struct Place(Arc<Mutex<HashMap<i32, u32>>>, i32);
+struct Place(Open, i32);
 
 impl Place {
-    fn take(open: &Arc<Mutex<HashMap<i32, u32>>>, pid: i32) -> Option<Self> {
+    /// Or how many the process was refused.
+    fn take(open: &Open, pid: i32) -> Result<Self, u32> {
         let mut counts = open.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(pid).or_default();
+        let (count, refused) = counts.entry(pid).or_default();
         if *count >= MAX_CONNECTIONS {
-            return None;
+            *refused = refused.saturating_add(1);
+            return Err(*refused);
         }
         *count += 1;
         drop(counts);
-        Some(Self(Arc::clone(open), pid))
+        Ok(Self(Arc::clone(open), pid))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.1) {
+        if let Some((count, _)) = counts.get_mut(&self.1) {
             *count -= 1;
             if *count == 0 {
                 counts.remove(&self.1);

@@ -132,7 +132,10 @@ impl Head<'_> {
             differs.then(|| (of.name.clone(), desired.into()))
         }));
         let wanted = || properties(twin.properties.iter().filter(|of| of.desired.is_some()));
-        (delta != json!({})).then(|| self.with([("twin", wanted()), ("delta", delta)]))
+        delta
+            .as_object()
+            .is_some_and(|delta| !delta.is_empty())
+            .then(|| self.with([("twin", wanted()), ("delta", delta)]))
     }
 
     /// `{device}`: its name, its state.

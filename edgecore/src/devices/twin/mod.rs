@@ -17,7 +17,6 @@ use self::desired::Desired;
 use self::mappers::Mapper;
 use self::shape::Shape;
 use self::state::Active;
-
 use crate::order;
 
 pub(crate) mod desired;
@@ -61,6 +60,8 @@ pub(crate) struct Counters {
     pub(crate) refused: u64,
     /// Samples whose time was put right.
     pub(crate) corrected: u64,
+    /// Connections closed because their process had as many as it may.
+    pub(crate) refused_connections: u64,
     /// Calls of mappers that failed.
     pub(crate) failed_calls: u64,
     /// Calls of mappers that were answered, by what they are for: register, update, remove, models.
