@@ -14,6 +14,7 @@ pub fn sort_by<T>(items: &mut [T], mut compare: impl FnMut(&T, &T) -> Ordering) 
         while from < at {
             from = order[from];
         }
+        order[at] = from;
         items.swap(at, from);
     }
 }

@@ -1,7 +1,7 @@
 //! The memory that work took and rest does not need.
 //!
 //! A start touches most of the program's code once: arguments, certificates, migrations, the first look at everything; and so does, later,
-//! whatever comes in a burst. Those pages stay mapped, and count as this process's, until the kernel is short of memory. Given back, what is
+//! what there is newly to do. Those pages stay mapped, and count as this process's, until the kernel is short of memory. Given back, what is
 //! needed again comes from the page cache.
 
 use std::ffi::c_void;
@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use nix::sys::mman::{MmapAdvise, madvise};
 
-/// So long after the last of it work is over: what runs is taken up, and who is to be reached has been or is being tried.
+/// So long after it began work is over: what runs is taken up, and who is to be reached has been or is being tried.
 const SETTLED: Duration = Duration::from_secs(15);
 
-/// Waits until work is over, then gives back the code it used. Who drops this when more comes, and begins anew, is not in its way.
+/// Waits until the work that begins now is over, then gives back the code it used.
 pub async fn settle() {
     tokio::time::sleep(SETTLED).await;
     give_back_code();

@@ -144,8 +144,10 @@ impl Kubectl {
 
     fn feed(&self, arguments: &[&str], input: &str) -> Result<String> {
         let done = self.pipe(arguments, input.as_bytes())?;
-        if done.code != Some(0) {
-            bail!("kubectl {} failed: {}", arguments.join(" "), done.errors.trim());
+        match done.code {
+            Some(0) => {}
+            Some(_) => bail!("kubectl {} failed: {}", arguments.join(" "), done.errors.trim()),
+            None => bail!("kubectl {} was killed: it did not end", arguments.join(" ")),
         }
         Ok(String::from_utf8_lossy(&done.output).into_owned())
     }

@@ -20,7 +20,6 @@ use thiserror::Error;
 use super::dirs::{At, PathError, is_plain_name};
 use super::resources::PodCgroup;
 use super::volumes::mountinfo;
-
 use crate::order;
 
 /// Shares of what has no request.

@@ -5,7 +5,6 @@
 use std::collections::BTreeSet;
 
 use super::observed::{Instance, Observed, Sandbox, State};
-
 use crate::order;
 
 /// What may be removed.

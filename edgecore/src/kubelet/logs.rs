@@ -16,7 +16,6 @@ use thiserror::Error;
 
 use super::dirs::{At, PathError, is_plain_name, make_dirs};
 use super::volumes::tree;
-
 use crate::order;
 
 /// Size at which a log is rotated.

@@ -14,7 +14,6 @@ use super::migrate::{self, Found};
 use super::schema::meta;
 use super::seal::Sealer;
 use super::{Error, FILE, Opened};
-
 use crate::order;
 
 /// Damaged files kept for whoever wants to know why; the oldest goes.

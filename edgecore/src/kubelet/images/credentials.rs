@@ -13,7 +13,6 @@ use serde::Deserialize;
 use skerry_proto::cri::AuthConfig;
 
 use super::reference::repository;
-
 use crate::order;
 
 #[derive(Deserialize)]

@@ -21,9 +21,8 @@ use super::observed::{Instance, Observed};
 use super::plan::{Life, Moment};
 use super::resources::qos_class;
 use super::spec::{ContainerView, Spec, is_terminal_phase};
-use phase::Phase;
-
 use crate::order;
+use phase::Phase;
 
 /// The status of a pod. Call after [`Memory::note`], so that what was decided shows.
 pub fn status(

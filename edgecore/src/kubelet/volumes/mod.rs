@@ -31,11 +31,10 @@ use nix::mount::{MsFlags, mount};
 
 use super::dirs::{At, PathError, PodDirs, is_plain_name, make_dirs};
 use super::references::{NodeFacts, References};
+use crate::order;
 use atomic::{AtomicWriter, Payload};
 pub use error::{Reason, VolumeError};
 use projected::Sources;
-
-use crate::order;
 pub use tear_down::TearDownError;
 
 /// The volumes below one kubelet root.

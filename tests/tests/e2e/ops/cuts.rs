@@ -36,7 +36,7 @@ fn a_cut_link_ends_what_went_over_it_and_the_next_try_works() -> Result<()> {
 
 fn cut(world: &World) -> Result<()> {
     let kubectl = &world.kubectl;
-    let descriptors = descriptors(world)?;
+    let descriptors = descriptors_at_rest(world)?;
     // Slow enough that a copy is under way when the link goes.
     let large = world.dir().join("large");
     std::fs::write(&large, vec![7; 64 << 20])?;
@@ -79,7 +79,7 @@ fn a_client_that_is_killed_leaves_nothing() -> Result<()> {
         start_pod(world)?;
         for (transport, dialect) in TRANSPORTS.into_iter().zip(DIALECTS) {
             world.carry_over(transport)?;
-            let before = descriptors(world)?;
+            let before = descriptors_at_rest(world)?;
             let port = ports::free()?;
             let clients = clients(&world.kubectl.websockets(dialect), port)?;
             let through =
@@ -132,7 +132,7 @@ fn at_a_terminal(kubectl: &Kubectl, arguments: &[&str]) -> Result<(String, Child
     Ok((arguments.join(" "), command.spawn()?))
 }
 
-/// Waits until neither a command is left of what went before, for it has read the end of its input, nor a connection, nor a descriptor.
+/// Waits until nothing is left of what went before: no command, which has read the end of its input; no connection; no descriptor.
 fn wait_over(world: &World, seconds: u64, before: usize) -> Result<()> {
     until("the commands to be gone", seconds, || {
         let count = "pidof cat | wc -w; pidof tar | wc -w";
@@ -168,6 +168,16 @@ fn end_by_themselves(what: &str, client: &mut Child, since: Instant) -> Result<(
     let errors = if what.starts_with("exec -it") { said } else { errors };
     ensure!(!status.success() && !errors.trim().is_empty(), "kubectl {what}: {status}, {errors:?}");
     Ok(())
+}
+
+/// How many edgecore has once what its start opens is open.
+fn descriptors_at_rest(world: &World) -> Result<usize> {
+    let mut last = descriptors(world)?;
+    eventually("edgecore's descriptors to stay as many", 30, || {
+        std::thread::sleep(Duration::from_secs(1));
+        let before = std::mem::replace(&mut last, descriptors(world)?);
+        Ok((before == last).then_some(last))
+    })
 }
 
 fn descriptors(world: &World) -> Result<usize> {
