@@ -259,17 +259,7 @@ async fn pump(
 ) -> Result<(), Broke> {
     let (mut from, mut buffer, mut framed) = (pin!(from), vec![0; COPY_BUFFER], Vec::new());
     loop {
-        let mut bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
-        // What else has come goes with it: each piece is a record of TLS here, and one again where it is passed on.
-        let mut end = None;
-        while end.is_none() && (1..buffer.len()).contains(&bytes) {
-            match from.read(&mut buffer[bytes..]).now_or_never() {
-                None => break,
-                Some(Ok(0)) => end = Some(Ok(())),
-                Some(Ok(more)) => bytes += more,
-                Some(Err(error)) => end = Some(Err(Broke::Reading(error))),
-            }
-        }
+        let bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
         let data = match &mut frames {
             _ if bytes == 0 => return Ok(()),
             Some(frames) => {
@@ -281,9 +271,6 @@ async fn pump(
         };
         to.write_all(data).await.map_err(Broke::Writing)?;
         to.flush().await.map_err(Broke::Writing)?;
-        if let Some(end) = end {
-            return end;
-        }
     }
 }
 
