@@ -14,9 +14,8 @@ use hyper::header::{self, HeaderMap};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader, copy_buf};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader, copy_buf};
 use tokio::net::TcpStream;
-use tokio_util::io::InspectReader;
 
 use super::answer::{Answer, Refusal, empty, whole};
 
@@ -28,8 +27,10 @@ const MAX_REFUSAL: usize = 64 << 10;
 const BUFFER: usize = 16 << 10;
 /// What the asking side has to say yet when the runtime has ended.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long the runtime may be silent when the asking side has hung up: what has a terminal does not end by itself.
+/// How long the runtime may be silent when nothing goes to it any more: what has a terminal does not end by itself.
 const HANGUP: Duration = Duration::from_millis(500);
+/// How long what it said may wait then for the asking side to take some of it: the link may be slow.
+const STALLED: Duration = Duration::from_secs(30);
 
 /// What comes after the answer to a request that wanted to change the protocol.
 #[derive(Debug)]
@@ -88,27 +89,37 @@ impl Relay {
     }
 }
 
+/// Where what the runtime says is.
+#[derive(Debug, Default)]
+struct Telling {
+    /// Some of it was read or taken since that was asked last.
+    moved: AtomicBool,
+    /// It waits for the asking side to take it.
+    waits: AtomicBool,
+}
+
 /// Copies both ways. The end of one direction is passed on, and the other goes on; also when what is said to the process is not taken any
-/// more: how it ended is still to come. Streams end one by one in what both sides speak; the end of the connection is a client that has
+/// more: how it ended is still to come, as long as that takes. Streams end one by one in what both sides speak; the end of the connection is a client that has
 /// hung up, and what has nothing to say to it then is left.
 async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + AsyncWrite) -> io::Result<()> {
     let (from_client, to_client) = tokio::io::split(client);
     let (from_runtime, to_runtime) = tokio::io::split(runtime);
-    let said = AtomicBool::new(false);
-    let from_runtime = InspectReader::new(from_runtime, |_| said.store(true, Ordering::Relaxed));
+    let telling = Telling::default();
     let mut up = pin!(pump(from_client, to_runtime));
-    let mut down = pin!(told(from_runtime, to_client));
+    let mut down = pin!(told(from_runtime, to_client, &telling));
     tokio::select! {
-        ended = &mut up => match ended {
-            Ok(()) => loop {
-                match tokio::time::timeout(HANGUP, &mut down).await {
-                    Ok(ended) => break ended,
-                    Err(_) if said.swap(false, Ordering::Relaxed) => {}
-                    Err(_) => break Ok(()),
+        ended = &mut up => {
+            let mut still = Duration::ZERO;
+            loop {
+                if let Ok(ended) = tokio::time::timeout(HANGUP, &mut down).await {
+                    return ended;
                 }
-            },
-            Err(error) => tokio::time::timeout(LINGER, down).await.unwrap_or(Err(error)),
-        },
+                still = if telling.moved.swap(false, Ordering::Relaxed) { Duration::ZERO } else { still + HANGUP };
+                if still >= if telling.waits.load(Ordering::Relaxed) { STALLED } else { HANGUP } {
+                    return ended;
+                }
+            }
+        }
         ended = &mut down => {
             ended?;
             // The process is gone: who asked has read so, and hangs up.
@@ -120,9 +131,24 @@ async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + Asy
 /// What the runtime says, to its end. It closes with input unread when a process ends before its input does, which is a reset behind the last
 /// that it said: that is no less the end, and what came before it is to arrive. Whether a command said how it went is looked at
 /// by cloudcore and by `edgecore exec`, who know its frames.
-async fn told(from: impl AsyncRead, to: impl AsyncWrite) -> io::Result<()> {
+async fn told(from: impl AsyncRead, to: impl AsyncWrite, telling: &Telling) -> io::Result<()> {
     let (mut from, mut to) = (pin!(BufReader::with_capacity(BUFFER, from)), pin!(to));
-    let copied = copy_buf(&mut from, &mut to).await;
+    let copied = loop {
+        let said = match from.fill_buf().await {
+            Ok([]) => break Ok(()),
+            Ok(said) => said,
+            Err(error) => break Err(error),
+        };
+        telling.moved.store(true, Ordering::Relaxed);
+        telling.waits.store(true, Ordering::Relaxed);
+        match to.write(said).await {
+            Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
+            Ok(taken) => from.as_mut().consume(taken),
+            Err(error) => break Err(error),
+        }
+        telling.moved.store(true, Ordering::Relaxed);
+        telling.waits.store(false, Ordering::Relaxed);
+    };
     // Fails if it was this side that failed.
     to.shutdown().await?;
     match copied {
@@ -235,6 +261,26 @@ mod tests {
         relayed.unwrap();
         // It has not ended by itself.
         assert!(process.write_all(b"x").await.is_err(), "it is still read");
+    }
+
+    #[tokio::test]
+    async fn what_was_said_arrives_however_slow_the_link_when_nothing_more_is_taken() {
+        let said = [b'x'; 256];
+        // Of a pipe whose other end is gone nothing is taken.
+        let (runtime, (mut asking, client)) =
+            (tokio::io::join(&said[..], tokio::io::duplex(1).0), tokio::io::duplex(64));
+        let asked = async {
+            asking.write_all(b"input that nobody takes").await.unwrap();
+            let mut heard = [0; 256];
+            for piece in heard.chunks_mut(64) {
+                tokio::time::sleep(HANGUP + HANGUP / 4).await;
+                asking.read_exact(piece).await.unwrap();
+            }
+            assert_eq!((heard, asking.read(&mut [0]).await.unwrap()), (said, 0));
+        };
+        // How what was said to it failed is no matter then.
+        let (relayed, ()) = tokio::join!(copy(client, runtime), asked);
+        relayed.unwrap();
     }
 
     #[tokio::test]
