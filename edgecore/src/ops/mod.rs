@@ -14,6 +14,7 @@ use hyper::service::service_fn;
 use hyper::upgrade::Upgraded;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use skerry_proto::mux::MAX_STREAMS;
 use skerry_proto::ops::KUBELET;
 use skerry_proto::streams::Incoming;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -51,8 +52,8 @@ mod tests;
 const MAX_REQUESTS: usize = 256;
 /// Commands of `/run` at once, whose output is kept until they end: as much of each as one message of the runtime's is.
 const MAX_RUNS: usize = 4;
-/// Streams that may wait to be taken.
-pub const WAITING: usize = 32;
+/// Streams of a class that may wait to be taken: all that there can be, for many may come before anybody gets to run.
+pub const WAITING: usize = MAX_STREAMS;
 /// The longest head of a request, and what is buffered of an answer.
 const BUFFER: usize = 64 << 10;
 /// How long a connection may say nothing before its request is there.

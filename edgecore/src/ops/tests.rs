@@ -366,6 +366,20 @@ async fn pods_and_the_rest_are_told() {
 }
 
 #[tokio::test]
+async fn as_many_may_come_at_once_as_a_session_carries() {
+    let bed = Bed::new().await;
+    let link = bed.link();
+    let asking: Vec<_> =
+        (0..MAX_STREAMS).map(|_| link.open(Class::Ops, Bytes::from_static(KUBELET)).unwrap()).collect();
+    for mut asking in asking {
+        asking.write_all(b"GET /healthz/ping HTTP/1.1\r\nHost: n\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        asking.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn only_the_kubelet_is_here_and_no_more_than_it_can_take() {
     let bed = Bed::new().await;
     let link = bed.link();
