@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Stream, stream};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, PodStatus};
+use tokio::task::JoinHandle;
 
 use self::options::Options;
 use self::reader::{Next, Reader};
@@ -62,11 +63,14 @@ pub(super) async fn logs(ops: &Ops, of: &ContainerPath, query: &Query) -> Result
         move || Reader::open(path.as_ref(), &wanted, tail)
     });
     let reader = reader.await.map_err(|error| unavailable(format!("cannot read {}: {error}", file.path)))?;
-    let follow = options.follow.then(|| Follow { cri: ops.cri.clone(), id, looked: None, ended: !file.is_running });
     let reader = Arc::new(Mutex::new(reader));
-    if options.follow {
-        supervise::spawn("paused log", let_go(Arc::downgrade(&reader)));
-    }
+    let follow = options.follow.then(|| Follow {
+        cri: ops.cri.clone(),
+        id,
+        looked: None,
+        ended: !file.is_running,
+        _paused: Paused(supervise::spawn("paused log", let_go(Arc::downgrade(&reader)))),
+    });
     Ok(pieces("text/plain", read(reader, follow)))
 }
 
@@ -92,6 +96,17 @@ struct Follow {
     looked: Option<Duration>,
     /// It does not any more: what is there by now is all.
     ended: bool,
+    _paused: Paused,
+}
+
+/// The task of [`let_go`]; it ends with whoever follows.
+#[derive(Debug)]
+struct Paused(JoinHandle<()>);
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 fn read(reader: Arc<Mutex<Reader>>, follow: Option<Follow>) -> impl Stream<Item = io::Result<Bytes>> + Send {

@@ -114,6 +114,24 @@ async fn a_client_that_leaves_or_does_not_read_holds_nothing() {
     tokio::time::timeout(Duration::from_secs(20), closed).await.unwrap();
 }
 
+#[tokio::test]
+async fn who_follows_and_leaves_leaves_no_task() {
+    let bed = Bed::new().await;
+    fs::write(bed.dir.path().join("0.log"), line("one")).unwrap();
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    assert_eq!(chunk(&mut follow(&bed).await).await, "one\n");
+    let before = tasks();
+    let clients = [follow(&bed).await, follow(&bed).await, follow(&bed).await, follow(&bed).await];
+    assert!(tasks() >= before + clients.len());
+    drop(clients);
+    let ended = async {
+        while tasks() > before {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), ended).await.expect("something is left of them");
+}
+
 #[test]
 fn the_instance_is_chosen_as_upstream_does() {
     let status = |status: serde_json::Value| -> PodStatus {
