@@ -71,11 +71,12 @@ pub(super) fn page(snapshot: &Snapshot, around: &Around) -> Bytes {
         ("system_uuid", around.machine.system_uuid.as_str()),
     ]);
     page.gauge("machine_cpu_cores", "Number of logical CPU cores.").add(&machine, around.machine.cpus, None);
-    page.gauge("machine_memory_bytes", "Amount of memory installed on the machine.").add(
-        &machine,
-        around.machine.memory,
-        None,
-    );
+    for (name, help, bytes) in [
+        ("machine_memory_bytes", "Amount of memory installed on the machine.", around.machine.memory),
+        ("machine_swap_bytes", "Amount of swap memory available on the machine.", around.machine.swap),
+    ] {
+        page.gauge(name, help).add(&machine, bytes, None);
+    }
     page.finish()
 }
 
@@ -183,6 +184,12 @@ fn memory(page: &mut Page, rows: &[Row<'_>]) {
     gauge("container_memory_mapped_file", "Size of memory mapped files in bytes.", |memory| memory.mapped);
     gauge("container_memory_swap", "Container swap usage in bytes.", |memory| memory.swap);
     gauge("container_memory_max_usage_bytes", "Maximum memory usage recorded in bytes", |memory| memory.peak);
+    gauge("container_memory_total_active_file_bytes", "Current total active file in bytes.", |memory| {
+        memory.active_file
+    });
+    gauge("container_memory_total_inactive_file_bytes", "Current total inactive file in bytes.", |memory| {
+        memory.inactive_file
+    });
     let mut family = page.counter("container_memory_failures_total", "Cumulative count of memory allocation failures.");
     for row in rows {
         let Some(memory) = &row.usage.memory else { continue };
@@ -193,25 +200,26 @@ fn memory(page: &mut Page, rows: &[Row<'_>]) {
             }
         }
     }
-    let mut family = page.gauge("container_processes", "Number of processes running inside the container.");
-    for row in rows {
-        if let Some(processes) = row.usage.processes {
-            family.add(&row.labels, processes, Some(row.usage.at));
+    let each = |mut family: Family<'_>, value: fn(&Usage) -> Option<u64>| {
+        for row in rows {
+            if let Some(value) = value(row.usage) {
+                family.add(&row.labels, value, Some(row.usage.at));
+            }
         }
-    }
-    let mut family = page.gauge("container_threads", "Number of threads running inside the container");
-    for row in rows {
-        if let Some(threads) = row.usage.processes {
-            family.add(&row.labels, threads, Some(row.usage.at));
-        }
-    }
-    let mut family =
-        page.counter("container_oom_events_total", "Count of out of memory events observed for the container");
-    for row in rows {
-        if let Some(kills) = row.usage.oom_kills {
-            family.add(&row.labels, kills, Some(row.usage.at));
-        }
-    }
+    };
+    each(page.counter("container_memory_failcnt", "Number of memory usage hits limits"), |usage| {
+        usage.memory.as_ref()?.failures
+    });
+    each(page.gauge("container_processes", "Number of processes running inside the container."), |usage| {
+        usage.processes
+    });
+    each(page.gauge("container_threads", "Number of threads running inside the container"), |usage| usage.threads);
+    let help = "Maximum number of threads allowed inside the container, infinity if value is zero";
+    each(page.gauge("container_threads_max", help), |usage| {
+        usage.threads.map(|_| usage.threads_max.unwrap_or_default())
+    });
+    let help = "Count of out of memory events observed for the container";
+    each(page.counter("container_oom_events_total", help), |usage| usage.oom_kills);
     let mut family = page.gauge("container_last_seen", "Last time a container was seen by the exporter");
     for row in rows {
         family.add(&row.labels, row.usage.at.as_second(), Some(row.usage.at));
@@ -387,5 +395,11 @@ fn limits(page: &mut Page, rows: &[Row<'_>]) {
     limit("container_spec_cpu_shares", "CPU share of the container.", &|row| row.usage.limits.shares);
     limit("container_spec_memory_limit_bytes", "Memory limit for the container.", &|row| {
         row.usage.memory.map(|_| row.memory_limit)
+    });
+    limit("container_spec_memory_reservation_limit_bytes", "Memory reservation limit for the container.", &|row| {
+        row.usage.memory.map(|memory| memory.reserved.unwrap_or_default())
+    });
+    limit("container_spec_memory_swap_limit_bytes", "Memory swap limit for the container.", &|row| {
+        row.usage.memory.map(|memory| memory.swap_limit.unwrap_or_default())
     });
 }

@@ -39,7 +39,12 @@ pub(super) struct Usage {
     pub(super) since: Duration,
     pub(super) cpu: Option<Cpu>,
     pub(super) memory: Option<Memory>,
+    /// In it, not below.
     pub(super) processes: Option<u64>,
+    /// In it and below.
+    pub(super) threads: Option<u64>,
+    /// How many there may be; none: as many as there can.
+    pub(super) threads_max: Option<u64>,
     /// Processes that were killed because there was no memory.
     pub(super) oom_kills: Option<u64>,
     pub(super) pressure: Pressure,
@@ -79,6 +84,14 @@ pub(super) struct Memory {
     pub(super) cache: Option<u64>,
     pub(super) mapped: Option<u64>,
     pub(super) swap: Option<u64>,
+    /// What may be in swap; of v1 with what may be in memory. None: as much as there is.
+    pub(super) swap_limit: Option<u64>,
+    pub(super) active_file: Option<u64>,
+    pub(super) inactive_file: Option<u64>,
+    /// How often the limit was met.
+    pub(super) failures: Option<u64>,
+    /// What is kept for it.
+    pub(super) reserved: Option<u64>,
     /// The most that it ever was.
     pub(super) peak: Option<u64>,
     pub(super) faults: Option<u64>,
@@ -145,7 +158,25 @@ pub(super) fn read(cgroups: &Cgroups, path: &str, depth: Depth) -> Usage {
     } else {
         read_v1(place, depth, &mut usage);
     }
+    if depth >= Depth::Full {
+        usage.processes = processes(cgroups, path);
+    }
     usage
+}
+
+/// Processes in a cgroup.
+pub(super) fn processes(cgroups: &Cgroups, path: &str) -> Option<u64> {
+    Some(procs(cgroups, path)?.split_ascii_whitespace().count() as u64)
+}
+
+/// The processes of a cgroup; those of another PID namespace show as 0.
+pub(super) fn procs(cgroups: &Cgroups, path: &str) -> Option<String> {
+    fs::read_to_string(place(cgroups, path)?.join("cgroup.procs")).ok()
+}
+
+/// The hierarchy that every process is in, whatever the runtime does with the others.
+pub(super) fn place(cgroups: &Cgroups, path: &str) -> Option<PathBuf> {
+    ["cpuacct", "memory"].iter().find_map(|controller| cgroups.place(controller, path))
 }
 
 fn read_v1(place: impl Fn(&str) -> Option<PathBuf>, depth: Depth, usage: &mut Usage) {
@@ -160,10 +191,8 @@ fn read_v1(place: impl Fn(&str) -> Option<PathBuf>, depth: Depth, usage: &mut Us
         usage.memory = value("memory", "memory.usage_in_bytes").map(|usage| memory_v1(usage, &stat));
         if let Some(memory) = &mut usage.memory {
             memory.limit = value("memory", "memory.limit_in_bytes").filter(|limit| *limit < UNLIMITED);
+            memory.swap_limit = value("memory", "memory.memsw.limit_in_bytes").filter(|limit| *limit < UNLIMITED);
         }
-    }
-    if depth >= Depth::Full {
-        usage.processes = value("pids", "pids.current");
     }
     if depth >= Depth::All {
         if let Some(cpu) = &mut usage.cpu {
@@ -180,7 +209,11 @@ fn read_v1(place: impl Fn(&str) -> Option<PathBuf>, depth: Depth, usage: &mut Us
         usage.oom_kills = text("memory", "memory.oom_control").and_then(|text| keyed(&text, "oom_kill"));
         if let Some(memory) = &mut usage.memory {
             memory.peak = value("memory", "memory.max_usage_in_bytes");
+            memory.failures = value("memory", "memory.failcnt");
+            memory.reserved = value("memory", "memory.soft_limit_in_bytes").filter(|limit| *limit < UNLIMITED);
         }
+        usage.threads = value("pids", "pids.current");
+        usage.threads_max = value("pids", "pids.max");
         usage.limits = Limits {
             shares: value("cpu", "cpu.shares"),
             period: value("cpu", "cpu.cfs_period_us"),
@@ -200,10 +233,10 @@ fn read_v2(dir: &Path, depth: Depth, usage: &mut Usage) {
         if let Some(memory) = &mut usage.memory {
             memory.swap = value("memory.swap.current");
             memory.limit = value("memory.max");
+            memory.swap_limit = value("memory.swap.max");
         }
     }
     if depth >= Depth::Full {
-        usage.processes = value("pids.current");
         let pressure = |file: &str| text(file).and_then(|text| stall(&text));
         usage.pressure = Pressure {
             cpu: pressure("cpu.pressure"),
@@ -213,10 +246,15 @@ fn read_v2(dir: &Path, depth: Depth, usage: &mut Usage) {
     }
     if depth >= Depth::All {
         usage.io = io_v2(&text("io.stat").unwrap_or_default());
-        usage.oom_kills = text("memory.events").and_then(|text| keyed(&text, "oom_kill"));
+        let events = text("memory.events").unwrap_or_default();
+        usage.oom_kills = keyed(&events, "oom_kill");
         if let Some(memory) = &mut usage.memory {
             memory.peak = value("memory.peak");
+            memory.failures = keyed(&events, "max");
+            memory.reserved = value("memory.min");
         }
+        usage.threads = value("pids.current");
+        usage.threads_max = value("pids.max");
         usage.limits = limits_v2(value("cpu.weight"), &text("cpu.max").unwrap_or_default());
     }
 }
@@ -253,32 +291,35 @@ fn throttling(stat: &str) -> Option<Throttling> {
 }
 
 fn memory_v1(usage: u64, stat: &str) -> Memory {
+    let inactive_file = keyed(stat, "total_inactive_file");
     Memory {
         usage,
-        working_set: usage.saturating_sub(keyed(stat, "total_inactive_file").unwrap_or_default()),
+        working_set: usage.saturating_sub(inactive_file.unwrap_or_default()),
+        inactive_file,
+        active_file: keyed(stat, "total_active_file"),
         rss: keyed(stat, "total_rss"),
         cache: keyed(stat, "total_cache"),
         mapped: keyed(stat, "total_mapped_file"),
         swap: keyed(stat, "total_swap"),
-        peak: None,
         faults: keyed(stat, "total_pgfault"),
         major_faults: keyed(stat, "total_pgmajfault"),
-        limit: None,
+        ..Memory::default()
     }
 }
 
 fn memory_v2(usage: u64, stat: &str) -> Memory {
+    let inactive_file = keyed(stat, "inactive_file");
     Memory {
         usage,
-        working_set: usage.saturating_sub(keyed(stat, "inactive_file").unwrap_or_default()),
+        working_set: usage.saturating_sub(inactive_file.unwrap_or_default()),
+        inactive_file,
+        active_file: keyed(stat, "active_file"),
         rss: keyed(stat, "anon"),
         cache: keyed(stat, "file"),
         mapped: keyed(stat, "file_mapped"),
-        swap: None,
-        peak: None,
         faults: keyed(stat, "pgfault"),
         major_faults: keyed(stat, "pgmajfault"),
-        limit: None,
+        ..Memory::default()
     }
 }
 
@@ -382,10 +423,12 @@ mod tests {
         assert_eq!((v1.usage, v1.working_set), (8_200_000_000, 8_200_000_000 - 5_335_412_736));
         assert_eq!((v1.rss, v1.cache, v1.swap), (Some(1_240_129_536), Some(6_989_373_440), Some(4096)));
         assert_eq!((v1.faults, v1.major_faults), (Some(676_978_907), Some(72_593)));
+        assert_eq!((v1.active_file, v1.inactive_file), (Some(1_644_761_088), Some(5_335_412_736)));
         let v2 = memory_v2(68_000_000, MEMORY_STAT_V2);
         assert_eq!((v2.usage, v2.working_set), (68_000_000, 68_000_000 - 30_408_704));
         assert_eq!((v2.rss, v2.cache, v2.mapped), (Some(23_506_944), Some(41_943_040), Some(12_500_992)));
         assert_eq!((v2.faults, v2.major_faults), (Some(19_347), Some(301)));
+        assert_eq!((v2.active_file, v2.inactive_file), (Some(11_534_336), Some(30_408_704)));
         // Without a stat, all is in use.
         assert_eq!(memory_v2(5, "").working_set, 5);
         assert_eq!(memory_v1(5, MEMORY_STAT_V1).working_set, 0);
@@ -461,19 +504,24 @@ mod tests {
         let at = |controller: &str| root.path().join(controller);
         put(&at("cpuacct"), &[("cpuacct.usage", "41977393657532\n"), ("cpuacct.stat", "user 200\nsystem 50\n")]);
         put(&at("memory"), &[("memory.usage_in_bytes", "8200000000\n"), ("memory.stat", MEMORY_STAT_V1)]);
-        put(&at("memory"), &[("memory.limit_in_bytes", "9223372036854771712\n")]);
+        put(&at("memory"), &[("memory.limit_in_bytes", "9223372036854771712\n"), ("memory.failcnt", "5\n")]);
+        put(&at("memory"), &[("memory.memsw.limit_in_bytes", "3000\n"), ("memory.soft_limit_in_bytes", "2000\n")]);
+        put(&at("pids"), &[("pids.current", "12\n"), ("pids.max", "100\n")]);
         put(&at("cpu"), &[("cpu.shares", "1024\n"), ("cpu.cfs_quota_us", "-1\n"), ("cpu.cfs_period_us", "100000\n")]);
         let mut usage = Usage::default();
         read_v1(|controller| Some(at(controller)), Depth::All, &mut usage);
         let cpu = usage.cpu.unwrap();
         assert_eq!((cpu.usage, cpu.user, cpu.system), (41_977_393_657_532, Some(2_000_000_000), Some(500_000_000)));
-        assert_eq!(usage.memory.unwrap().limit, None);
+        let memory = usage.memory.unwrap();
+        assert_eq!((memory.limit, memory.swap_limit, memory.reserved), (None, Some(3000), Some(2000)));
+        assert_eq!((memory.failures, usage.threads, usage.threads_max), (Some(5), Some(12), Some(100)));
         assert_eq!(usage.limits, Limits { shares: Some(1024), period: Some(100_000), quota: None });
-        assert!(usage.processes.is_none() && usage.io.is_empty() && usage.oom_kills.is_none());
+        assert!(usage.io.is_empty() && usage.oom_kills.is_none());
         fs::remove_file(at("cpuacct").join("cpuacct.usage")).unwrap();
         let mut less = Usage::default();
         read_v1(|controller| Some(at(controller)).filter(|_| controller != "cpu"), Depth::Core, &mut less);
-        assert_eq!((less.cpu, less.memory), (None, usage.memory));
+        let without_all = usage.memory.map(|memory| Memory { failures: None, reserved: None, ..memory });
+        assert_eq!((less.cpu, less.memory), (None, without_all));
     }
 
     #[test]
@@ -486,7 +534,10 @@ mod tests {
             ("memory.stat", MEMORY_STAT_V2),
             ("memory.swap.current", "0\n"),
             ("memory.max", "134217728\n"),
+            ("memory.swap.max", "4096\n"),
+            ("memory.min", "1048576\n"),
             ("pids.current", "12\n"),
+            ("pids.max", "max\n"),
             ("cpu.pressure", none),
             ("io.stat", "8:0 rbytes=1 wbytes=2 rios=3 wios=4\n"),
             ("memory.events", "low 0\nhigh 0\nmax 3\noom 2\noom_kill 1\noom_group_kill 0\n"),
@@ -503,13 +554,15 @@ mod tests {
         let all = depth(Depth::All);
         let memory = all.memory.unwrap();
         assert_eq!((memory.working_set, memory.swap, memory.limit), (37_591_296, Some(0), Some(128 << 20)));
-        assert_eq!((all.processes, all.oom_kills, memory.peak), (Some(12), Some(1), Some(70_000_000)));
+        assert_eq!((memory.swap_limit, memory.reserved, memory.failures), (Some(4096), Some(1 << 20), Some(3)));
+        assert_eq!((all.threads, all.threads_max), (Some(12), None));
+        assert_eq!((all.oom_kills, memory.peak), (Some(1), Some(70_000_000)));
         let io = Io { device: "8:0".to_owned(), read: 1, written: 2, reads: 3, writes: 4 };
         assert_eq!(all.io, [io]);
         assert!(all.pressure.cpu.is_some() && all.pressure.memory.is_none());
         let core = depth(Depth::Core);
-        let without_peak = all.memory.map(|memory| Memory { peak: None, ..memory });
-        assert!(core.memory == without_peak && core.processes.is_none() && core.io.is_empty());
+        let without_all = all.memory.map(|memory| Memory { peak: None, failures: None, reserved: None, ..memory });
+        assert!(core.memory == without_all && core.threads.is_none() && core.io.is_empty());
         assert_eq!(depth(Depth::Cpu).memory, None);
     }
 }

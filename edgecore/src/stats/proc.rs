@@ -124,17 +124,19 @@ fn meminfo(text: &str, vmstat: &str) -> Option<NodeMemory> {
     let total = bytes("MemTotal")?;
     let usage = total.saturating_sub(bytes("MemFree")?);
     let swap_total = bytes("SwapTotal").unwrap_or_default();
+    let inactive_file = bytes("Inactive(file)");
     let used = Memory {
         usage,
-        working_set: usage.saturating_sub(bytes("Inactive(file)").unwrap_or_default()),
+        working_set: usage.saturating_sub(inactive_file.unwrap_or_default()),
+        inactive_file,
+        active_file: bytes("Active(file)"),
         rss: bytes("AnonPages"),
         cache: bytes("Cached"),
         mapped: bytes("Mapped"),
         swap: Some(swap_total.saturating_sub(bytes("SwapFree").unwrap_or(swap_total))),
-        peak: None,
         faults: keyed(vmstat, "pgfault"),
         major_faults: keyed(vmstat, "pgmajfault"),
-        limit: None,
+        ..Memory::default()
     };
     Some(NodeMemory { total, used, swap_total })
 }

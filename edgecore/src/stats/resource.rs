@@ -48,6 +48,14 @@ pub(super) fn page(snapshot: &Snapshot) -> Bytes {
             family.add(labels, Seconds(started), None);
         }
     }
+    add(
+        page.gauge(
+            "container_swap_limit_bytes",
+            "[ALPHA] Current amount of the container swap limit in bytes. Reported only on non-windows systems",
+        ),
+        of_containers(),
+        |usage| usage.memory.as_ref()?.swap_limit,
+    );
     swap(
         &mut page,
         "container_swap_usage_bytes",

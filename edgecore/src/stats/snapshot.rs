@@ -170,6 +170,9 @@ pub(super) fn take(cgroups: &Cgroups, listed: Vec<Listed>, wanted: &Wanted, volu
         }
         snapshot.pods.push(pod);
     }
+    if wanted.depth >= Depth::Full {
+        snapshot.all_pods.processes = Some(snapshot.pods.iter().filter_map(|pod| pod.usage.processes).sum());
+    }
     snapshot
 }
 
@@ -193,6 +196,12 @@ fn take_pod(cgroups: &Cgroups, mut listed: Listed, path: String, wanted: &Wanted
     }
     if let Some(sandbox) = &listed.sandbox {
         pod.sandbox_path = child(&sandbox.id);
+        if wanted.depth >= Depth::Full {
+            // A pod's are in the cgroups below its own.
+            let of_sandbox = cgroup::processes(cgroups, &pod.sandbox_path).filter(|_| !pod.sandbox_path.is_empty());
+            let of_containers = pod.containers.iter().filter_map(|container| container.usage.processes);
+            pod.usage.processes = Some(of_containers.chain(of_sandbox).sum());
+        }
         if wanted.network && !sandbox.host_network {
             let paths = std::iter::once(&pod.sandbox_path).chain(pod.containers.iter().map(|one| &one.path));
             let found = paths.filter_map(|path| process(cgroups, path)).find_map(|pid| proc::interfaces(&pid));
@@ -205,13 +214,8 @@ fn take_pod(cgroups: &Cgroups, mut listed: Listed, path: String, wanted: &Wanted
     pod
 }
 
-/// The hierarchy that every process is in, whatever the runtime does with the others.
-fn place(cgroups: &Cgroups, path: &str) -> Option<std::path::PathBuf> {
-    ["cpuacct", "memory"].iter().find_map(|controller| cgroups.place(controller, path))
-}
-
 fn children(cgroups: &Cgroups, path: &str) -> Vec<String> {
-    let entries = place(cgroups, path).and_then(|dir| fs::read_dir(dir).ok()).into_iter().flatten().flatten();
+    let entries = cgroup::place(cgroups, path).and_then(|dir| fs::read_dir(dir).ok()).into_iter().flatten().flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     directories.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
@@ -221,6 +225,5 @@ fn process(cgroups: &Cgroups, path: &str) -> Option<String> {
     if path.is_empty() {
         return None;
     }
-    let processes = fs::read_to_string(place(cgroups, path)?.join("cgroup.procs")).ok()?;
-    processes.lines().map(str::trim).find(|pid| !pid.is_empty() && *pid != "0").map(str::to_owned)
+    cgroup::procs(cgroups, path)?.lines().map(str::trim).find(|pid| !pid.is_empty() && *pid != "0").map(str::to_owned)
 }

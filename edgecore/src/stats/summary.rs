@@ -338,10 +338,10 @@ fn basics(usage: &Usage, full: bool) -> Basics {
             psi: usage.pressure.memory,
         }),
         io: usage.pressure.io.filter(|_| full).map(|psi| IoStats { time, psi }),
-        swap: usage.memory.as_ref().and_then(|memory| memory.swap).map(|swap_usage_bytes| SwapStats {
-            time,
-            swap_available_bytes: None,
-            swap_usage_bytes,
+        swap: usage.memory.as_ref().and_then(|memory| {
+            let swap_usage_bytes = memory.swap?;
+            let swap_available_bytes = memory.swap_limit.map(|limit| limit.saturating_sub(swap_usage_bytes));
+            Some(SwapStats { time, swap_available_bytes, swap_usage_bytes })
         }),
     }
 }

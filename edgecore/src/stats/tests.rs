@@ -91,6 +91,7 @@ impl Bench {
                 ("memory.stat", MEMORY_V2.to_owned()),
                 ("memory.swap.current", "8\n".to_owned()),
                 ("memory.max", "1048576\n".to_owned()),
+                ("memory.swap.max", "4096\n".to_owned()),
                 ("pids.current", "3\n".to_owned()),
                 ("cpu.pressure", "some avg10=0.50 avg60=0.00 avg300=0.00 total=7\n".to_owned()),
                 ("cpu.max", "50000 100000\n".to_owned()),
@@ -104,7 +105,8 @@ impl Bench {
         put(at("pids"), &[("pids.current", "3\n".to_owned())]);
         let stat = ("memory.stat", MEMORY_V1.to_owned());
         let limit = ("memory.limit_in_bytes", "1048576\n".to_owned());
-        put(at("memory"), &[("memory.usage_in_bytes", format!("{memory}\n")), stat, limit]);
+        let swap = ("memory.memsw.limit_in_bytes", "4096\n".to_owned());
+        put(at("memory"), &[("memory.usage_in_bytes", format!("{memory}\n")), stat, limit, swap]);
         put(at("cpu"), &[("cpu.cfs_quota_us", "50000\n".to_owned()), ("cpu.cfs_period_us", "100000\n".to_owned())]);
     }
 
@@ -166,6 +168,7 @@ async fn both_versions_of_cgroups_give_the_resources_that_metrics_server_reads()
         assert_eq!(of("container_cpu_usage_seconds_total", &APP), Some(1.5), "v{version}");
         assert_eq!(of("container_memory_working_set_bytes", &APP), Some(600.0), "v{version}");
         assert_eq!(of("container_swap_usage_bytes", &APP), Some(8.0));
+        assert_eq!(of("container_swap_limit_bytes", &APP), Some(4096.0));
         assert_eq!(of("pod_cpu_usage_seconds_total", &APP[..2]), Some(2.0));
         assert_eq!(of("pod_memory_working_set_bytes", &APP[..2]), Some(1100.0));
         assert_eq!(of("node_cpu_usage_seconds_total", &[]), Some(9.0));
@@ -198,7 +201,9 @@ async fn the_summary_has_rates_at_once_and_everything_when_asked_for_everything(
     assert_eq!(pod["podRef"], serde_json::json!({"name": "web", "namespace": "shop", "uid": "uid-web"}));
     assert_eq!(pod["memory"]["workingSetBytes"], 1100);
     assert_eq!(pod["memory"]["availableBytes"], 1_048_576 - 1100);
-    assert_eq!((&pod["process_stats"]["process_count"], &pod["cpu"]["psi"]["some"]["total"]), (&3.into(), &7.into()));
+    // One in its sandbox and one in its container, of three threads each.
+    assert_eq!((&pod["process_stats"]["process_count"], &pod["cpu"]["psi"]["some"]["total"]), (&2.into(), &7.into()));
+    assert_eq!(pod["containers"][0]["swap"]["swapAvailableBytes"], 4096 - 8);
     assert_eq!(pod["volume"][0]["name"], "cache");
     let app = &pod["containers"][0];
     assert_eq!((&app["name"], &app["cpu"]["usageNanoCores"]), (&"app".into(), &0.into()));
@@ -254,6 +259,10 @@ async fn cadvisors_page_is_labelled_as_cadvisor_does() {
         assert_eq!(of("container_memory_cache", &labels), Some(500.0));
         assert_eq!(of("container_spec_cpu_quota", &labels), Some(50_000.0));
         assert_eq!(of("container_spec_memory_limit_bytes", &labels), Some(1_048_576.0));
+        assert_eq!(of("container_spec_memory_swap_limit_bytes", &labels), Some(4096.0));
+        assert_eq!((of("container_processes", &labels), of("container_threads", &labels)), (Some(1.0), Some(3.0)));
+        assert_eq!(of("container_threads_max", &labels), Some(0.0));
+        assert_eq!(of("container_memory_total_inactive_file_bytes", &labels), Some(400.0));
         assert_eq!(of("container_fs_usage_bytes", &labels), Some(container.len() as f64));
         assert!(of("container_start_time_seconds", &labels) > Some(1.7e9));
         let total = [labels[0], labels[1], labels[2], ("cpu", "total")];
@@ -263,6 +272,7 @@ async fn cadvisors_page_is_labelled_as_cadvisor_does() {
         assert_eq!(of("container_cpu_usage_seconds_total", &[("id", "/"), ("pod", "")]), Some(9.0));
         assert_eq!(of("container_scrape_error", &[]), Some(0.0));
         assert!(of("machine_cpu_cores", &[]) > Some(0.0) && of("machine_memory_bytes", &[]) > Some(0.0));
+        assert!(of("machine_swap_bytes", &[]).is_some());
         // As many interfaces as this process has: the sandbox is in the same namespace.
         let here = proc::interfaces("self").unwrap().len();
         let traffic = samples.iter().filter(|sample| {
