@@ -91,6 +91,16 @@ impl ClientAuthorities {
         };
     }
 
+    /// The certificates that are known; empty: it is known that there are none.
+    #[cfg(test)]
+    pub(super) fn pem(&self) -> Option<String> {
+        match &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
+            Known::Unknown => None,
+            Known::None => Some(String::new()),
+            Known::These { pem, .. } => Some(pem.clone()),
+        }
+    }
+
     /// Whose certificate this is, the first of the chain that a peer showed.
     fn user(&self, chain: &[CertificateDer<'_>], now: Timestamp) -> Result<User, Unauthenticated> {
         let verifier = match &*self.0.read().unwrap_or_else(PoisonError::into_inner) {

@@ -118,6 +118,41 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_ca_of_clients_is_what_the_config_map_says() {
+        let authorities = Arc::new(ClientAuthorities::default());
+        let mut sink = ClientCa { authorities: Arc::clone(&authorities), seen: false };
+        let map = |data: Value| -> ConfigMap { serde_json::from_value(json!({"data": data})).unwrap() };
+        let pem = |name: &str| {
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
+            params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
+        };
+        let (first, second) = (pem("first"), pem("second"));
+        let told = || authorities.pem();
+        sink.begin();
+        assert_eq!(told(), None, "nothing is known before it was said");
+        sink.apply(map(json!({ CLIENT_CA: first })));
+        sink.complete();
+        assert_eq!(told().as_ref(), Some(&first));
+        sink.apply(map(json!({ CLIENT_CA: second })));
+        assert_eq!(told().as_ref(), Some(&second));
+        // Deleted it stands: the apiserver writes it anew. Unless a whole list does not show it.
+        sink.delete(map(json!({})));
+        sink.begin();
+        assert_eq!(told().as_ref(), Some(&second));
+        sink.complete();
+        assert_eq!(told().as_deref(), Some(""));
+        sink.begin();
+        sink.apply(map(json!({ CLIENT_CA: first })));
+        sink.complete();
+        assert_eq!(told().as_ref(), Some(&first));
+        // Without the key, nobody signs clients.
+        sink.apply(map(json!({ "requestheader-client-ca-file": second })));
+        assert_eq!(told().as_deref(), Some(""));
+    }
+
+    #[test]
     fn a_review_tells_who_a_token_is() {
         let status = json!({"authenticated": true, "user": {
             "username": "system:serviceaccount:monitoring:prometheus", "uid": "u",
