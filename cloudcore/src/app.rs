@@ -177,7 +177,7 @@ async fn start(
     let kubelets = front.backend().kubelets();
     let sessions = Arc::clone(&front);
     let find = move |node: &str| sessions.streams(node);
-    let asked_for = config.kubelet_csr.then(|| config.kubelet_address.clone());
+    let asked_for = config.kubelet_csr.then(|| (config.kubelet_address.clone(), KubeSecrets::clone(&secrets)));
     let shown = Arc::new(ServingCertificate::new(Arc::clone(&serving), asked_for));
     let kubelets = kubelets.start(shown, find, &mut registry, DRAIN, stop.clone())?;
     let care = Care {
