@@ -17,7 +17,7 @@ use self::metrics::Metrics;
 pub use self::ports::Ports;
 pub(crate) use self::ports::Shown;
 use self::reviews::ApiserverReviews;
-use self::server::Server;
+use self::server::{Limits, Server};
 pub use self::serving::ServingCertificate;
 use crate::apiserver::Apiserver;
 use crate::pki::CaError;
@@ -60,7 +60,7 @@ impl Kubelets {
         let tls = tls::config(Arc::clone(&certificate))?;
         let authorities = Arc::new(ClientAuthorities::default());
         let asked = (Arc::clone(&authorities), ApiserverReviews(api.clone()));
-        let server = Server::new(ports, tls, asked, find, Metrics::new(registry), stop);
+        let server = Server::new(ports, tls, asked, find, (Metrics::new(registry), Limits::default()), stop);
         Ok(supervise::spawn("kubelets", async move {
             let follow = reviews::follow_client_ca(client.clone(), api, authorities);
             tokio::select! {

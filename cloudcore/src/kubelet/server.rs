@@ -41,15 +41,8 @@ use crate::supervise::Tasks;
 
 mod peer;
 
-/// Connections that nobody has been authenticated on, of all nodes.
-const MAX_STRANGERS: usize = 1024;
 const STRANGER_GRACE: Duration = Duration::from_secs(3);
-/// Connections past that: of all nodes, and of one. A session carries 128 streams.
-const MAX_CONNECTIONS: usize = 8192;
-const MAX_OF_NODE: usize = if cfg!(test) { 4 } else { 96 };
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a connection may be idle, or a head be on its way.
-const IDLE: Duration = Duration::from_secs(10);
 /// How long what came before a stream or its session was ended may take to get to a client.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// The same for a command's: without its status it would be taken for a success.
@@ -57,6 +50,28 @@ const COMMAND_FAREWELL: Duration = Duration::from_secs(30);
 /// A peer that is gone without a word is noticed so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const PROBE: Duration = Duration::from_secs(10);
+
+/// What connections may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// How many nobody has been authenticated on, of all nodes.
+    pub(crate) strangers: usize,
+    /// How many past that: of all nodes.
+    pub(crate) all: usize,
+    /// And of one. A session carries 128 streams.
+    pub(crate) of_node: usize,
+    /// How long a stranger's first head may be on its way; and one past that be idle, where few places are left.
+    pub(crate) patience: Duration,
+    /// How long one past that may be idle, or a head be on its way: as with a kubelet. What scrapes would shake hands each time.
+    pub(crate) idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let (patience, idle) = (Duration::from_secs(10), Duration::from_secs(90));
+        Self { strangers: 1024, all: 8192, of_node: 96, patience, idle }
+    }
+}
 
 /// Finds a node's session.
 type Find = Box<dyn Fn(&str) -> Option<Streams> + Send + Sync>;
@@ -69,6 +84,7 @@ pub(crate) struct Server<R> {
     authoriser: Authoriser<R>,
     find: Find,
     metrics: Metrics,
+    limits: Limits,
     strangers: Places,
     connections: Arc<Semaphore>,
     /// The apiserver could not be asked, and that was said.
@@ -95,7 +111,7 @@ impl<R: Reviews> Server<R> {
         tls: Arc<ServerConfig>,
         (authorities, reviews): (Arc<ClientAuthorities>, R),
         find: impl Fn(&str) -> Option<Streams> + Send + Sync + 'static,
-        metrics: Metrics,
+        (metrics, limits): (Metrics, Limits),
         stop: CancellationToken,
     ) -> Arc<Self> {
         let reviews = Arc::new(reviews);
@@ -106,8 +122,9 @@ impl<R: Reviews> Server<R> {
             authoriser: Authoriser::new(reviews),
             find: Box::new(find),
             metrics,
-            strangers: Places::new(MAX_STRANGERS, STRANGER_GRACE),
-            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            limits,
+            strangers: Places::new(limits.strangers, STRANGER_GRACE),
+            connections: Arc::new(Semaphore::new(limits.all)),
             unasked: AtomicBool::new(false),
             stop,
         })
@@ -164,7 +181,7 @@ impl<R: Reviews> Server<R> {
                 () = door.closed.cancelled() => break FAREWELL,
                 () = self.stop.cancelled() => break drain,
             }
-            let of_node = Arc::clone(of_node.get_or_insert_with(|| Arc::new(Semaphore::new(MAX_OF_NODE))));
+            let of_node = Arc::clone(of_node.get_or_insert_with(|| Arc::new(Semaphore::new(self.limits.of_node))));
             let (server, door, stranger) = (Arc::clone(&self), Arc::clone(&door), self.strangers.take());
             connections.spawn(async move { Box::pin(server.connection(door, of_node, stream, stranger)).await });
         };
@@ -200,6 +217,7 @@ impl<R: Reviews> Server<R> {
             of_node,
             certificates,
             place: Mutex::default(),
+            asked: AtomicBool::new(false),
             known: Notify::new(),
             stream: watch::Sender::new(None),
             upgrades: Mutex::default(),
@@ -224,13 +242,15 @@ impl<R: Reviews> Server<R> {
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(IDLE)
+            .header_read_timeout(self.limits.idle)
             .max_buf_size(BUFFER)
             .serve_connection(TokioIo::new(tls), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let mut stranger = Some(stranger);
         let mut stopping = false;
+        let mut patience = tokio::time::interval(self.limits.patience);
+        patience.reset();
         loop {
             let evicted = async {
                 match &mut stranger {
@@ -249,6 +269,15 @@ impl<R: Reviews> Server<R> {
                 () = peer.known.notified() => stranger = None,
                 // A client that does not read would not hear of it.
                 () = peer.stream_gone(FAREWELL) => return false,
+                _ = patience.tick(), if !stopping => {
+                    if stranger.is_some() && !peer.asked.load(Ordering::Relaxed) {
+                        return false;
+                    }
+                    if stranger.is_none() && self.has_few_places(&peer.of_node) {
+                        stopping = true;
+                        connection.as_mut().graceful_shutdown();
+                    }
+                }
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -257,7 +286,14 @@ impl<R: Reviews> Server<R> {
         }
     }
 
+    /// Whether connections end once they are idle, for others to have their places.
+    fn has_few_places(&self, of_node: &Semaphore) -> bool {
+        let few = |places: &Semaphore, most| places.available_permits() <= most / 4;
+        few(of_node, self.limits.of_node) || few(&self.connections, self.limits.all)
+    }
+
     async fn answer(&self, peer: &Peer, request: Request<Incoming>) -> Answer {
+        peer.asked.store(true, Ordering::Relaxed);
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let node = peer.door.node.name.as_str();
         let Some(wanted) = Attributes::of(&method, &path) else {

@@ -141,6 +141,10 @@ fn node(name: &str) -> NodeIdentity {
 
 impl Bed {
     async fn start() -> Self {
+        Self::with(Limits::default()).await
+    }
+
+    async fn with(limits: Limits) -> Self {
         let [a, b, c]: [u8; 3] = rand::random();
         let host = format!("127.{a}.{b}.{}", c.clamp(1, 254));
         let ports = Arc::new(Ports::new(&host, PortRange { first: 20000, last: 20009 }, 16));
@@ -164,7 +168,7 @@ impl Bed {
             tls,
             (Arc::clone(&authorities), FakeReviews(Arc::clone(&script))),
             move |node| held.lock().unwrap().get(node).cloned(),
-            metrics.clone(),
+            (metrics.clone(), limits),
             stop.clone(),
         );
         let serving = supervise::spawn("kubelets", server.serve(Duration::from_secs(5)));

@@ -1,5 +1,6 @@
 //! What is kept of one connection to a node's port.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ pub(super) struct Peer {
     pub(super) certificates: Vec<CertificateDer<'static>>,
     /// Held from the first request that was authenticated.
     pub(super) place: Mutex<Option<[OwnedSemaphorePermit; 2]>>,
+    /// A head has come.
+    pub(super) asked: AtomicBool,
     pub(super) known: Notify,
     /// What the request at hand is on.
     pub(super) stream: watch::Sender<Option<Gone>>,

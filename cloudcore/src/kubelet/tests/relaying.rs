@@ -283,8 +283,37 @@ async fn a_node_that_serves_nobody_says_so() {
 }
 
 #[tokio::test]
+async fn who_is_known_may_be_idle_and_a_stranger_not() {
+    let bed = Bed::with(Limits { patience: Duration::from_secs(2), of_node: 8, ..Limits::default() }).await;
+    let (_edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
+    let port = bed.port("box-1");
+    let mut known = bed.client(port, &admin).await;
+    whole(known.get("/metrics").await).await.unwrap();
+    for _ in 0..2 {
+        let mut stranger = bed.tls(port, &Shows::default()).await.unwrap();
+        let said = tokio::time::timeout(PATIENCE, stranger.read(&mut [0])).await.expect("it is hung up on");
+        assert_eq!(said.unwrap_or_default(), 0);
+    }
+    assert_eq!(whole(known.get("/metrics").await).await.unwrap(), b"box-1", "it stood all that time");
+    // Where few places are left, who is idle gives way.
+    let mut following = bed.client(port, &admin).await;
+    let mut log = following.get("/containerLogs/ns/pod/c?follow=true").await.into_body();
+    log.frame().await.unwrap().unwrap();
+    let mut others = Vec::new();
+    for _ in 0..4 {
+        let mut client = bed.client(port, &admin).await;
+        whole(client.get("/metrics").await).await.unwrap();
+        others.push(client);
+    }
+    until("the idle ones are gone", || bed.metrics.open() < 6).await;
+    assert_eq!(bed.get(port, &admin, "/metrics").await.0, 200);
+    let next = tokio::time::timeout(Duration::from_millis(1), log.frame()).await;
+    assert!(next.is_err(), "what is under way goes on");
+}
+
+#[tokio::test]
 async fn a_node_has_so_many_connections_and_no_more() {
-    let bed = Bed::start().await;
+    let bed = Bed::with(Limits { of_node: 4, ..Limits::default() }).await;
     let (_edge, _other) = (bed.connect("box-1", 1), bed.connect("box-2", 1));
     bed.admin("box-1");
     let admin = bed.admin("box-2");
