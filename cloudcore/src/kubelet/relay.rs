@@ -340,7 +340,7 @@ fn without_claims(headers: &mut HeaderMap) {
 }
 
 /// The protocol that is asked for, or switched to.
-fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
+pub(super) fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
     let named = listed(headers).any(|name| name.eq_ignore_ascii_case("upgrade"));
     headers.get(UPGRADE).filter(|_| named).cloned()
 }

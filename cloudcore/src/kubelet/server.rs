@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{Either, Full};
+use http_body_util::{BodyExt as _, Either, Full, Limited};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
@@ -47,6 +47,8 @@ const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 const FAREWELL: Duration = Duration::from_secs(1);
 /// The same for a command's: without its status it would be taken for a success.
 const COMMAND_FAREWELL: Duration = Duration::from_secs(30);
+/// How long a node may take to say why it refused.
+const REFUSAL_PATIENCE: Duration = Duration::from_secs(10);
 /// A peer that is gone without a word is noticed so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const PROBE: Duration = Duration::from_secs(10);
@@ -295,10 +297,11 @@ impl<R: Reviews> Server<R> {
     async fn answer(&self, peer: &Peer, request: Request<Incoming>) -> Answer {
         peer.asked.store(true, Ordering::Relaxed);
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let upgrade = relay::upgrade_of(request.headers());
         let node = peer.door.node.name.as_str();
         let Some(wanted) = Attributes::of(&method, &path) else {
             self.metrics.request("other", StatusCode::BAD_REQUEST);
-            return no(&No { status: StatusCode::BAD_REQUEST, message: "the path is not a plain one\n".to_owned() });
+            return no(No { status: StatusCode::BAD_REQUEST, message: "the path is not a plain one\n".to_owned() });
         };
         let answered = self.ask(peer, wanted, request).await.unwrap_or_else(|No { status, message }| {
             // The apiserver tells whoever asked for logs what a 502 says; of a 503 it tells the number alone
@@ -307,9 +310,10 @@ impl<R: Reviews> Server<R> {
                 ("containerLogs", StatusCode::SERVICE_UNAVAILABLE) => StatusCode::BAD_GATEWAY,
                 (_, status) => status,
             };
-            no(&No { status, message })
+            no(No { status, message })
         });
         let code = answered.status();
+        let answered = if upgrade.is_some() && code.as_u16() >= 400 { refusal(answered).await } else { answered };
         self.metrics.request(wanted.route, code);
         debug!(node, %method, path, code = code.as_u16(), "request to the node's kubelet");
         answered
@@ -375,10 +379,30 @@ impl Drop for Listening {
     }
 }
 
-fn no(no: &No) -> Answer {
-    // kubectl reads what an upgrade was refused with as YAML first, and takes text with a colon in it for a status that says nothing.
-    let message = no.message.replace(": ", ", ");
-    let mut response = Response::new(Either::Left(Full::new(Bytes::from(message))));
+/// What an upgrade was refused with, by whomever, in words that get to whoever typed the command.
+async fn refusal(answer: Answer) -> Answer {
+    let (head, body) = answer.into_parts();
+    let collected = tokio::time::timeout(REFUSAL_PATIENCE, Limited::new(body, BUFFER).collect()).await;
+    let message = match collected {
+        Ok(Ok(body)) => without_colons(&String::from_utf8_lossy(&body.to_bytes())),
+        Ok(Err(_)) | Err(_) => "the node refused it, and did not say why\n".to_owned(),
+    };
+    no(No { status: head.status, message })
+}
+
+/// kubectl reads the words as YAML first (client-go's transport/websocket), and takes those with a colon before white space for a status that
+/// says nothing.
+fn without_colons(words: &str) -> String {
+    let next = words.chars().skip(1).map(Some).chain([None]);
+    let plain = words.chars().zip(next).map(|(this, next)| match (this, next) {
+        (':', next) if next.is_none_or(char::is_whitespace) => ',',
+        (this, _) => this,
+    });
+    plain.collect()
+}
+
+fn no(no: No) -> Answer {
+    let mut response = Response::new(Either::Left(Full::new(Bytes::from(no.message))));
     *response.status_mut() = no.status;
     let headers = response.headers_mut();
     // No Retry-After: client-go would wait and try again, and whoever typed the command would not be told for a minute.

@@ -283,6 +283,28 @@ async fn a_node_that_serves_nobody_says_so() {
 }
 
 #[tokio::test]
+async fn what_refuses_an_upgrade_is_no_yaml() {
+    let bed = Bed::start().await;
+    let (_edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
+    let port = bed.port("box-1");
+    let refused = async |shows: &Shows, path: &str| {
+        let mut client = bed.client(port, shows).await;
+        let request = Request::get(path).header("connection", "Upgrade").header("upgrade", "websocket");
+        let response = client.send(request.body(nothing()).unwrap()).await;
+        let code = response.status().as_u16();
+        (code, String::from_utf8(whole(response).await.unwrap()).unwrap())
+    };
+    let words = "rpc error, code = Unknown desc = at 10:20 it,\nbroke,";
+    assert_eq!(refused(&admin, "/debug/x").await, (500, words.to_owned()), "the node's own words");
+    let asked_plainly = "rpc error: code = Unknown desc = at 10:20 it:\nbroke:";
+    assert_eq!(bed.get(port, &admin, "/debug/x").await, (500, asked_plainly.to_owned()));
+    bed.script.away.store(true, Ordering::SeqCst);
+    let token = Shows { token: Some("t0ken".to_owned()), ..Shows::default() };
+    let (code, said) = refused(&token, "/exec/ns/pod/c").await;
+    assert!(code == 503 && said.contains("so it is not, ") && !said.contains(": "), "{said}");
+}
+
+#[tokio::test]
 async fn who_is_known_may_be_idle_and_a_stranger_not() {
     let bed = Bed::with(Limits { patience: Duration::from_secs(2), of_node: 8, ..Limits::default() }).await;
     let (_edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
