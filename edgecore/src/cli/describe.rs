@@ -29,7 +29,7 @@ enum Kind {
         alias = "po",
         after_help = "\
 Examples:
-  edgecore describe pod web            pod web of namespace default
+  edgecore describe pod web            pod web
   edgecore describe pod web -n shop    of namespace shop"
     )]
     Pod(PodArgs),
@@ -39,9 +39,9 @@ Examples:
 struct PodArgs {
     /// The pod, as `edgecore get pods` shows it.
     name: String,
-    /// Its namespace.
-    #[arg(short, long, default_value = "default")]
-    namespace: String,
+    /// Its namespace; unless given `default`, or the only one that has a pod of this name here.
+    #[arg(short, long)]
+    namespace: Option<String>,
     #[command(flatten)]
     data: DataDir,
 }
@@ -50,18 +50,18 @@ impl Describe {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let Kind::Pod(PodArgs { name, namespace, data }) = self.what;
         let config = Config::load(&data.data_dir)?;
-        let request = Request::Get { what: What::Pods, namespace: Some(namespace.clone()) };
+        let request = Request::Get { what: What::Pods, namespace: namespace.clone() };
         let pods: Vec<Value> = match control::ask(&config.control_socket(&data.data_dir), &request).await {
             Ok(pods) => pods,
             Err(AskError::NotRunning(_)) => {
                 super::note("edgecore is not running: this is what its store holds, the status may be old");
                 let mut snapshot = Snapshot::open(&data.data_dir)?;
                 let notes = snapshot.notes(POD_STATUS_NOTES)?;
-                control::objects(&snapshot.list(What::Pods.collection())?, &notes, Some(&namespace))
+                control::objects(&snapshot.list(What::Pods.collection())?, &notes, namespace.as_deref())
             }
             Err(error) => return Err(error.into()),
         };
-        print(&describe(&find(pods, &namespace, &name)?.object, clock::wall()));
+        print(&describe(&find(pods, namespace.as_deref(), &name)?.object, clock::wall()));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -50,9 +50,9 @@ pub(super) struct Attach {
 struct Target {
     /// The pod, as `edgecore get pods` shows it.
     pod: String,
-    /// Its namespace.
-    #[arg(short, long, default_value = "default")]
-    namespace: String,
+    /// Its namespace; unless given `default`, or the only one that has a pod of this name here.
+    #[arg(short, long)]
+    namespace: Option<String>,
     /// The container; the pod's default or first one unless given.
     #[arg(short, long)]
     container: Option<String>,
@@ -106,7 +106,7 @@ impl Attach {
 impl Target {
     async fn find(&self) -> anyhow::Result<(Node, Pod, String)> {
         let node = Node::of(&self.data)?;
-        let pod = node.pod(&self.namespace, &self.pod).await?;
+        let pod = node.pod(self.namespace.as_deref(), &self.pod).await?;
         let container = pod.container(self.container.as_deref())?;
         Ok((node, pod, container))
     }

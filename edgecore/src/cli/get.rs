@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use anyhow::bail;
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 use serde_json::Value;
@@ -17,6 +18,8 @@ use crate::store::Snapshot;
 pub(super) struct Get {
     /// What to list.
     what: Kind,
+    /// Only of this name.
+    name: Option<String>,
     /// Only of this namespace.
     #[arg(short, long, conflicts_with = "all_namespaces")]
     namespace: Option<String>,
@@ -58,7 +61,7 @@ impl Get {
         };
         let namespace = self.namespace.filter(|_| what != What::Nodes);
         let request = Request::Get { what, namespace: namespace.clone() };
-        let objects: Vec<Value> = match control::ask(&config.control_socket(data_dir), &request).await {
+        let mut objects: Vec<Value> = match control::ask(&config.control_socket(data_dir), &request).await {
             Ok(objects) => objects,
             Err(AskError::NotRunning(_)) => {
                 let _ = writeln!(
@@ -71,6 +74,12 @@ impl Get {
             }
             Err(error) => return Err(error.into()),
         };
+        if let Some(name) = &self.name {
+            objects.retain(|object| object["metadata"]["name"] == **name);
+            if objects.is_empty() {
+                bail!("{name:?} is not on this node; without a name `edgecore get` lists what is");
+            }
+        }
         print(&show(what, &objects, self.output, clock::wall())?);
         if objects.is_empty() && self.output.is_none() {
             let _ = writeln!(std::io::stderr(), "No resources found.");

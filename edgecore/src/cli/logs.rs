@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use http_body_util::BodyExt as _;
 use hyper::Method;
+use jiff::Timestamp;
 
 use super::DataDir;
 use super::node::Node;
@@ -15,7 +16,7 @@ use super::node::Node;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  edgecore logs web                          the log of the only container of pod web, namespace default
+  edgecore logs web                          the log of the only container of pod web
   edgecore logs web -c proxy -n shop -f      follow container proxy of a pod of namespace shop
   edgecore logs web --tail 20 --timestamps   the last 20 lines, with their times
   edgecore logs web --since 10m              what was said in the last ten minutes
@@ -23,9 +24,9 @@ Examples:
 pub(super) struct Logs {
     /// The pod, as `edgecore get pods` shows it.
     pod: String,
-    /// Its namespace.
-    #[arg(short, long, default_value = "default")]
-    namespace: String,
+    /// Its namespace; unless given `default`, or the only one that has a pod of this name here.
+    #[arg(short, long)]
+    namespace: Option<String>,
     /// The container; the pod's default or first one unless given.
     #[arg(short, long)]
     container: Option<String>,
@@ -41,6 +42,9 @@ pub(super) struct Logs {
     /// No older than this, such as 30s, 10m or 1h30m.
     #[arg(long, value_name = "DURATION", value_parser = seconds)]
     since: Option<u64>,
+    /// No older than this time, such as 2026-01-02T15:04:05Z.
+    #[arg(long, value_name = "TIME", conflicts_with = "since")]
+    since_time: Option<Timestamp>,
     /// No more bytes than these.
     #[arg(long, value_name = "N")]
     limit_bytes: Option<u64>,
@@ -54,7 +58,7 @@ pub(super) struct Logs {
 impl Logs {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let node = Node::of(&self.data)?;
-        let pod = node.pod(&self.namespace, &self.pod).await?;
+        let pod = node.pod(self.namespace.as_deref(), &self.pod).await?;
         let container = pod.container(self.container.as_deref())?;
         let path = format!("{}?{}", pod.path("containerLogs", Some(&container)), self.query());
         let mut body = node.ask(Method::GET, &path, &[]).await?.into_body();
@@ -81,6 +85,7 @@ impl Logs {
             query.push(format!("tailLines={}", self.tail));
         }
         query.extend(self.since.map(|since| format!("sinceSeconds={since}")));
+        query.extend(self.since_time.map(|since| format!("sinceTime={since}")));
         query.extend(self.limit_bytes.map(|bytes| format!("limitBytes={bytes}")));
         query.join("&")
     }

@@ -170,6 +170,8 @@ mod tests {
         for line in [
             "logs web -n shop -c main -f -p --tail 3 --since 5m --timestamps",
             "logs web --tail -1",
+            "logs web --since-time 2026-01-02T15:04:05+02:00",
+            "get pod web -n shop -o json",
             "exec -it web -c main -- sh -c true",
             "attach -it web",
             "port-forward web 8080:80 :81",

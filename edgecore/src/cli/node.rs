@@ -44,9 +44,9 @@ impl Node {
     }
 
     /// The pod of a name, which may be written as kubectl takes it, `pod/NAME`.
-    pub(super) async fn pod(&self, namespace: &str, name: &str) -> anyhow::Result<Pod> {
+    pub(super) async fn pod(&self, namespace: Option<&str>, name: &str) -> anyhow::Result<Pod> {
         let name = plain(name)?;
-        let request = control::Request::Get { what: What::Pods, namespace: Some(namespace.to_owned()) };
+        let request = control::Request::Get { what: What::Pods, namespace: namespace.map(str::to_owned) };
         let pods: Vec<Value> = control::ask(&self.socket, &request).await?;
         find(pods, namespace, name)
     }
@@ -118,13 +118,27 @@ fn plain(name: &str) -> anyhow::Result<&str> {
     }
 }
 
-pub(super) fn find(pods: Vec<Value>, namespace: &str, name: &str) -> anyhow::Result<Pod> {
-    let named = pods.into_iter().filter(|pod| pod["metadata"]["name"] == name);
+/// The pod of a name. Unless a namespace is said it is the one of `default`, or else the only one of its name.
+pub(super) fn find(pods: Vec<Value>, namespace: Option<&str>, name: &str) -> anyhow::Result<Pod> {
+    let named = || pods.iter().filter(|pod| pod["metadata"]["name"] == name);
+    let namespace_of = |pod: &Value| pod["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
+    let namespace = match namespace {
+        Some(namespace) => namespace.to_owned(),
+        None if named().any(|pod| namespace_of(pod) == "default") => "default".to_owned(),
+        None => {
+            let first = named().map(namespace_of).next().unwrap_or_else(|| "default".to_owned());
+            if let Some(other) = named().map(namespace_of).find(|other| *other != first) {
+                bail!("pod {name:?} is in namespaces {first:?} and {other:?}; say with -n which is meant");
+            }
+            first
+        }
+    };
     // Of two of a name, the one that is not on its way out.
-    let object = named.min_by_key(|pod| pod["metadata"]["deletionTimestamp"].is_string()).with_context(|| {
+    let of_namespace = named().filter(|pod| namespace_of(pod) == namespace);
+    let object = of_namespace.min_by_key(|pod| pod["metadata"]["deletionTimestamp"].is_string()).with_context(|| {
         format!("pod {name:?} is not on this node in namespace {namespace:?}; `edgecore get pods` lists those of all namespaces")
     })?;
-    Ok(Pod { namespace: namespace.to_owned(), name: name.to_owned(), object })
+    Ok(Pod { namespace, name: name.to_owned(), object: object.clone() })
 }
 
 impl Pod {
@@ -174,21 +188,29 @@ mod tests {
     #[test]
     fn the_pod_and_container_that_are_meant() {
         let pod = |name: &str, going: bool| {
-            let mut pod = json!({ "metadata": { "name": name }, "spec": {
+            let mut pod = json!({ "metadata": { "name": name, "namespace": "ns" }, "spec": {
                 "containers": [{ "name": "a" }, { "name": "b" }], "initContainers": [{ "name": "i" }] } });
             if going {
                 pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
             }
             pod
         };
-        let mut found = find(vec![pod("x", true), pod("x", false), pod("y", false)], "ns", "x").unwrap();
+        let mut found = find(vec![pod("x", true), pod("x", false), pod("y", false)], Some("ns"), "x").unwrap();
         assert!(found.object["metadata"]["deletionTimestamp"].is_null());
         assert_eq!((found.container(None).unwrap(), found.container(Some("i")).unwrap()), ("a".into(), "i".into()));
         assert!(found.container(Some("z")).unwrap_err().to_string().contains("which has: a, b, i"));
         found.object["metadata"]["annotations"] = json!({ "kubectl.kubernetes.io/default-container": "b" });
         assert_eq!(found.container(None).unwrap(), "b");
         assert_eq!(found.path("exec", Some("a")), "/exec/ns/x/a");
-        assert!(find(vec![], "ns", "x").unwrap_err().to_string().contains("edgecore get pods"));
+        assert!(find(vec![], Some("ns"), "x").unwrap_err().to_string().contains("edgecore get pods"));
+        assert!(find(vec![], None, "x").unwrap_err().to_string().contains("namespace \"default\""));
+        // Without a namespace.
+        let of = |namespace: &str| json!({ "metadata": { "name": "x", "namespace": namespace } });
+        let found = |pods| find(pods, None, "x").map(|pod| pod.namespace);
+        assert_eq!(found(vec![of("shop")]).unwrap(), "shop");
+        assert_eq!(found(vec![of("shop"), of("default"), of("bar")]).unwrap(), "default");
+        let several = found(vec![of("shop"), of("bar")]).unwrap_err().to_string();
+        assert!(several.contains("\"shop\" and \"bar\"; say with -n"), "{several}");
         assert_eq!(plain("pod/x").unwrap(), "x");
         assert!(plain("deploy/x").is_err());
     }

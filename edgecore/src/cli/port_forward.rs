@@ -34,9 +34,9 @@ pub(super) struct PortForward {
     /// [LOCAL:]REMOTE; without LOCAL the same, with an empty one any that is free.
     #[arg(required = true, value_name = "[LOCAL:]REMOTE", value_parser = ports)]
     ports: Vec<(u16, u16)>,
-    /// The pod's namespace.
-    #[arg(short, long, default_value = "default")]
-    namespace: String,
+    /// Its namespace; unless given `default`, or the only one that has a pod of this name here.
+    #[arg(short, long)]
+    namespace: Option<String>,
     #[command(flatten)]
     data: DataDir,
 }
@@ -44,7 +44,7 @@ pub(super) struct PortForward {
 impl PortForward {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let node = Node::of(&self.data)?;
-        let pod = node.pod(&self.namespace, &self.pod).await?;
+        let pod = node.pod(self.namespace.as_deref(), &self.pod).await?;
         let path = pod.path("portForward", None);
         let mut tasks = Vec::new();
         for (local, remote) in self.ports {
