@@ -49,8 +49,8 @@ fn merge(own: &mut Option<Map<String, Value>>, defaults: Option<&Map<String, Val
 pub(crate) struct Wanted {
     pub(crate) property: String,
     pub(crate) value: String,
-    /// Milliseconds since the Unix epoch.
-    pub(crate) at: i64,
+    /// Milliseconds since the Unix epoch. None: the cloud gives no time.
+    pub(crate) at: Option<i64>,
 }
 
 /// A device as mappers are told of it; what is wanted is `desired`, whatever the spec says.
@@ -96,7 +96,9 @@ fn property(property: DeviceProperty, wanted: Option<&Wanted>, kind: &str) -> dm
     let mut desired = dmi::TwinProperty::default();
     if let Some(wanted) = wanted {
         desired.value.clone_from(&wanted.value);
-        desired.metadata.insert("timestamp".to_owned(), wanted.at.to_string());
+        if let Some(at) = wanted.at {
+            desired.metadata.insert("timestamp".to_owned(), at.to_string());
+        }
         desired.metadata.insert("type".to_owned(), kind.to_owned());
     }
     let ProtocolConfig { protocol_name, config_data } = property.visitors.unwrap_or_default();
@@ -263,7 +265,7 @@ mod tests {
             "deviceModelRef": { "name": "m" }, "protocol": { "configData": { "parity": "odd" } },
             "properties": [{ "name": "t", "collectCycle": 500, "desired": { "value": "7" }, "visitors": { "configData": { "offset": 2 } } }, { "name": "u" }] }))
         .unwrap();
-        let wanted = [Wanted { property: "t".to_owned(), value: "21.5".to_owned(), at: 1000 }];
+        let wanted = [Wanted { property: "t".to_owned(), value: "21.5".to_owned(), at: Some(1000) }];
         let device = device("shop/boiler", spec, &model, &wanted);
         assert_eq!((device.namespace.as_str(), device.name.as_str()), ("shop", "boiler"));
         let spec = device.spec.unwrap();

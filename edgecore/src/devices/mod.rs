@@ -76,15 +76,13 @@ impl Devices {
     }
 
     /// Writes what a property should be, by `origin`, such as `mqtt` or `cli`: in force at once, and durable when this returns. The mapper is
-    /// told after that. A property that is wanted so already is left alone.
+    /// told after that, also of what was wanted already: the device may have come to be otherwise.
     ///
     /// The cloud's value is set aside until the cloud writes another one; see `devices/twin/desired.rs` for who wins.
     pub async fn write(&self, device: &str, property: &str, value: &str, origin: &str) -> Result<(), WriteError> {
-        if self.with(|twins, now| twins.write(device, property, value, origin, now))? {
-            self.called_for();
-            self.keep().await.map_err(WriteError::NotKept)?;
-        }
-        Ok(())
+        self.with(|twins, now| twins.write(device, property, value, origin, now))?;
+        self.called_for();
+        self.keep().await.map_err(WriteError::NotKept)
     }
 
     /// A device as it is and as it should be.

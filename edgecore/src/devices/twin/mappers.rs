@@ -566,8 +566,8 @@ impl Device {
     pub(super) fn wanted_hash(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.hash.hash(&mut hasher);
-        for (place, value, _) in self.wanted() {
-            (place, value).hash(&mut hasher);
+        for wanted in self.wanted() {
+            wanted.hash(&mut hasher);
         }
         hasher.finish()
     }

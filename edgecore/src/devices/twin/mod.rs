@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use skerry_proto::device::{DeviceModelSpec, DeviceSpec, TwinProperty};
 
-use self::desired::Desired;
+use self::desired::{Desired, Word};
 use self::mappers::Mapper;
 use self::shape::Shape;
 use self::state::Active;
@@ -62,6 +62,8 @@ pub(crate) struct Counters {
     pub(crate) corrected: u64,
     /// Connections closed because their process had as many as it may.
     pub(crate) refused_connections: u64,
+    /// Words of the cloud that were older than what was written at the box.
+    pub(crate) lost: u64,
     /// Calls of mappers that failed.
     pub(crate) failed_calls: u64,
     /// Calls of mappers that were answered, by what they are for: register, update, remove, models.
@@ -317,7 +319,22 @@ impl Twins {
             let mut wanting = before.remove(&*property.name).unwrap_or_default();
             let said = wanted.iter().find(|(name, _)| **name == *property.name).and_then(|(_, said)| said.as_ref());
             let old = wanting.value().map(str::to_owned);
-            wanting.cloud(said, now.wall);
+            if wanting.cloud(said, now.wall) == Word::Loses {
+                self.counters.lost += 1;
+                if let Some(active) = &mut device.active {
+                    active.dirty = true;
+                }
+            }
+            if let Some((value, at)) = wanting.lost() {
+                let (value, at) = (value.chars().take(64).collect::<String>(), at.unwrap_or_default());
+                trouble = Some(
+                    format!(
+                        "{} is not {value:?} as the cloud wants since {at}: it was written at the box by {} at {}, which is newer; give desired a later metadata.timestamp, or none",
+                        property.name, wanting.origin(), wanting.at()
+                    )
+                    .into(),
+                );
+            }
             if let Some(value) = wanting.value()
                 && let Err(wrong) = property.check_desired(value)
             {
@@ -380,7 +397,7 @@ impl Twins {
         shape
     }
 
-    /// Writes a property at the box: it is wanted from now on, and mappers are told. Answers whether anything changed.
+    /// Writes a property at the box: it is wanted from now on, and mappers are told, be it what was wanted before.
     pub(crate) fn write(
         &mut self,
         key: &str,
@@ -388,7 +405,7 @@ impl Twins {
         value: &str,
         origin: &str,
         now: Now,
-    ) -> Result<bool, Refused> {
+    ) -> Result<(), Refused> {
         let (slot, place) = self.find(key, property)?;
         let Some(device) = self.devices.get_mut(slot as usize).and_then(Option::as_deref_mut) else {
             return Err(Refused::NoDevice);
@@ -404,9 +421,7 @@ impl Twins {
             device.desired.insert(at, (place, Desired::default()));
             at
         });
-        if !device.desired[at].1.local(value, origin, now.wall) {
-            return Ok(false);
-        }
+        device.desired[at].1.local(value, origin, now.wall);
         let key = Arc::clone(&device.key);
         self.unwritten.insert(slot);
         self.change(|| Change::Desired {
@@ -416,7 +431,7 @@ impl Twins {
             origin: origin.into(),
         });
         self.tell(slot);
-        Ok(true)
+        Ok(())
     }
 
     /// Whether a property could have a value: be wanted to have it, or have been read.
@@ -506,13 +521,13 @@ impl Device {
         )
     }
 
-    /// What is wanted and can be: place, value, and when it was written.
-    fn wanted(&self) -> impl Iterator<Item = (usize, &str, i64)> {
+    /// What is wanted and can be: place, value, and when it was written, if that is known for good.
+    fn wanted(&self) -> impl Iterator<Item = (usize, &str, Option<i64>)> {
         self.desired.iter().filter_map(|(place, desired)| {
             let property = self.shape.as_ref()?.properties.get(usize::from(*place))?;
             let value = desired.value()?;
             property.check_desired(value).ok()?;
-            Some((usize::from(*place), value, desired.at()))
+            Some((usize::from(*place), value, desired.stamp()))
         })
     }
 }

@@ -581,6 +581,61 @@ fn a_state_is_shown_at_once_and_one_that_flaps_when_it_stays() {
     assert_eq!(state(&mut twins, START.after(200)), State::Ok);
 }
 
+/// As [`one`], with a mapper that has been told all there is.
+fn with_mapper() -> (Twins, MapperId) {
+    let mut twins = one();
+    let info = MapperInfo { protocol: "modbus".to_owned(), address: "/a".to_owned(), ..MapperInfo::default() };
+    let id = twins.register(info, START);
+    twins.answered(id);
+    twins.connected(id, true, START);
+    calls(&mut twins, id, START);
+    (twins, id)
+}
+
+/// Makes all calls there are; how many of them were of devices.
+fn calls(twins: &mut Twins, id: MapperId, now: Now) -> usize {
+    let mut of_devices = 0;
+    while let Some(mut call) = twins.next_call(id, now) {
+        if let Call::Device { key, told, .. } = &mut call {
+            (*told, of_devices) = (twins.to_tell(key).unwrap().mark, of_devices + 1);
+        }
+        twins.called(id, &call, Outcome::Done, now);
+    }
+    of_devices
+}
+
+#[test]
+fn what_is_wanted_again_is_told_again_and_a_word_of_the_cloud_that_loses_is_said() {
+    let (mut twins, id) = with_mapper();
+    let cloud = |twins: &mut Twins, value: &str, at: i64, now| {
+        let mut spec = spec("modbus", Some(value));
+        let metadata = &mut spec.properties[0].desired.as_mut().unwrap().metadata;
+        metadata.insert("timestamp".to_owned(), at.to_string());
+        twins.device("ns/d", "u1", spec, now);
+        let twin = twins.twin("ns/d", now).unwrap();
+        (calls(twins, id, now), twin.properties[0].desired.clone().unwrap().value, twins.counters.lost, twin.message)
+    };
+    let stamp = START.wall - 5000;
+    assert_eq!(cloud(&mut twins, "20", stamp, START), (1, "20".to_owned(), 0, None));
+    assert_eq!(cloud(&mut twins, "20", stamp, START), (0, "20".to_owned(), 0, None));
+    assert_eq!(cloud(&mut twins, "20", stamp + 1, START), (1, "20".to_owned(), 0, None));
+    for second in 1..4 {
+        twins.write("ns/d", "t", "20", "cli", START.after(second)).unwrap();
+        assert_eq!(calls(&mut twins, id, START.after(second)), 1);
+    }
+    twins.report_values("ns/d", &[id], &values(&[("t", "20")]), START.after(4)).unwrap();
+    while twins.take_report(START.after(70)).is_some() {}
+    // The second time it is said, and no new word.
+    for _ in 0..2 {
+        let (told, value, lost, message) = cloud(&mut twins, "30", START.wall, START.after(140));
+        assert_eq!((told, value.as_str(), lost), (0, "20", 1));
+        assert!(message.unwrap().starts_with("t is not \"30\" as the cloud wants since 1000000"));
+    }
+    let told = twins.take_report(START.after(141)).unwrap().report.status.extensions.unwrap();
+    assert!(told["message"].as_str().unwrap().contains("written at the box by cli"));
+    assert_eq!(cloud(&mut twins, "31", START.wall, START.after(150)), (1, "31".to_owned(), 1, None));
+}
+
 #[test]
 fn a_device_that_cannot_be_told_holds_up_no_other_and_comes_round() {
     let mut twins = one();
