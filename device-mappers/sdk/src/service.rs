@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 use crate::device::key;
 use crate::directory::{Change, Directory};
 use crate::driver::Driver;
-use crate::worker::{Call, CallError};
+use crate::worker::{Call, CallError, Done};
 
 pub(crate) struct Service<D: Driver>(pub(crate) Arc<Directory<D>>);
 
@@ -98,10 +98,14 @@ impl<D: Driver> DeviceMethodService for Service<D> {
         let call = Call { method: request.method, arguments: request.arguments.into_iter().collect(), reply };
         calls.try_send(call).map_err(|_| Status::resource_exhausted("other calls of this device wait already"))?;
         match outcome.await {
-            Ok(Ok(results)) => Ok(Response::new(CallResponse { results: results.into_iter().collect() })),
+            Ok(Ok(Done { results, written })) => {
+                Ok(Response::new(CallResponse { results: results.into_iter().collect(), written }))
+            }
             Ok(Err(CallError::Unknown(why))) => Err(Status::unimplemented(why)),
             Ok(Err(CallError::Argument(why))) => Err(Status::invalid_argument(why)),
-            Ok(Err(CallError::Offline(why))) => Err(Status::unavailable(why)),
+            Ok(Err(CallError::Offline(why))) => {
+                Err(Status::unavailable(format!("the device cannot be reached: {why}")))
+            }
             Ok(Err(CallError::Refused(why))) => Err(Status::failed_precondition(why)),
             Err(_) => Err(Status::aborted("the device was removed, or its connection broke, before the method ended")),
         }

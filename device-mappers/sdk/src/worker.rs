@@ -28,7 +28,16 @@ const STUCK: Duration = Duration::from_secs(30);
 pub(crate) struct Call {
     pub(crate) method: String,
     pub(crate) arguments: BTreeMap<String, String>,
-    pub(crate) reply: oneshot::Sender<Result<BTreeMap<String, String>, CallError>>,
+    /// Closed when whoever called waits no longer.
+    pub(crate) reply: oneshot::Sender<Result<Done, CallError>>,
+}
+
+/// What a method came to.
+#[derive(Debug)]
+pub(crate) struct Done {
+    pub(crate) results: BTreeMap<String, String>,
+    /// It was the writing of properties.
+    pub(crate) written: bool,
 }
 
 /// Why a method was not run.
@@ -74,6 +83,8 @@ struct Running<P> {
     unwritten: Option<String>,
     /// The desired value that stands in the device.
     written: Option<Desired>,
+    /// What a method has just written, and when: edgecore desires it now, and it stands already.
+    called: Option<(String, Duration)>,
     /// When a desired value that could not be written is tried again.
     retry: Option<Duration>,
     backoff: Backoff,
@@ -206,10 +217,7 @@ impl<D: Driver> Worker<D> {
         let mut due = Vec::new();
         let mut readings = Vec::new();
         self.plan();
-        for property in &mut self.properties {
-            property.written = None;
-            property.retry = None;
-        }
+        self.retry_soon();
         // A device that is just there may have the desired values already.
         let mut fresh = true;
         loop {
@@ -417,6 +425,7 @@ impl<D: Driver> Worker<D> {
             unread: None,
             unwritten: None,
             written: None,
+            called: None,
             retry: None,
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
         };

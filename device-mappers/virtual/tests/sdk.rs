@@ -154,7 +154,7 @@ async fn methods_write_what_they_name() {
     let directory = tempfile::tempdir().unwrap();
     let devices = vec![pump_of("one", &json!({})), pump_of("away", &json!({"offline": true}))];
     let edge = Edge::start(directory.path(), vec![pump()], devices);
-    let _mapper = Process::mapper(MAPPER, &edge, &[]);
+    let mut mapper = Process::mapper(MAPPER, &edge, &[]);
     edge.is("one", "ok").await;
     edge.is("away", "offline").await;
     let results = edge.call("one", "run", &[("speed", "42"), ("name", "a b")]).await.unwrap();
@@ -169,6 +169,14 @@ async fn methods_write_what_they_name() {
     assert_eq!(code("one", "run", &[("speed", "9999"), ("name", "")]).await, tonic::Code::InvalidArgument);
     assert_eq!(code("away", "run", &[("speed", "42"), ("name", "")]).await, tonic::Code::Unavailable);
     assert_eq!(code("none", "run", &[]).await, tonic::Code::NotFound);
+    edge.reads("one", "speed", "42").await;
+    // What it wrote edgecore desires from then on: it stands, also after a restart.
+    edge.update(desire(pump_of("one", &json!({})), "speed", "42")).await;
+    let written = || edge.written("one", "speed");
+    eventually("it is written", || written().as_deref() == Some("42"), || format!("{:?}", written())).await;
+    mapper.terminate().await;
+    edge.seen.lock().unwrap().twins.clear();
+    let _mapper = Process::mapper(MAPPER, &edge, &[]);
     edge.reads("one", "speed", "42").await;
 }
 

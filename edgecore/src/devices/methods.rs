@@ -1,7 +1,10 @@
-//! Methods of devices. A mapper that serves them runs them; with any other, a method is the writing of the properties it names, and it has
-//! been done when the device says that they have their values.
+//! Methods of devices. A method is the device's own, and then its mapper runs it; or it is the writing of the properties it names, which is a
+//! write at the box like any other: it holds until somebody newer writes. A mapper that serves methods does the writing at once, and what it
+//! says it has written is what is wanted from then on; of one that fails nothing is wanted. With any other mapper the values are wanted first,
+//! and the method has been done when the device says that it has them.
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
 use std::time::Duration;
 
 use skerry_proto::device::{DeviceMethod, DeviceSpec};
@@ -71,7 +74,15 @@ impl Devices {
         let started = tokio::time::Instant::now();
         match tokio::time::timeout(timeout, client.call(request)).await {
             Err(_) => Err(CallError::TimedOut(timeout)),
-            Ok(Ok(answer)) => Ok(answer.into_inner().results.into_iter().collect()),
+            Ok(Ok(answer)) => {
+                let answer = answer.into_inner();
+                if answer.written {
+                    for (property, value) in &arguments {
+                        self.write_by(of, device, property, value).await?;
+                    }
+                }
+                Ok(answer.results.into_iter().collect())
+            }
             Ok(Err(status)) => match status.code() {
                 Code::Unimplemented => {
                     let left = timeout.saturating_sub(started.elapsed());
@@ -81,11 +92,26 @@ impl Devices {
                     })
                 }
                 Code::DeadlineExceeded => Err(CallError::TimedOut(timeout)),
-                Code::Unavailable => Err(CallError::NoMapper),
+                // The connection's word, not the mapper's.
+                _ if status.source().is_some() => Err(CallError::NoMapper),
                 Code::InvalidArgument => Err(CallError::Arguments(status.message().to_owned())),
                 _ => Err(CallError::Failed(status.message().to_owned())),
             },
         }
+    }
+
+    async fn write_by(
+        &self,
+        method: &DeviceMethod,
+        device: &str,
+        property: &str,
+        value: &str,
+    ) -> Result<(), CallError> {
+        let written = self.write(device, property, value, &format!("method {}", method.name)).await;
+        written.map_err(|error| match error {
+            WriteError::Refused(refused) => CallError::Arguments(refused.to_string()),
+            WriteError::NotKept(error) => CallError::Store(error),
+        })
     }
 
     async fn write_all(
@@ -115,12 +141,7 @@ impl Devices {
             let of = before.properties.iter().find(|of| of.name == *property);
             let is_wanted = of.and_then(|of| of.desired.as_ref()).is_some_and(|desired| desired.value == *value);
             let version = of.and_then(|of| of.reported.as_ref()).map_or(0, |reported| reported.version);
-            self.write(device, property, value, &format!("method {}", method.name)).await.map_err(
-                |error| match error {
-                    WriteError::Refused(refused) => CallError::Arguments(refused.to_string()),
-                    WriteError::NotKept(error) => CallError::Store(error),
-                },
-            )?;
+            self.write_by(method, device, property, value).await?;
             // What was wanted already may have been read already.
             waited.push((property, value, if is_wanted { u32::MAX } else { version }));
         }

@@ -276,8 +276,11 @@ impl DeviceMethodService for FakeMapper {
         if call.arguments.contains_key("bad") {
             return Err(Status::failed_precondition("the door is open"));
         }
+        if call.arguments.contains_key("far") {
+            return Err(Status::unavailable("the device cannot be reached"));
+        }
         let results = [("called".to_owned(), format!("{} {}", call.device_name, call.method))];
-        Ok(Response::new(CallResponse { results: results.into() }))
+        Ok(Response::new(CallResponse { results: results.into(), written: !call.arguments.is_empty() }))
     }
 }
 
@@ -428,6 +431,15 @@ async fn methods_are_the_mappers_or_writes_that_are_waited_for() {
     assert_eq!(call(&[], 10_000).await.unwrap()["called"], "boiler warm");
     let failed = call(&[("bad", "1")], 10_000).await.unwrap_err();
     assert_eq!(failed.to_string(), "the mapper says: the door is open");
+    let failed = call(&[("far", "1")], 10_000).await.unwrap_err();
+    assert_eq!(failed.to_string(), "the mapper says: the device cannot be reached");
+    let wanted = || bed.devices.twin("ns/boiler").unwrap().properties[0].desired.clone().unwrap();
+    assert_eq!(wanted().value, "20");
+    // What a mapper wrote by a method is wanted from then on, also of one that starts anew.
+    assert_eq!(call(&[("temp", "50")], 10_000).await.unwrap()["called"], "boiler warm");
+    assert_eq!((wanted().value.as_str(), wanted().origin.as_str()), ("50", "method warm"));
+    let told = bed.register(&with).await.device_list[0].spec.as_ref().unwrap().properties[0].desired.clone();
+    assert_eq!(told.unwrap().value, "50");
     drop(serving);
     // The same mapper by another that serves no methods.
     let without = FakeMapper { methods: false, ..with.clone() };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Call, CallError, Worker, in_trouble, sample, unstuck, written};
+use super::{Call, CallError, Done, Worker, in_trouble, sample, unstuck, written};
 use crate::clock;
 use crate::counters::COUNTERS;
 use crate::device::Property;
@@ -18,6 +18,13 @@ use crate::value::{Value, shortened};
 /// When a written value is read back: a device may need a moment to take it over.
 const READ_BACK: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(200), Duration::from_millis(500)];
+
+/// How long after a write that ended the connection the next one has to itself for reading: it may be that write alone that is not answered.
+const SPARED: Duration = Duration::from_secs(3);
+/// No method takes longer, whoever waits for it.
+const LONGEST_CALL: Duration = Duration::from_secs(300);
+/// How long after a method wrote a value edgecore may take to desire it.
+const CALLED: Duration = Duration::from_secs(10);
 
 /// Why a value was not written.
 pub(super) enum WriteError {
@@ -44,7 +51,13 @@ impl<D: Driver> Worker<D> {
             if running.retry.is_some_and(|retry| retry > clock::monotonic()) || running.point.is_err() {
                 continue;
             }
-            let outcome = self.write(link, index, &desired.value, fresh).await;
+            let called = self.properties.get_mut(index).and_then(|running| running.called.take());
+            let stands = called
+                .is_some_and(|(value, at)| value == desired.value && clock::monotonic().saturating_sub(at) < CALLED);
+            let outcome = match stands {
+                true => Ok(None),
+                false => self.write(link, index, &desired.value, fresh).await,
+            };
             let device = std::sync::Arc::clone(&self.device);
             let (Some(property), Some(running)) = (device.properties.get(index), self.properties.get_mut(index)) else {
                 continue;
@@ -97,6 +110,15 @@ impl<D: Driver> Worker<D> {
         Ok(())
     }
 
+    /// What is left undone when a device is connected anew: all is tried again, at once but for what ended the connection before.
+    pub(super) fn retry_soon(&mut self) {
+        let soon = clock::monotonic() + SPARED;
+        for property in &mut self.properties {
+            (property.written, property.called) = (None, None);
+            property.retry = property.retry.filter(|retry| *retry <= soon);
+        }
+    }
+
     /// Writes one property and reads it back; what it reads then, if it can be read.
     async fn write(
         &mut self,
@@ -142,27 +164,37 @@ impl<D: Driver> Worker<D> {
         }))
     }
 
-    /// Runs a method: the protocol's own, or the writing of the properties that the device says it is.
+    /// Runs a method: the protocol's own, or the writing of the properties that the device says it is. For as long as somebody waits for it.
     pub(super) async fn call(&mut self, link: &mut D::Link, call: Call) -> Result<(), Fault> {
-        let outcome = match unstuck(link.call(&call.method, &call.arguments)).await {
-            Ok(Some(results)) => Ok(results),
-            Ok(None) => match self.call_by_writing(link, &call.method, &call.arguments).await {
-                Ok(results) => Ok(results),
+        let Call { method, arguments, mut reply } = call;
+        let device = self.device.key();
+        let ended = tokio::select! {
+            biased;
+            () = reply.closed() => None,
+            ended = link.call(&method, &arguments) => Some(ended),
+            () = tokio::time::sleep(LONGEST_CALL) => None,
+        };
+        let outcome = match ended {
+            Some(Ok(Some(results))) => Ok(Done { results, written: false }),
+            Some(Ok(None)) => match self.call_by_writing(link, &method, &arguments).await {
+                Ok(results) => Ok(Done { results, written: true }),
                 Err((error, fault)) => {
-                    let _ = call.reply.send(Err(error));
+                    let _ = reply.send(Err(error));
                     return fault.map_or(Ok(()), Err);
                 }
             },
-            Err(Fault::Refused(why)) => Err(CallError::Refused(why)),
-            Err(Fault::Offline(why)) => {
-                let _ = call.reply.send(Err(CallError::Offline(why.clone())));
+            Some(Err(Fault::Refused(why))) => Err(CallError::Refused(why)),
+            Some(Err(Fault::Offline(why))) => {
+                let _ = reply.send(Err(CallError::Offline(why.clone())));
                 return Err(Fault::Offline(why));
             }
+            // The link works on, or says itself that it does not.
+            None => Err(CallError::Refused("it has not ended while somebody waited for it".to_owned())),
         };
         if let Err(error) = &outcome {
-            warn!(device = self.device.key(), method = call.method, ?error, "a method failed");
+            warn!(device, method, ?error, "a method failed");
         }
-        let _ = call.reply.send(outcome);
+        let _ = reply.send(outcome);
         Ok(())
     }
 
@@ -189,7 +221,7 @@ impl<D: Driver> Worker<D> {
         if let Some(unknown) = arguments.keys().find(|name| !declared.property_names.contains(name)) {
             return Err(wrong(format!("the method has no parameter {unknown:?}")));
         }
-        let mut results = BTreeMap::new();
+        let (mut results, mut written) = (BTreeMap::new(), Vec::new());
         for (index, property, argument) in writes {
             match self.write(link, index, argument, false).await {
                 Ok(value) => {
@@ -198,12 +230,18 @@ impl<D: Driver> Worker<D> {
                         _ => argument.clone(),
                     };
                     results.insert(property.name.clone(), text);
+                    written.push((index, argument.clone()));
                 }
                 Err(WriteError::Wrong(why)) => return Err(wrong(why)),
                 Err(WriteError::Failed(why)) => {
                     return Err((CallError::Refused(format!("{}: {why}", property.name)), None));
                 }
                 Err(WriteError::Gone(fault)) => return Err((CallError::Offline(fault.to_string()), Some(fault))),
+            }
+        }
+        for (index, value) in written {
+            if let Some(running) = self.properties.get_mut(index) {
+                running.called = Some((value, clock::monotonic()));
             }
         }
         Ok(results)
