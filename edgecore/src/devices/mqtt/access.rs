@@ -12,6 +12,17 @@ use crate::order;
 
 /// The annotation of a Device: names of users, with commas between.
 const WRITERS: &str = "skerry.dev/mqtt-writers";
+/// What only its writers write of a device: all but `twin/get`. One by one: a device can be called like a namespace, or `twin`, and then
+/// whatever is under one device's topics is not its own.
+const GUARDED: [&str; 7] = [
+    "twin/update",
+    "twin/update/result",
+    "twin/update/document",
+    "twin/update/delta",
+    "twin/get/result",
+    "state/update",
+    "state/update/result",
+];
 
 /// Users that may write to a device, by key; devices that anybody may write to are not in it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -48,26 +59,25 @@ impl Writers {
             self.section(&mut text, Some(user));
         }
         text.push_str("\npattern deny devices/#\n");
-        for id in self.0.keys().flat_map(|key| ids(key)) {
-            let _ = writeln!(text, "pattern deny {}", super::topic::device(id, "#"));
+        for topic in self.0.keys().flat_map(|key| guarded(key)) {
+            let _ = writeln!(text, "pattern deny {topic}");
         }
         text + "pattern readwrite #\npattern readwrite $hw/#\npattern read $SYS/#\n"
     }
 
     fn section(&self, text: &mut String, user: Option<&String>) {
-        text.push_str("topic read devices/#\n");
-        for (key, writers) in &self.0 {
-            let may_write = user.is_some_and(|user| writers.contains(user));
-            for id in ids(key) {
-                let access = if may_write { "readwrite" } else { "read" };
-                let _ = writeln!(text, "topic {access} {}", super::topic::device(id, "#"));
-                if !may_write {
-                    // To ask is to publish.
-                    let _ = writeln!(text, "topic readwrite {}", super::topic::device(id, "twin/get"));
-                }
+        let _ = writeln!(text, "topic read devices/#\ntopic read {}#", super::topic::DEVICE);
+        for (key, _) in self.0.iter().filter(|(_, writers)| user.is_some_and(|user| writers.contains(user))) {
+            for topic in guarded(key) {
+                let _ = writeln!(text, "topic readwrite {topic}");
             }
         }
     }
+}
+
+/// The topics of a device that its writers alone write, by either of its names.
+fn guarded(key: &str) -> impl Iterator<Item = String> {
+    ids(key).into_iter().flat_map(|id| GUARDED.map(|what| super::topic::device(id, what)))
 }
 
 /// What a device is called in topics: by its key, and by its name alone.
@@ -132,25 +142,51 @@ mod tests {
         assert_eq!(users, ["app1", "app3"]);
         let list = writers.list(&users);
         let of = |user: &str| list.split("\n\n").find(|part| part.contains(user)).unwrap();
-        let (read, write) = ("\ntopic read $hw/events/device/", "\ntopic readwrite $hw/events/device/");
-        for user in ["Made by", "user app3"] {
-            for id in ["default/press", "press"] {
-                assert!(of(user).contains(&format!("{read}{id}/#\n")), "{list}");
-                assert!(of(user).contains(&format!("{write}{id}/twin/get")), "{list}");
-                assert!(!of(user).contains(&format!("{write}{id}/#")), "{list}");
+        let write = "\ntopic readwrite $hw/events/device/";
+        for user in ["Made by", "user app1", "user app3"] {
+            assert!(of(user).contains("\ntopic read devices/#\ntopic read $hw/events/device/#"), "{list}");
+            for topic in ["twin/update", "twin/update/delta", "twin/get/result", "state/update"] {
+                for id in ["default/press", "press"] {
+                    let may = of(user).lines().any(|line| *line == format!("{write}{id}/{topic}")[1..]);
+                    assert_eq!(may, user == "user app1", "{user} {topic} {list}");
+                    assert!(list.contains(&format!("\npattern deny $hw/events/device/{id}/{topic}\n")), "{list}");
+                }
             }
         }
+        assert!(list.contains("\n\npattern deny devices/#\n") && !list.contains("twin/get\n"), "{list}");
         assert!(
-            of("user app1").contains(&format!("{write}default/press/#\n")) && !of("user app1").contains("twin/get")
+            !list.contains("open") && list.ends_with("readwrite #\npattern readwrite $hw/#\npattern read $SYS/#\n")
         );
-        let denied = "pattern deny devices/#\npattern deny $hw/events/device/default/press/#\npattern deny $hw/events/device/press/#\n";
-        assert!(list.contains(&format!("\n\n{denied}pattern readwrite #\n")), "{list}");
-        assert!(!list.contains("open") && list.ends_with("read $SYS/#\n"));
         // Of nobody: nobody may.
         assert!(writers.device("default/press", Some(&device(""))));
-        assert!(writers.list(&users).matches("twin/get\n").count() == 6);
+        assert!(!writers.list(&users).contains("readwrite $hw/events"));
         assert!(writers.device("default/press", None) && !writers.device("default/press", None));
         assert_eq!(writers, Writers::default());
+    }
+
+    #[test]
+    fn a_device_that_is_called_like_a_namespace_opens_nothing_of_it() {
+        let mut writers = Writers::default();
+        for (key, users) in
+            [("shop/plant", "app1"), ("plant/press", "app2"), ("plant/twin", "app3"), ("shop/twin", "app1")]
+        {
+            writers.device(key, Some(&device(users)));
+        }
+        let users = ["app1", "app2", "app3"].map(str::to_owned);
+        let list = writers.list(&users);
+        let may = |user: &str, topic: &str| {
+            let section = list.split("\n\n").find(|part| part.contains(&format!("user {user}\n"))).unwrap();
+            let rules = section.lines().filter_map(|line| line.strip_prefix("topic readwrite "));
+            let matches = |rule: &str| rule == topic || rule.contains(['#', '+']);
+            rules.into_iter().any(matches)
+        };
+        let topic = |id: &str, what: &str| super::super::topic::device(id, what);
+        for what in GUARDED {
+            assert!(may("app1", &topic("plant", what)) && may("app1", &topic("shop/plant", what)));
+            assert!(!may("app1", &topic("plant/press", what)) && may("app2", &topic("plant/press", what)));
+            assert!(!may("app1", &topic("plant/twin", what)) && may("app3", &topic("plant/twin", what)));
+            assert!(!may("app3", &topic("plant", what)) && !may("app2", &topic("plant", what)));
+        }
     }
 
     proptest! {

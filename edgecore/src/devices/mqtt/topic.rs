@@ -1,7 +1,7 @@
 //! The topics: KubeEdge's, `$hw/events/…`, and the plain ones, `devices/<namespace>/<name>/<property>`.
 
 /// Under which KubeEdge's device topics are.
-const DEVICE: &str = "$hw/events/device/";
+pub(super) const DEVICE: &str = "$hw/events/device/";
 /// Under which its membership topics are.
 const NODE: &str = "$hw/events/node/";
 /// Under which the plain topics are.
