@@ -74,8 +74,8 @@ pub(crate) struct Links(Mutex<HashMap<MapperId, Link>>);
 struct Link {
     /// It registered: time to look for it.
     kick: Arc<Notify>,
-    /// Of its process.
-    pid: Option<i32>,
+    /// Of the process that registered it, and of the one that serves its socket.
+    pids: [Option<i32>; 2],
     client: Option<Client>,
 }
 
@@ -91,7 +91,7 @@ impl Links {
 
     /// The mappers of a process.
     pub(super) fn of_process(&self, pid: i32) -> Vec<MapperId> {
-        self.with(|links| links.iter().filter(|(_, link)| link.pid == Some(pid)).map(|(id, _)| *id).collect())
+        self.with(|links| links.iter().filter(|(_, link)| link.pids.contains(&Some(pid))).map(|(id, _)| *id).collect())
     }
 }
 
@@ -99,12 +99,12 @@ impl Links {
 pub(crate) fn keep(devices: &Devices, id: MapperId, address: &str, pid: Option<i32>, stop: &CancellationToken) {
     let kick = devices.0.links.with(|links| {
         if let Some(link) = links.get_mut(&id) {
-            link.pid = pid.or(link.pid);
+            link.pids[0] = pid.or(link.pids[0]);
             link.kick.notify_one();
             return None;
         }
         let kick = Arc::new(Notify::new());
-        links.insert(id, Link { kick: Arc::clone(&kick), pid, client: None });
+        links.insert(id, Link { kick: Arc::clone(&kick), pids: [pid, None], client: None });
         Some(kick)
     });
     if let Some(kick) = kick {
@@ -130,7 +130,7 @@ async fn stay(devices: &Devices, id: MapperId, address: &Path, kick: &Notify) {
                 info!(mapper = %address.display(), "the mapper is connected");
                 devices.0.links.with(|links| {
                     if let Some(link) = links.get_mut(&id) {
-                        (link.client, link.pid) = (Some(client.clone()), pid.or(link.pid));
+                        (link.client, link.pids[1]) = (Some(client.clone()), pid);
                     }
                 });
                 devices.with(|twins, now| twins.connected(id, true, now));

@@ -1,7 +1,8 @@
 //! What is answered to whom: KubeEdge's requests over MQTT, carried out on the twins.
 //!
 //! An update is taken whole or not at all: what is wrong with it is said in the result, and nothing of it is done. `expected` is a write at
-//! the box of what should be; `actual` is what a device that speaks MQTT itself has measured.
+//! the box of what should be; `actual` is what a device that speaks MQTT itself has measured. While a device has a mapper that is connected, what
+//! it is is the mapper's word.
 
 use std::sync::Arc;
 
@@ -134,7 +135,12 @@ impl From<Refused> for Failure {
     fn from(refused: Refused) -> Self {
         let code = match refused {
             Refused::NoDevice => 404,
-            Refused::NoProperty(_) | Refused::Value(_) | Refused::NotYours => 400,
+            Refused::NotYours => {
+                let reason =
+                    "what the device is, its mapper says, and that is connected; `expected` says what it should be";
+                return Self::bad(reason.to_owned());
+            }
+            Refused::NoProperty(_) | Refused::Value(_) => 400,
         };
         Self { code, reason: refused.to_string() }
     }

@@ -545,7 +545,7 @@ pub enum Refused {
     #[error("{0}")]
     Value(String),
     /// It is another mapper's.
-    #[error("the device is another mapper's")]
+    #[error("the device is another mapper's, and only the process that registered as it reports of it")]
     NotYours,
 }
 

@@ -388,7 +388,7 @@ impl Twins {
         Ok(())
     }
 
-    /// The device, if whoever reports of it may: one of these mappers, or a process of which none is known.
+    /// The device, if whoever reports of it may: one of these mappers; or whoever is none, while the device's is not there.
     fn reported_by(&mut self, key: &str, reporters: &[MapperId], now: Now) -> Result<u32, Refused> {
         let slot = self.by_key.get(key).copied();
         let Some((slot, device)) = slot.and_then(|slot| Some((slot, self.get(slot)?))) else {
@@ -397,7 +397,9 @@ impl Twins {
         };
         let refused = if device.shape.is_none() {
             Refused::Value(device.trouble.as_deref().unwrap_or("its device model is missing").to_owned())
-        } else if !reporters.is_empty() && !device.owner.is_some_and(|owner| reporters.contains(&owner)) {
+        } else if !device.owner.is_some_and(|owner| reporters.contains(&owner))
+            && (!reporters.is_empty() || self.is_attended(device, now))
+        {
             Refused::NotYours
         } else {
             return Ok(slot);
@@ -405,11 +407,21 @@ impl Twins {
         let of = Arc::clone(&device.key);
         self.counters.refused += 1;
         if refused == Refused::NotYours {
+            if reporters.is_empty()
+                && let Some(device) = self.get_mut(slot)
+            {
+                device.refused = device.refused.saturating_add(1);
+            }
             for reporter in reporters {
                 self.drop_by(*reporter, Arc::clone(&of), now);
             }
         }
         Err(refused)
+    }
+
+    /// Whether a device's mapper is connected.
+    fn is_attended(&self, device: &Device, now: Now) -> bool {
+        device.owner.and_then(|owner| self.mappers.get(&owner)).is_some_and(|mapper| mapper.away_for(now).is_none())
     }
 
     fn refuse(&mut self, slot: u32, count: u32, reason: String) -> Refused {

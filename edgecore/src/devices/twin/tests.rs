@@ -555,29 +555,29 @@ fn a_state_is_shown_at_once_and_one_that_flaps_when_it_stays() {
         twins.twin("ns/d", now).unwrap().state
     };
     assert_eq!(state(&mut twins, START), State::Unknown);
-    twins.report_values("ns/d", &[], &values(&[("t", "1")]), START).unwrap();
+    twins.report_values("ns/d", &[id], &values(&[("t", "1")]), START).unwrap();
     assert_eq!(state(&mut twins, START), State::Online);
     for second in 1..9 {
         let word = if second % 2 == 0 { "online" } else { "OFFLINE" };
-        twins.report_state("ns/d", &[], word, START.after(second)).unwrap();
+        twins.report_state("ns/d", &[id], word, START.after(second)).unwrap();
         assert_eq!(state(&mut twins, START.after(second)), State::Online);
     }
-    twins.report_state("ns/d", &[], "offline", START.after(9)).unwrap();
+    twins.report_state("ns/d", &[id], "offline", START.after(9)).unwrap();
     assert_eq!(state(&mut twins, START.after(9)), State::Online);
     assert_eq!(state(&mut twins, START.after(10)), State::Offline);
     // Its mapper goes, or says nothing: nobody knows.
-    twins.report_state("ns/d", &[], "online", START.after(30)).unwrap();
+    twins.report_state("ns/d", &[id], "online", START.after(30)).unwrap();
     twins.connected(id, false, START.after(31));
     assert_eq!(state(&mut twins, START.after(32)), State::Online);
     assert_eq!(state(&mut twins, START.after(40)), State::Unknown);
     twins.connected(id, true, START.after(41));
-    twins.report_state("ns/d", &[], "ok", START.after(60)).unwrap();
+    twins.report_state("ns/d", &[id], "ok", START.after(60)).unwrap();
     // What has not changed is said again once in a report cycle of a minute.
     assert_eq!(state(&mut twins, START.after(179)), State::Ok);
     assert_eq!(state(&mut twins, START.after(181)), State::Unknown);
     assert_eq!(twins.twin("ns/d", START).unwrap().last_seen, Some(START.after(60).wall));
     // A value shows that it is as it was said to be.
-    twins.report_values("ns/d", &[], &values(&[("t", "1")]), START.after(200)).unwrap();
+    twins.report_values("ns/d", &[id], &values(&[("t", "1")]), START.after(200)).unwrap();
     assert_eq!(state(&mut twins, START.after(200)), State::Ok);
 }
 
@@ -634,6 +634,23 @@ fn what_is_wanted_again_is_told_again_and_a_word_of_the_cloud_that_loses_is_said
     let told = twins.take_report(START.after(141)).unwrap().report.status.extensions.unwrap();
     assert!(told["message"].as_str().unwrap().contains("written at the box by cli"));
     assert_eq!(cloud(&mut twins, "31", START.wall, START.after(150)), (1, "31".to_owned(), 1, None));
+}
+
+#[test]
+fn nobody_else_reports_of_a_device_while_its_mapper_is_there() {
+    let (mut twins, id) = with_mapper();
+    let said = values(&[("t", "1")]);
+    let refused = twins.counters.refused;
+    assert_eq!(twins.report_values("ns/d", &[], &said, START), Err(Refused::NotYours));
+    assert_eq!(twins.report_state("ns/d", &[], "offline", START), Err(Refused::NotYours));
+    assert_eq!((twins.counters.refused - refused, twins.twin("ns/d", START).unwrap().refused), (2, 2));
+    twins.connected(id, false, START.after(1));
+    twins.report_values("ns/d", &[], &said, START.after(1)).unwrap();
+    twins.connected(id, true, START.after(2));
+    assert_eq!(twins.report_values("ns/d", &[], &said, START.after(2)), Err(Refused::NotYours));
+    // What speaks for itself has no mapper.
+    twins.device("ns/e", "u2", spec("none", None), START);
+    twins.report_values("ns/e", &[], &said, START).unwrap();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use skerry_proto::sync::Collection;
 
 use super::*;
 use crate::devices::tests::Bed;
+use crate::devices::twin::MapperInfo;
 
 const BOILER: &str = "$hw/events/device/ns/boiler";
 
@@ -155,4 +156,32 @@ fn json_text() -> impl Strategy<Value = String> {
         let twin: Vec<_> = twin.iter().map(|(name, key, value)| format!("\"{name}\":{{\"{key}\":{value}}}")).collect();
         format!("{{\"event_id\":{event_id},\"state\":{event_id},\"twin\":{{{}}}}}{tail}", twin.join(","))
     })
+}
+
+#[tokio::test]
+async fn what_a_device_is_its_mapper_says_while_it_is_connected() {
+    let bed = bed().await;
+    let mapper = bed.devices.with(|twins, now| {
+        let info =
+            MapperInfo { protocol: "modbus".to_owned(), address: "/nowhere".to_owned(), ..MapperInfo::default() };
+        let id = twins.register(info, now);
+        twins.connected(id, true, now);
+        id
+    });
+    let both = json!({ "twin": { "temp": { "expected": { "value": "30" }, "actual": { "value": "20" } } } });
+    let state = json!({ "state": "offline" });
+    for (what, payload) in [("twin/update", &both), ("state/update", &state)] {
+        let (_, got) = ask(&bed.devices, &format!("{BOILER}/{what}"), payload).await;
+        assert_eq!(got["code"], 400, "{got}");
+        assert!(got["reason"].as_str().unwrap().contains("its mapper says"), "{got}");
+    }
+    let twin = bed.devices.twin("ns/boiler").unwrap();
+    assert_eq!((twin.refused, twin.properties[0].desired.as_ref().unwrap().value.as_str()), (2, "20"));
+    let wish = json!({ "twin": { "temp": { "expected": { "value": "30" } } } });
+    let (_, got) = ask(&bed.devices, &format!("{BOILER}/twin/update"), &wish).await;
+    assert_eq!(got["twin"]["temp"]["expected"]["value"], "30");
+    // It is away: the device may speak for itself.
+    bed.devices.with(|twins, now| twins.connected(mapper, false, now));
+    let (_, got) = ask(&bed.devices, &format!("{BOILER}/twin/update"), &both).await;
+    assert_eq!(got["twin"]["temp"]["actual"]["value"], "20");
 }
