@@ -7,7 +7,7 @@
 //! What a mapper is told is the difference between what it should know and what it was told last; changes that come faster than it takes
 //! them become one call. A call that fails is made again later, each device on its own, so that one that cannot be told holds up no other.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use skerry_proto::device::DeviceModelSpec;
 
-use super::{Device, MAX_STRANGERS, Now, Twins};
+use super::{Device, MAX_STRANGERS, Now, Twins, turn};
 use crate::devices::convert::Wanted;
 
 /// How long a mapper that is away keeps its devices, if there is another one for them.
@@ -57,11 +57,12 @@ pub(super) struct Mapper {
     /// It is being answered, and is told nothing besides.
     on_hold: bool,
     /// Devices that may differ from what it was told.
-    queue: VecDeque<u32>,
-    queued: BTreeSet<u32>,
+    queue: BTreeSet<u32>,
+    /// The turn of those.
+    next: u32,
     later: BTreeSet<(Duration, u32)>,
-    /// Failures since the last success, by device.
-    failures: BTreeMap<u32, u8>,
+    /// Failures since the last success, by device, and when it is due again.
+    failures: BTreeMap<u32, (u8, Duration)>,
     /// Devices that it must drop, by key: attempts so far, and when it is due.
     removals: BTreeMap<Arc<str>, (u8, Duration)>,
     models: BTreeMap<Arc<str>, ToldModel>,
@@ -69,6 +70,8 @@ pub(super) struct Mapper {
     unknown: BTreeSet<Arc<str>>,
     in_flight: BTreeSet<Arc<str>>,
     models_in_flight: BTreeSet<Arc<str>>,
+    /// Models that it did not answer to: failures so far, and when the next attempt is due, if that is to come.
+    models_lost: BTreeMap<Arc<str>, (u8, Option<Duration>)>,
     pub(super) devices: u32,
 }
 
@@ -141,17 +144,19 @@ impl Mapper {
     }
 
     fn enqueue(&mut self, slot: u32) {
-        if self.queued.insert(slot) {
-            self.queue.push_back(slot);
-        }
+        self.queue.insert(slot);
     }
 
     fn forget(&mut self, slot: u32) {
-        if self.queued.remove(&slot) {
-            self.queue.retain(|of| *of != slot);
+        self.queue.remove(&slot);
+        if let Some((_, due)) = self.failures.remove(&slot) {
+            self.later.remove(&(due, slot));
         }
-        self.later.retain(|(_, of)| *of != slot);
-        self.failures.remove(&slot);
+    }
+
+    /// Whether it may be told of a model now.
+    fn takes(&self, model: &str) -> bool {
+        !self.models_in_flight.contains(model) && self.models_lost.get(model).is_none_or(|(_, due)| due.is_none())
     }
 }
 
@@ -209,8 +214,8 @@ impl Twins {
             is_waited_for: true,
             is_found,
             on_hold: !is_found,
-            queue: VecDeque::new(),
-            queued: BTreeSet::new(),
+            queue: BTreeSet::new(),
+            next: 0,
             later: BTreeSet::new(),
             failures: BTreeMap::new(),
             removals: BTreeMap::new(),
@@ -218,6 +223,7 @@ impl Twins {
             unknown: BTreeSet::new(),
             in_flight: BTreeSet::new(),
             models_in_flight: BTreeSet::new(),
+            models_lost: BTreeMap::new(),
             devices: 0,
         };
         self.mappers.insert(id, mapper);
@@ -260,6 +266,7 @@ impl Twins {
         mapper.is_waited_for = !is_connected;
         // What became of calls that were under way nobody knows.
         mapper.models_in_flight.clear();
+        mapper.models_lost.clear();
         for key in std::mem::take(&mut mapper.in_flight) {
             let slot = self.by_key.get(&key).copied();
             if let Some((slot, device)) =
@@ -391,10 +398,10 @@ impl Twins {
             mapper.models.remove(&key);
             return Some(Call::DropModel { key });
         }
-        let old = mapper
-            .models
-            .iter()
-            .find(|(key, told)| **told == ToldModel::Old && !mapper.models_in_flight.contains(*key));
+        for (_, due) in mapper.models_lost.values_mut() {
+            due.take_if(|due| *due <= now.mono);
+        }
+        let old = mapper.models.iter().find(|(key, told)| **told == ToldModel::Old && mapper.takes(key));
         if let Some((key, _)) = old
             && let Some(model) = self.models.get(key)
         {
@@ -409,8 +416,8 @@ impl Twins {
             mapper.enqueue(slot);
         }
         for _ in 0..mapper.queue.len() {
-            let slot = mapper.queue.pop_front()?;
-            mapper.queued.remove(&slot);
+            let slot = turn(&mapper.queue, &mut mapper.next)?;
+            mapper.queue.remove(&slot);
             let Some(device) = self.devices.get(slot as usize).and_then(Option::as_deref) else { continue };
             if device.owner != Some(id) || device.is_told() {
                 continue;
@@ -426,9 +433,10 @@ impl Twins {
             if !mapper.models.contains_key(key) {
                 let key = Arc::clone(key);
                 mapper.enqueue(slot);
-                if !mapper.models_in_flight.insert(Arc::clone(&key)) {
+                if !mapper.takes(&key) {
                     continue;
                 }
+                mapper.models_in_flight.insert(Arc::clone(&key));
                 let update = mapper.is_found && !mapper.unknown.contains(&key);
                 return Some(Call::Model { key, spec: Arc::clone(&model.spec), hash: model.hash, update });
             }
@@ -450,7 +458,8 @@ impl Twins {
         let later = mapper.later.first().map(|(due, _)| *due);
         let removals = mapper.removals.iter().filter(|(key, _)| !mapper.in_flight.contains(*key));
         let removals = removals.map(|(_, (_, due))| *due).min();
-        [later, removals].into_iter().flatten().min()
+        let models = mapper.models_lost.values().filter_map(|(_, due)| *due).min();
+        [later, removals, models].into_iter().flatten().min()
     }
 
     /// What came of a call.
@@ -469,9 +478,16 @@ impl Twins {
         match call {
             Call::Model { key, hash, update, .. } => {
                 mapper.models_in_flight.remove(key);
+                if outcome == Outcome::Lost {
+                    let (failures, due) = mapper.models_lost.entry(Arc::clone(key)).or_default();
+                    *due = Some(now.mono + retry(*failures, 0));
+                    *failures = failures.saturating_add(1);
+                    return;
+                }
+                mapper.models_lost.remove(key);
                 if outcome == Outcome::Refused && *update && mapper.unknown.insert(Arc::clone(key)) {
                     mapper.models.remove(key);
-                } else if outcome != Outcome::Lost {
+                } else {
                     // One that is refused is not said again: what matters of it is in each device.
                     let current = self.models.get(key).is_some_and(|model| model.hash == *hash);
                     mapper.models.insert(Arc::clone(key), if current { ToldModel::At(*hash) } else { ToldModel::Old });
@@ -513,14 +529,14 @@ impl Twins {
                 }
                 // The other call may be what it takes: what the mapper knows of it is no longer sure.
                 device.told = if *update && outcome == Outcome::Refused { Told::Never } else { Told::Perhaps };
-                let failures = mapper.failures.entry(*slot).or_default();
+                let (failures, due) = mapper.failures.entry(*slot).or_default();
                 let wait = if *update && outcome == Outcome::Refused && *failures == 0 {
                     Duration::ZERO
                 } else {
                     retry(*failures, u64::from(*slot))
                 };
-                *failures = failures.saturating_add(1);
-                mapper.later.insert((now.mono + wait, *slot));
+                (*failures, *due) = (failures.saturating_add(1), now.mono + wait);
+                mapper.later.insert((*due, *slot));
             }
         }
     }

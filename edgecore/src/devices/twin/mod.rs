@@ -549,6 +549,13 @@ pub enum Refused {
     NotYours,
 }
 
+/// Whose turn it is: from `next` on, and from the beginning again.
+fn turn(of: &BTreeSet<u32>, next: &mut u32) -> Option<u32> {
+    let slot = of.range(*next..).next().or_else(|| of.first()).copied()?;
+    *next = slot.wrapping_add(1);
+    Some(slot)
+}
+
 fn hash_of(value: &impl serde::Serialize) -> u64 {
     /// Feeds a hash with what serde_json writes.
     struct Sink(DefaultHasher);

@@ -1,7 +1,7 @@
 //! What the cloud is told: the latest values of each device that has news, at its report cycle, and no more than [`PACE`] devices a second
 //! of the whole node, in turns. A first value and another state go before the rest.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -10,7 +10,7 @@ use skerry_proto::device::{DeviceReport, DeviceStatusStatus, Twin, TwinProperty}
 use super::desired::Desired;
 use super::shape::Property;
 use super::values::Sample;
-use super::{Device, Now, Twins};
+use super::{Device, Now, Twins, turn};
 use crate::devices::convert::type_name;
 
 /// Devices that are reported in a second.
@@ -19,7 +19,9 @@ const PACE: u32 = 5;
 /// Whose turn it is.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    urgent: VecDeque<u32>,
+    urgent: BTreeSet<u32>,
+    /// The turn of those.
+    next_urgent: u32,
     /// The turn of the rest.
     next: u32,
     /// Thousandths of reports that may be made.
@@ -29,13 +31,11 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn urgent(&mut self, slot: u32) {
-        if !self.urgent.contains(&slot) {
-            self.urgent.push_back(slot);
-        }
+        self.urgent.insert(slot);
     }
 
     pub(super) fn gone(&mut self, slot: u32) {
-        self.urgent.retain(|of| *of != slot);
+        self.urgent.remove(&slot);
     }
 
     fn fill(&mut self, now: Duration) {
@@ -80,7 +80,8 @@ impl Twins {
     }
 
     fn next_report(&mut self, now: Now) -> Option<u32> {
-        while let Some(slot) = self.reports.urgent.pop_front() {
+        while let Some(slot) = turn(&self.reports.urgent, &mut self.reports.next_urgent) {
+            self.reports.urgent.remove(&slot);
             if self.get(slot).is_some_and(|device| device.active.as_ref().is_some_and(|active| active.dirty)) {
                 return Some(slot);
             }

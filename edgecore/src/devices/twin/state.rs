@@ -9,7 +9,7 @@ use skerry_proto::dmi;
 use skerry_proto::dmi::extensions::{self, PropertyReport};
 
 use super::shape::Shape;
-use super::values::{Extra, Sample, Slot, extras};
+use super::values::{Extra, Sample, Slot, extras, weight};
 use super::{Device, MAX_VALUES, MapperId, Now, Refused, Twins};
 
 /// A state that changes more often than this is shown only when it has stayed.
@@ -154,8 +154,8 @@ impl Active {
 
     /// Of its values, in bytes.
     pub(super) fn bytes(&self) -> usize {
-        let of = |sample: Option<&Sample>| sample.map_or(0, |sample| sample.text.len());
-        self.slots.iter().map(|slot| of(slot.reported.as_ref()) + of(slot.observed.as_deref())).sum()
+        let samples = self.slots.iter().flat_map(|slot| [slot.reported.as_ref(), slot.observed.as_deref()]);
+        samples.flatten().map(Sample::bytes).sum()
     }
 
     /// Carries values over to other properties, by name; those whose type no longer fits go.
@@ -273,9 +273,10 @@ impl Twins {
                     continue;
                 };
                 let kept = if is_reported { slot.reported.as_mut() } else { slot.observed.as_deref_mut() };
-                let old = kept.as_ref().map_or(0, |kept| kept.text.len());
+                let old = kept.as_ref().map_or(0, |kept| kept.bytes());
+                let bytes = said.value.len() + weight(said.extra.as_deref());
                 let fits = property.check(said.value).and_then(|()| {
-                    if said.value.len() > room + old {
+                    if bytes > room + old {
                         return Err(format!("all values of this node would take more than {MAX_VALUES} bytes"));
                     }
                     Ok(())
@@ -285,7 +286,7 @@ impl Twins {
                     refused += 1;
                     continue;
                 }
-                room = (room + old).saturating_sub(said.value.len());
+                room = (room + old).saturating_sub(bytes);
                 let mut at = said.at.unwrap_or(now.wall);
                 if is_reported {
                     let last = kept.as_ref().map_or(i64::MIN, |sample| sample.at);

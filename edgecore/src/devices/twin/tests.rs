@@ -654,6 +654,46 @@ fn nobody_else_reports_of_a_device_while_its_mapper_is_there() {
 }
 
 #[test]
+fn a_mapper_that_does_not_answer_to_a_model_is_asked_less_and_less_often() {
+    let mut twins = one();
+    let info = MapperInfo { protocol: "modbus".to_owned(), address: "/a".to_owned(), ..MapperInfo::default() };
+    let id = twins.register(info, START);
+    twins.answered(id);
+    twins.connected(id, true, START);
+    let mut asked = 0;
+    for second in 0..120 {
+        let now = START.after(second);
+        while let Some(call) = twins.next_call(id, now) {
+            assert!(matches!(call, Call::Model { .. }));
+            asked += 1;
+            assert!(asked < 20, "at {second} s");
+            twins.called(id, &call, Outcome::Lost, now);
+        }
+        assert!(twins.next_due(id).is_some_and(|due| due > now.mono));
+    }
+    assert!(asked > 5);
+    // What is back is told at once.
+    twins.connected(id, false, START.after(120));
+    twins.connected(id, true, START.after(120));
+    assert_eq!(calls(&mut twins, id, START.after(120)), 1);
+    assert_eq!(twins.next_due(id), None);
+}
+
+#[test]
+fn what_mappers_add_to_values_counts_too() {
+    let mut twins = one();
+    let mut said = values(&[("t", "21")]);
+    let metadata = &mut said[0].reported.as_mut().unwrap().metadata;
+    metadata.insert("quality".to_owned(), "x".repeat(500));
+    for _ in 0..3 {
+        twins.report_values("ns/d", &[], &said, START).unwrap();
+        assert_eq!(twins.bytes, 2 + size_of::<values::Extra>() + 507);
+    }
+    twins.report_values("ns/d", &[], &values(&[("t", "21")]), START).unwrap();
+    assert_eq!(twins.bytes, 2);
+}
+
+#[test]
 fn a_device_that_cannot_be_told_holds_up_no_other_and_comes_round() {
     let mut twins = one();
     twins.device("ns/e", "u2", spec("modbus", None), START);

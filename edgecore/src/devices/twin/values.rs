@@ -10,7 +10,7 @@ use crate::order;
 pub(crate) const HISTORY: usize = 256;
 /// What it takes as long as few values were said: it does not grow bit by bit, which would leave holes in the heap of every size.
 const BEGINNING: usize = 32;
-/// Of what a mapper adds to a value, in bytes, names and all; more is left out.
+/// Of what a mapper adds to a value, in bytes, names and all, with what it takes to keep each; more is left out.
 const MAX_EXTRA: usize = 1 << 10;
 
 /// A value, when it was sampled, and what its mapper added.
@@ -28,6 +28,18 @@ pub(crate) struct Sample {
 /// Key and value of what a mapper adds.
 pub(crate) type Extra = (Box<str>, Box<str>);
 
+impl Sample {
+    /// What it takes, in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.text.len() + weight(self.extra.as_deref())
+    }
+}
+
+/// What extras take, in bytes.
+pub(super) fn weight(extra: Option<&[Extra]>) -> usize {
+    extra.into_iter().flatten().map(|(key, value)| size_of::<Extra>() + key.len() + value.len()).sum()
+}
+
 /// One property's.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
@@ -44,7 +56,7 @@ pub(super) fn extras<'a>(metadata: impl Iterator<Item = (&'a String, &'a String)
     let mut room = MAX_EXTRA;
     let mut extras = Vec::new();
     for (key, value) in metadata.filter(|(key, _)| !matches!(key.as_str(), "timestamp" | "type")) {
-        if let Some(left) = room.checked_sub(key.len() + value.len()) {
+        if let Some(left) = room.checked_sub(size_of::<Extra>() + key.len() + value.len()) {
             room = left;
             extras.push((key.as_str().into(), value.as_str().into()));
         }
