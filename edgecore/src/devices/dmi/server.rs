@@ -293,13 +293,14 @@ impl Service {
         self.hear(|twins, now| {
             let taken = said.iter().map(|said| {
                 let key = key(said.device_namespace.clone(), &said.device_name);
-                let values = match &*said.properties {
-                    [] => Ok(()),
-                    of => twins.report_values(&key, reporters, of, now),
-                };
+                // A value by itself would say that the device is online.
                 let state = match &*said.state {
                     "" => Ok(()),
                     state => twins.report_state(&key, reporters, state, now),
+                };
+                let values = match &*said.properties {
+                    [] => Ok(()),
+                    of => twins.report_values(&key, reporters, of, now),
                 };
                 values.and(state).err().map(|refused| (key, refused))
             });

@@ -12,7 +12,7 @@ use super::shape::Shape;
 use super::values::{Extra, Sample, Slot, extras, weight};
 use super::{Device, MAX_VALUES, MapperId, Now, Refused, Twins};
 
-/// A state that changes more often than this is shown only when it has stayed.
+/// A state that changes more often than this is shown only when it has stayed, unless it is a better one.
 const DAMPED: Duration = Duration::from_secs(10);
 /// A device of which nothing is heard for so long, or longer where its properties may be silent for longer, is in a state that nobody knows.
 const SILENT: Duration = Duration::from_secs(60);
@@ -60,6 +60,16 @@ impl State {
             Self::Unhealthy => "unhealthy",
             Self::Unknown => "unknown",
             Self::Disconnected => "disconnected",
+        }
+    }
+
+    /// The higher, the better: a device that is as it should be, or only said a value, or is not well, or cannot be reached.
+    fn rank(self) -> u8 {
+        match self {
+            Self::Ok => 3,
+            Self::Online => 2,
+            Self::Unhealthy => 1,
+            Self::Offline | Self::Unknown | Self::Disconnected => 0,
         }
     }
 
@@ -436,12 +446,12 @@ impl Twins {
         Refused::Value(reason)
     }
 
-    /// Shows the state as it is known, unless it has just changed.
+    /// Shows the state as it is known, unless it has just changed and is no better.
     fn show(&mut self, slot: u32, now: Now) {
         let Some(device) = self.devices.get_mut(slot as usize).and_then(Option::as_deref_mut) else { return };
         let (Some(active), Some(shape)) = (&mut device.active, &device.shape) else { return };
-        if active.known == active.state || active.shown_at.is_some_and(|shown| now.mono.saturating_sub(shown) < DAMPED)
-        {
+        let is_fresh = active.shown_at.is_some_and(|shown| now.mono.saturating_sub(shown) < DAMPED);
+        if active.known == active.state || (is_fresh && active.known.rank() <= active.state.rank()) {
             return;
         }
         (active.state, active.shown_at) = (active.known, Some(now.mono));

@@ -637,6 +637,27 @@ fn what_is_wanted_again_is_told_again_and_a_word_of_the_cloud_that_loses_is_said
 }
 
 #[test]
+fn a_device_that_is_back_soon_is_shown_at_once() {
+    let (mut twins, id) = with_mapper();
+    let state = |twins: &mut Twins, said: &str, second| {
+        twins.report_state("ns/d", &[id], said, START.after(second)).unwrap();
+        twins.tick(START.after(second));
+        twins.twin("ns/d", START).unwrap().state
+    };
+    assert_eq!(state(&mut twins, "ok", 0), State::Ok);
+    assert_eq!(state(&mut twins, "offline", 20), State::Offline);
+    assert_eq!(state(&mut twins, "ok", 23), State::Ok);
+    assert_eq!(state(&mut twins, "offline", 24), State::Ok);
+    assert_eq!(state(&mut twins, "offline", 33), State::Offline);
+    assert_eq!(state(&mut twins, "unhealthy", 34), State::Unhealthy);
+    // A value before its state says less than that.
+    let mut twins = one();
+    twins.report_values("ns/d", &[], &values(&[("t", "1")]), START).unwrap();
+    twins.report_state("ns/d", &[], "ok", START).unwrap();
+    assert_eq!(twins.twin("ns/d", START).unwrap().state, State::Ok);
+}
+
+#[test]
 fn nobody_else_reports_of_a_device_while_its_mapper_is_there() {
     let (mut twins, id) = with_mapper();
     let said = values(&[("t", "1")]);
