@@ -28,6 +28,13 @@ use crate::{clock, files};
 const LOCAL: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1883));
 /// Where packages put mosquitto.
 const BINARIES: [&str; 3] = ["/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto", "/usr/bin/mosquitto"];
+/// How long a broker of somebody else's that was there, or that systemd is to start, is waited for before one is started in its place: it would
+/// find its port taken.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// There where systemd runs.
+const SYSTEMD: &str = "/run/systemd/system";
+/// There where it starts mosquitto with the box.
+const UNIT: &str = "/etc/systemd/system/multi-user.target.wants/mosquitto.service";
 /// How long a connection may take to be there.
 const CONNECT: Duration = Duration::from_secs(2);
 /// How long mosquitto may take to listen, and to end.
@@ -50,6 +57,10 @@ pub(super) struct Broker {
     /// Made anew each time; only edgecore and mosquitto can enter it.
     pub(super) dir: PathBuf,
     own: Option<Own>,
+    /// Somebody else's was there, or is to be.
+    pub(super) is_expected: bool,
+    /// Since when there is none.
+    missing: Option<Duration>,
 }
 
 struct Own {
@@ -64,7 +75,8 @@ struct Own {
 impl Broker {
     pub(super) fn new(at: Option<String>, store: Store, data_dir: &Path) -> Self {
         let (passwords, dir) = (data_dir.join(PASSWORDS), directory(data_dir));
-        Self { at, local: LOCAL, store, passwords, dir, own: None }
+        let is_expected = Path::new(SYSTEMD).exists() && Path::new(UNIT).exists();
+        Self { at, local: LOCAL, store, passwords, dir, own: None, is_expected, missing: None }
     }
 
     /// A connection, and words for where to. Otherwise why there is none, and what to do about it.
@@ -89,7 +101,16 @@ impl Broker {
             end_orphan(&self.dir).await;
             let local = self.local.to_string();
             if let Ok(stream) = dial(&local).await {
+                (self.is_expected, self.missing) = (true, None);
                 return Ok((stream, local));
+            }
+            let now = clock::monotonic();
+            let missing = now.saturating_sub(*self.missing.get_or_insert(now));
+            if self.is_expected && missing < PATIENCE {
+                return Err(format!(
+                    "no broker: nothing listens on {local}, where the box's own was or is to be; `systemctl start mosquitto`, or wait {} s for one of edgecore's",
+                    (PATIENCE - missing).as_secs()
+                ));
             }
             if !has_devices {
                 return Err("no broker, and no device that would need one".to_owned());

@@ -55,6 +55,7 @@ impl Node {
         let mut broker = Broker::new(None, bed.store.clone(), bed.dir.path());
         broker.dir = run.path().join("mqtt");
         broker.local.set_port(port);
+        broker.is_expected = false;
         supervise::spawn("mqtt", serve(parts, broker))
     }
 
@@ -125,6 +126,22 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         }
     };
     assert!(tokio::time::timeout(Duration::from_secs(60), patience).await.is_ok(), "{what} did not come");
+}
+
+#[tokio::test]
+async fn a_broker_that_was_there_or_is_to_be_is_waited_for() {
+    let bed = Bed::new().await;
+    let mut broker = Broker::new(None, bed.store.clone(), bed.dir.path());
+    broker.local.set_port(free_port());
+    let listener = std::net::TcpListener::bind(broker.local).unwrap();
+    broker.is_expected = false;
+    broker.connect(true).await.unwrap();
+    drop(listener);
+    let why = broker.connect(true).await.err().unwrap();
+    assert!(why.contains("the box's own was or is to be"), "{why}");
+    let listener = std::net::TcpListener::bind(broker.local).unwrap();
+    broker.connect(true).await.unwrap();
+    drop(listener);
 }
 
 #[tokio::test]
