@@ -71,7 +71,12 @@ fn definitions() -> [Value; 3] {
         "DeviceStatus",
         "devicestatuses",
         &object(spec, Some(status()), &[]),
-        &[column("State", "string", ".status.state"), column("Last seen", "date", ".status.lastOnlineTime"), twins],
+        &[
+            column("Node", "string", ".status.extensions.node"),
+            column("State", "string", ".status.state"),
+            column("Last seen", "date", ".status.lastOnlineTime"),
+            twins,
+        ],
     );
     [model, device, status]
 }

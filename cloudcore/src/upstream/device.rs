@@ -30,7 +30,7 @@ impl Upstream {
             Err(outcome) => return outcome,
         };
         let state = content.status.state.clone();
-        let status = shown(content.status, facts.problem.as_deref());
+        let status = shown(content.status, &queue.node.name, facts.problem.as_deref());
         let owners = owners(name, uid);
         let written = self.api.patch(Kind::DeviceStatus, namespace, name, &replacement(&owners, &status)).await;
         let failed = match written {
@@ -108,8 +108,9 @@ impl Upstream {
 }
 
 /// What the DeviceStatus is to show: what the edge says, and what the edge cannot know or need not say.
-fn shown(status: DeviceStatusStatus, problem: Option<&str>) -> Value {
+fn shown(status: DeviceStatusStatus, node: &str, problem: Option<&str>) -> Value {
     let mut status = status;
+    status.extensions.get_or_insert_with(Map::new).insert("node".into(), node.into());
     if let Some(problem) = problem {
         let condition =
             json!({"type": "FitsModel", "status": "False", "reason": "DoesNotFitModel", "message": problem});
@@ -139,8 +140,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_the_model_is_said_beside_what_the_edge_says() {
         let status = || serde_json::from_value(json!({"state": "online", "extensions": {"rssi": 7}})).unwrap();
-        assert_eq!(shown(status(), None), json!({"state": "online", "extensions": {"rssi": 7}}));
-        let told = shown(status(), Some("no such property"));
+        assert_eq!(shown(status(), "n", None), json!({"state": "online", "extensions": {"rssi": 7, "node": "n"}}));
+        let told = shown(status(), "n", Some("no such property"));
         assert_eq!(told["extensions"]["rssi"], 7);
         assert_eq!(told["extensions"]["conditions"][0]["message"], "no such property");
     }

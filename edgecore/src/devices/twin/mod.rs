@@ -313,7 +313,8 @@ impl Twins {
         let mut trouble = shape
             .strangers
             .first()
-            .map(|name| format!("property {name} is not in its device model; values of it are refused").into());
+            .map(|name| format!("property {name} is not in its device model; values of it are refused").into())
+            .or_else(|| shape.wrong.clone());
         let mut desired = Vec::new();
         for (place, property) in shape.properties.iter().enumerate() {
             let mut wanting = before.remove(&*property.name).unwrap_or_default();

@@ -1,5 +1,6 @@
 //! What the cloud is told: the latest values of each device that has news, at its report cycle, and no more than [`PACE`] devices a second
-//! of the whole node, in turns. A first value and another state go before the rest.
+//! of the whole node, in turns. A first value and another state go before the rest; one without news is reported now and then, for when it
+//! answered last.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -67,7 +68,7 @@ impl Twins {
         let device = self.get_mut(slot)?;
         let status = device.status();
         let (Some(active), Some(shape)) = (&mut device.active, &device.shape) else { return None };
-        (active.dirty, active.reported_at) = (false, Some(now.mono));
+        (active.dirty, active.reported_at, active.reported_online) = (false, Some(now.mono), active.last_online);
         for (property, slot) in shape.properties.iter().zip(&mut active.slots) {
             if property.report.is_some()
                 && let Some(sample) = &slot.reported
@@ -115,7 +116,12 @@ impl Device {
     fn is_due(&self, now: Duration) -> bool {
         let (Some(active), Some(shape)) = (&self.active, &self.shape) else { return false };
         let cycle = shape.properties.iter().filter_map(|property| property.report).min();
-        active.dirty && active.reported_at.is_none_or(|at| now.saturating_sub(at) >= cycle.unwrap_or_default())
+        let since = active.reported_at.map(|at| now.saturating_sub(at));
+        match active.dirty {
+            true => since.is_none_or(|since| since >= cycle.unwrap_or_default()),
+            // Without news: that it still answers.
+            false => active.last_online > active.reported_online && since.is_some_and(|since| since >= shape.renewal),
+        }
     }
 
     /// Its DeviceStatus.

@@ -15,6 +15,10 @@ const SHORTEST_CYCLE: Duration = Duration::from_secs(1);
 const MISSED_READS: u32 = 3;
 /// See [`MISSED_READS`].
 const MISSED_REPORTS: u32 = 2;
+/// After so long a device of which there is no news is reported again, for when it answered last, unless its stateReport says otherwise.
+const RENEWAL: Duration = Duration::from_secs(600);
+/// And no more often than this.
+const SHORTEST_RENEWAL: Duration = Duration::from_secs(10);
 /// Key of a property's `visitors.configData`: how much a number must change to be reported to the cloud.
 const DEAD_BAND: &str = "reportDeadBand";
 
@@ -24,8 +28,12 @@ pub(crate) struct Shape {
     pub(super) properties: Box<[Property]>,
     /// Whether the state goes to the cloud.
     pub(super) report_state: bool,
+    /// After how long without news it is reported again that it answers.
+    pub(super) renewal: Duration,
     /// Named by the Device, unknown to its model.
     pub(super) strangers: Box<[Box<str>]>,
+    /// What is wrong with what the Device says of its properties.
+    pub(super) wrong: Option<Box<str>>,
 }
 
 /// One property.
@@ -45,7 +53,7 @@ pub(crate) struct Property {
 impl Shape {
     /// Of a device with what its model adds.
     pub(super) fn of(spec: &DeviceSpec, model: &DeviceModelSpec) -> Self {
-        let (mut properties, mut strangers) = (Vec::new(), Vec::new());
+        let (mut properties, mut strangers, mut wrong) = (Vec::new(), Vec::new(), None);
         for of in &spec.properties {
             let Some(base) = model.properties.iter().find(|base| base.name == of.name) else {
                 strangers.push(of.name.as_str().into());
@@ -53,22 +61,31 @@ impl Shape {
             };
             let report = cycle(of.report_cycle).unwrap_or(REPORT_CYCLE);
             let collect = cycle(of.collect_cycle).unwrap_or(SHORTEST_CYCLE);
-            let band =
-                of.visitors.as_ref().and_then(|visitors| visitors.config_data.as_ref()?.get(DEAD_BAND)?.as_f64());
+            let said = of.visitors.as_ref().and_then(|visitors| visitors.config_data.as_ref()?.get(DEAD_BAND));
+            let band = said.and_then(dead_band);
+            if let Some(said) = said.filter(|_| band.is_none()) {
+                let said: String = said.to_string().chars().take(64).collect();
+                wrong = Some(format!("{DEAD_BAND} of {} is {said}, which is no number, and so is 0", of.name).into());
+            }
             properties.push(Property {
                 name: of.name.as_str().into(),
                 domain: Domain::of(base),
                 access: base.access_mode,
                 unit: base.unit.as_str().into(),
                 report: of.report_to_cloud.then(|| report.max(SHORTEST_CYCLE)),
-                dead_band: band.filter(|band| *band > 0.0).unwrap_or(0.0),
+                dead_band: band.unwrap_or(0.0),
                 silence: (collect * MISSED_READS).max(report * MISSED_REPORTS),
             });
         }
+        let state = spec.state_report.as_ref();
         Self {
             properties: properties.into(),
-            report_state: spec.state_report.as_ref().is_none_or(|report| report.report_to_cloud),
+            report_state: state.is_none_or(|report| report.report_to_cloud),
+            renewal: state
+                .and_then(|report| cycle(report.report_cycle))
+                .map_or(RENEWAL, |cycle| cycle.max(SHORTEST_RENEWAL)),
             strangers: strangers.into(),
+            wrong,
         }
     }
 
@@ -76,6 +93,12 @@ impl Shape {
     pub(super) fn place(&self, name: &str) -> Option<usize> {
         self.properties.iter().position(|property| &*property.name == name)
     }
+}
+
+/// A number, or one as text, as mappers of KubeEdge write them.
+fn dead_band(said: &serde_json::Value) -> Option<f64> {
+    let number = said.as_f64().or_else(|| said.as_str()?.trim().parse().ok())?;
+    (number.is_finite() && number >= 0.0).then_some(number)
 }
 
 impl Property {

@@ -141,6 +141,8 @@ pub(super) struct Active {
     /// The same, of when it answered last.
     pub(super) last_online: i64,
     pub(super) reported_at: Option<Duration>,
+    /// What `last_online` was then.
+    pub(super) reported_online: i64,
     /// Something is to be told to the cloud.
     pub(super) dirty: bool,
 }
@@ -158,6 +160,7 @@ impl Active {
             last_seen: now.wall,
             last_online: 0,
             reported_at: None,
+            reported_online: 0,
             dirty: false,
         }
     }

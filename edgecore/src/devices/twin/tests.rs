@@ -715,6 +715,43 @@ fn what_mappers_add_to_values_counts_too() {
 }
 
 #[test]
+fn a_device_without_news_is_reported_now_and_then_and_one_that_is_silent_is_not() {
+    for (report, renewal) in [(json!(null), 600), (json!({ "reportToCloud": true, "reportCycle": 120_000 }), 120)] {
+        let mut twins = one();
+        let mut spec = spec("modbus", Some("20"));
+        spec.state_report = serde_json::from_value(report).unwrap();
+        twins.device("ns/d", "u1", spec, START);
+        let mut told = Vec::new();
+        for second in 0..2000 {
+            let now = START.after(second);
+            if second < 1500 {
+                twins.report_values("ns/d", &[], &values(&[("t", "20")]), now).unwrap();
+            }
+            while let Some(due) = twins.take_report(now) {
+                told.push((second, due.report.status.last_online_time));
+            }
+        }
+        let renewed: Vec<u64> = (0..).map(|n| n * renewal).take_while(|at| *at < 1500 + renewal).collect();
+        assert_eq!(told.iter().map(|(second, _)| *second).collect::<Vec<_>>(), renewed);
+        assert!(told.windows(2).all(|pair| pair[0].1 < pair[1].1), "{told:?}");
+    }
+}
+
+#[test]
+fn a_dead_band_may_be_text_and_one_that_is_no_number_is_said() {
+    let mut twins = one();
+    for (said, band, is_wrong) in [(json!("0.5"), 0.5, false), (json!("wide"), 0.0, true), (json!(-1), 0.0, true)] {
+        let mut spec = spec("modbus", None);
+        let visitors = spec.properties[0].visitors.as_mut().unwrap();
+        visitors.config_data = serde_json::from_value(json!({ "reportDeadBand": said })).unwrap();
+        twins.device("ns/d", "u1", spec, START);
+        let device = twins.get(twins.by_key["ns/d"]).unwrap();
+        assert_eq!(device.shape.as_ref().unwrap().properties[0].dead_band.to_string(), f64::to_string(&band));
+        assert_eq!(device.trouble.is_some(), is_wrong, "{said}");
+    }
+}
+
+#[test]
 fn a_device_that_cannot_be_told_holds_up_no_other_and_comes_round() {
     let mut twins = one();
     twins.device("ns/e", "u2", spec("modbus", None), START);
