@@ -12,16 +12,20 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
-use skerry_mapper::{Config, ConfigError, DeviceInfo, Driver, Fault, Link, PropertyInfo, Reading, Value};
+use skerry_mapper::{Config, ConfigError, DeviceInfo, Driver, Fault, Link, PropertyInfo, Reading, Value, clock};
 use tokio::sync::Mutex;
 
 use bus::{Bus, Endpoint, NoAnswer};
 use pdu::{Refusal, Table};
-use register::{Register, Written, group};
+use register::{Register, Span, Written, group};
 use tty::{Parity, Settings, is_speed};
 
 /// Registers between two properties that are read along rather than asking twice.
 const GAP: u16 = 8;
+/// So many requests without an answer before the device is asked for what it has answered before.
+const MOST_SILENT: usize = 2;
+/// How long what alone is not answered is not asked for.
+const MUTE: Duration = Duration::from_secs(10);
 
 /// The protocol.
 #[derive(Debug, Default)]
@@ -40,6 +44,10 @@ pub struct Unit {
     gap: u16,
     /// What the device refused to read, and so is not read together with others.
     alone: HashSet<(Table, u16)>,
+    /// What it does not answer to, while it answers to the rest; until when it is not asked, and why.
+    mute: HashMap<(Table, u16), (Duration, String)>,
+    /// What it answered to last: table, address and count.
+    good: Option<(Table, u16, u16)>,
 }
 
 impl Driver for Modbus {
@@ -68,7 +76,7 @@ impl Driver for Modbus {
             }
             bus.connect().await.map_err(fault)?;
         }
-        Ok(Unit { bus, number, patience, gap: GAP, alone: HashSet::new() })
+        Ok(Unit { bus, number, patience, gap: GAP, alone: HashSet::new(), mute: HashMap::new(), good: None })
     }
 }
 
@@ -143,27 +151,52 @@ impl Link for Unit {
     async fn read(&mut self, points: &[(usize, &Register)], readings: &mut Vec<Reading>) -> Result<(), Fault> {
         let registers: Vec<&Register> = points.iter().map(|(_, register)| *register).collect();
         let spans = group(&registers, self.gap, |register| self.alone.contains(&(register.table, register.address)));
+        let (mut silent, mut answers) = (Vec::new(), false);
         for span in spans {
-            let outcome = self.read_span(span.table, span.start, span.count).await?;
-            match outcome {
-                Err(refusal) if span.members.len() > 1 && is_about_address(&refusal) => {
-                    // Something in it, or between, cannot be read: each by itself, and henceforth nothing that no one asked for.
-                    self.gap = 0;
-                    for &member in &span.members {
-                        let (index, register) = points[member];
-                        let outcome = self.read_span(register.table, register.address, register.count).await?;
-                        if outcome.is_err() {
-                            self.alone.insert((register.table, register.address));
-                        }
-                        readings.push(reading(index, register, register.address, outcome));
+            let register = (span.table, span.start);
+            if let Some((until, why)) = self.mute.get(&register) {
+                if clock::monotonic() < *until {
+                    readings.extend(span.members.iter().map(|&member| Reading::failed(points[member].0, why)));
+                    continue;
+                }
+                self.mute.remove(&register);
+            }
+            match self.read_span(span.table, span.start, span.count).await? {
+                Answer::None(why) => {
+                    silent.push((span, why));
+                    if !answers && silent.len() == MOST_SILENT {
+                        self.answers(points, &silent).await?;
+                        answers = true;
                     }
                 }
-                outcome => {
+                Answer::Is(Err(refusal)) if span.members.len() > 1 && is_about_address(&refusal) => {
+                    answers = true;
+                    // Something in it, or between, cannot be read: each by itself, and henceforth nothing that no one asked for.
+                    self.gap = 0;
+                    self.read_apart(points, &span, readings).await?;
+                }
+                Answer::Is(outcome) => {
+                    answers = true;
                     for &member in &span.members {
                         let (index, register) = points[member];
                         readings.push(reading(index, register, span.start, outcome.clone()));
                     }
                 }
+            }
+        }
+        if !silent.is_empty() && !answers {
+            self.answers(points, &silent).await?;
+        }
+        // It is there, and says nothing to some of it.
+        for (span, why) in silent {
+            if span.members.len() > 1 {
+                self.gap = 0;
+                self.read_apart(points, &span, readings).await?;
+            } else {
+                let place = (span.table, span.start);
+                self.alone.insert(place);
+                self.mute.insert(place, (clock::monotonic() + MUTE, why.clone()));
+                readings.extend(span.members.iter().map(|&member| Reading::failed(points[member].0, &why)));
             }
         }
         Ok(())
@@ -174,28 +207,98 @@ impl Link for Unit {
             Written::Bits(bits) => pdu::write_coils(point.address, &bits),
             Written::Registers(bytes) => pdu::write_registers(point.address, &bytes),
         };
-        let answer = self.bus.lock().await.ask(self.number, &request, self.patience).await.map_err(fault)?;
-        pdu::write_answer(&request, &answer).map_err(refused)
+        let answer = self.bus.lock().await.ask(self.number, &request, self.patience).await;
+        match answer {
+            Ok(answer) => pdu::write_answer(&request, &answer).map_err(refused),
+            Err(NoAnswer::Gone(why)) => Err(Fault::Offline(why)),
+            // Whatever else it answers to says which of the two is silent.
+            Err(NoAnswer::Silent(why)) => match self.good {
+                Some((table, start, count)) => match self.read_span(table, start, count).await? {
+                    Answer::Is(_) => Err(Fault::Refused(why)),
+                    Answer::None(why) => Err(Fault::Offline(why)),
+                },
+                None => Err(Fault::Offline(why)),
+            },
+        }
     }
 }
 
+/// What comes of a read.
+enum Answer {
+    /// The bytes, or why the device refuses.
+    Is(Result<Vec<u8>, Refusal>),
+    /// None in time.
+    None(String),
+}
+
 impl Unit {
-    /// The bytes of a read, or why the device refuses.
-    async fn read_span(&mut self, table: Table, start: u16, count: u16) -> Result<Result<Vec<u8>, Refusal>, Fault> {
+    /// Reads the members of a span each by itself.
+    async fn read_apart(
+        &mut self,
+        points: &[(usize, &Register)],
+        span: &Span,
+        readings: &mut Vec<Reading>,
+    ) -> Result<(), Fault> {
+        for &member in &span.members {
+            let (index, register) = points[member];
+            let place = (register.table, register.address);
+            match self.read_span(register.table, register.address, register.count).await? {
+                Answer::Is(outcome) => {
+                    if outcome.is_err() {
+                        self.alone.insert(place);
+                    }
+                    readings.push(reading(index, register, register.address, outcome));
+                }
+                Answer::None(why) => {
+                    self.alone.insert(place);
+                    readings.push(Reading::failed(index, &why));
+                    self.mute.insert(place, (clock::monotonic() + MUTE, why));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A device that answers to nothing is offline. Asks for what was answered last, or for some one of what was asked for together.
+    async fn answers(&mut self, points: &[(usize, &Register)], silent: &[(Span, String)]) -> Result<(), Fault> {
+        let offline = || Fault::Offline(silent.last().map_or_else(String::new, |(_, why)| why.clone()));
+        let (last, _) = silent.last().ok_or_else(offline)?;
+        let known =
+            self.good.filter(|good| silent.iter().all(|(span, _)| (span.table, span.start, span.count) != *good));
+        let one = || {
+            // Another one each time.
+            let turn = usize::try_from(clock::monotonic().as_millis()).unwrap_or(0) % last.members.len();
+            let (_, register) = points[*last.members.get(turn).filter(|_| last.members.len() > 1)?];
+            Some((register.table, register.address, register.count))
+        };
+        let (table, start, count) = known.or_else(one).ok_or_else(offline)?;
+        match self.read_span(table, start, count).await? {
+            Answer::Is(_) => Ok(()),
+            Answer::None(_) => Err(offline()),
+        }
+    }
+
+    async fn read_span(&mut self, table: Table, start: u16, count: u16) -> Result<Answer, Fault> {
         let request = pdu::read(table, start, count);
         let mut bus = self.bus.lock().await;
-        let answer = bus.ask(self.number, &request, self.patience).await.map_err(fault)?;
-        match pdu::read_answer(table, count, &answer) {
-            Ok(bytes) => Ok(Ok(bytes.to_vec())),
+        let answer = match bus.ask(self.number, &request, self.patience).await {
+            Ok(answer) => answer,
+            Err(NoAnswer::Gone(why)) => return Err(Fault::Offline(why)),
+            Err(NoAnswer::Silent(why)) => return Ok(Answer::None(why)),
+        };
+        let outcome = match pdu::read_answer(table, count, &answer) {
+            Ok(bytes) => Ok(bytes.to_vec()),
             Err(Refusal::Malformed(why)) => {
                 bus.reset();
-                Ok(Err(Refusal::Malformed(why)))
+                Err(Refusal::Malformed(why))
             }
             Err(refusal) => match refused(refusal) {
-                Fault::Offline(why) => Err(Fault::Offline(why)),
-                Fault::Refused(_) => Ok(Err(refusal)),
+                Fault::Offline(why) => return Err(Fault::Offline(why)),
+                Fault::Refused(_) => Err(refusal),
             },
-        }
+        };
+        self.good = Some((table, start, count));
+        Ok(Answer::Is(outcome))
     }
 }
 

@@ -103,6 +103,7 @@ impl<D: Driver> Worker<D> {
                 }
                 Err(WriteError::Gone(fault)) => {
                     COUNTERS.write_failures_total.add(1);
+                    running.retry = Some(clock::monotonic() + SPARED);
                     return Err(fault);
                 }
             }
