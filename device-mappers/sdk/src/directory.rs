@@ -79,6 +79,7 @@ impl<D: Driver> Directory<D> {
     /// The answer to a registration. What is not in one that `is_whole` is gone; of one that is not, the rest is told by calls, and so is what
     /// is gone, when it is reported.
     pub(crate) fn registered(&self, models: Vec<dmi::DeviceModel>, devices: Vec<dmi::Device>, is_whole: bool) {
+        self.sinks.sweep();
         let mut state = self.lock();
         let held = state.held.take();
         if is_whole {

@@ -13,25 +13,29 @@ mod queue;
 mod store;
 mod writer;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use skerry_proto::dmi;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::warn;
+use tracing::{debug, warn};
 
 pub(crate) use format::Format;
 use queue::Queue;
 
+use crate::task;
 use crate::value::{Kind, Value};
 
 /// Records in a batch.
 pub(crate) const BATCH_RECORDS: u32 = 500;
 /// Bytes in a batch, unless a single record is longer.
 pub(crate) const BATCH_BYTES: usize = 64 << 10;
+/// How long what waits for a target that no device names stays: devices may be on their way, or come back.
+const SWEEP: Duration = Duration::from_secs(86_400);
 /// How long a record waits for others.
 pub(crate) const BATCH_AGE: Duration = Duration::from_secs(1);
 
@@ -90,6 +94,7 @@ pub(crate) struct Sinks {
     running: Mutex<HashMap<Target, Weak<Handle>>>,
     tasks: TaskTracker,
     end: CancellationToken,
+    is_swept: AtomicBool,
 }
 
 impl Sinks {
@@ -101,7 +106,43 @@ impl Sinks {
             running: Mutex::default(),
             tasks: TaskTracker::new(),
             end: CancellationToken::new(),
+            is_swept: AtomicBool::new(false),
         })
+    }
+
+    /// From now on, once a day, what waits for targets that no device names any more is dropped.
+    pub(crate) fn sweep(self: &Arc<Self>) {
+        if self.is_swept.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let sinks = Arc::clone(self);
+        #[allow(clippy::disallowed_methods)] // it does nothing that panics
+        self.tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    () = sinks.end.cancelled() => return,
+                    () = tokio::time::sleep(SWEEP) => {}
+                }
+                let (directory, known) = (sinks.directory.clone(), sinks.names());
+                match task::blocking(move || store::sweep(&directory, &known)).await {
+                    Ok(0) => {}
+                    Ok(bytes) => {
+                        warn!(bytes, "values that waited for targets that no device names any more are dropped")
+                    }
+                    Err(error) => debug!(%error, "what waits for targets that no device names any more stays"),
+                }
+            }
+        });
+    }
+
+    /// The directories of the targets that devices name.
+    fn names(&self) -> HashSet<String> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running
+            .iter()
+            .filter(|(_, handle)| handle.strong_count() > 0)
+            .map(|(target, _)| writer::name_of(target))
+            .collect()
     }
 
     /// What a property's `pushMethod` asks for. What is not understood is said, and left out.

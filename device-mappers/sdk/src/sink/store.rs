@@ -3,7 +3,7 @@
 //! A file is a sequence of `length, records, check sum, bytes`. What does not add up, because the power went while it was written, ends the
 //! file.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use crate::counters::COUNTERS;
 /// A file is closed when it has this many bytes, so the oldest is dropped in pieces of this size, and at most this much arrives twice.
 const SEGMENT: u64 = 1 << 20;
 const HEAD: usize = 16;
+/// A file that could not be read so often is given up.
+const ATTEMPTS: u8 = 3;
 /// No batch is longer: 64 KiB and one value, which has at most 64 KiB before it is escaped.
 const LONGEST: usize = 1 << 20;
 
@@ -29,7 +31,11 @@ pub(crate) struct Store {
     head: Option<VecDeque<Batch>>,
     /// The last segment while it is written.
     tail: Option<File>,
+    /// Whether some of it would not outlast a power cut yet.
+    is_unsafe: bool,
     next: u64,
+    /// How often the first segment could not be read.
+    misread: u8,
 }
 
 #[derive(Debug)]
@@ -56,12 +62,21 @@ impl Store {
         }
         numbers.sort_unstable();
         let next = numbers.last().map_or(0, |last| last + 1);
-        let mut store =
-            Self { directory, most: most.max(2 * SEGMENT), segments: VecDeque::new(), head: None, tail: None, next };
+        let mut store = Self {
+            directory,
+            most: most.max(2 * SEGMENT),
+            segments: VecDeque::new(),
+            head: None,
+            tail: None,
+            is_unsafe: false,
+            next,
+            misread: 0,
+        };
         for number in numbers {
-            let batches = store.read(number)?;
+            // One that cannot be read is tried again when it is its turn.
+            let batches = store.read(number).unwrap_or_default();
             let records = batches.iter().map(|batch| u64::from(batch.records)).sum();
-            let bytes = std::fs::metadata(store.path(number))?.len();
+            let bytes = std::fs::metadata(store.path(number)).map_or(0, |about| about.len());
             COUNTERS.stored_bytes.add(bytes);
             store.segments.push_back(Segment { number, bytes, records });
         }
@@ -72,7 +87,7 @@ impl Store {
         self.segments.is_empty()
     }
 
-    /// Appends a batch; drops the oldest file when there are too many bytes.
+    /// Appends a batch; drops the oldest file when there are too many bytes. It outlasts a power cut after [`Store::sync`].
     pub(crate) fn append(&mut self, batch: &Batch) -> io::Result<()> {
         let tail = match &mut self.tail {
             Some(tail) => tail,
@@ -80,6 +95,7 @@ impl Store {
                 std::fs::create_dir_all(&self.directory)?;
                 let number = self.next;
                 let file = OpenOptions::new().create_new(true).append(true).open(self.path(number))?;
+                File::open(&self.directory)?.sync_all()?;
                 self.next += 1;
                 self.segments.push_back(Segment { number, bytes: 0, records: 0 });
                 self.tail.insert(file)
@@ -91,10 +107,20 @@ impl Store {
         framed.extend_from_slice(&xxh3_64(&batch.bytes).to_be_bytes());
         framed.extend_from_slice(&batch.bytes);
         if let Err(error) = tail.write_all(&framed) {
-            // Half a batch may be there: it ends that file.
-            self.tail = None;
+            // Half a batch may be there: it goes, or else it ends that file.
+            let whole = self.segments.back().map_or(0, |last| last.bytes);
+            if tail.set_len(whole).is_err() {
+                self.tail = None;
+                if whole == 0
+                    && let Some(empty) = self.segments.pop_back()
+                {
+                    self.head = self.head.take().filter(|_| !self.segments.is_empty());
+                    let _ = std::fs::remove_file(self.path(empty.number));
+                }
+            }
             return Err(error);
         }
+        self.is_unsafe = true;
         let bytes = framed.len() as u64;
         COUNTERS.stored_bytes.add(bytes);
         if self.segments.len() == 1
@@ -109,6 +135,7 @@ impl Store {
                 && let Some(tail) = self.tail.take()
             {
                 tail.sync_data()?;
+                self.is_unsafe = false;
             }
         }
         while self.segments.len() > 1 && self.segments.iter().map(|segment| segment.bytes).sum::<u64>() > self.most {
@@ -120,12 +147,32 @@ impl Store {
         Ok(())
     }
 
-    /// The oldest batch.
+    /// Makes what was appended outlast a power cut.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        if let Some(tail) = self.tail.as_ref().filter(|_| self.is_unsafe) {
+            tail.sync_data()?;
+        }
+        self.is_unsafe = false;
+        Ok(())
+    }
+
+    /// The oldest batch. A file that cannot be read is given up in the end, and the next one is the oldest.
     pub(crate) fn front(&mut self) -> io::Result<Option<Batch>> {
         loop {
             let Some(number) = self.segments.front().map(|segment| segment.number) else { return Ok(None) };
             if self.head.is_none() {
-                self.head = Some(self.read(number)?.into());
+                match self.read(number) {
+                    Ok(batches) => self.head = Some(batches.into()),
+                    Err(error) => {
+                        self.misread += 1;
+                        if self.misread >= ATTEMPTS
+                            && let Some(lost) = self.remove_head()
+                        {
+                            COUNTERS.dropped_values_total.add(lost.records);
+                        }
+                        return Err(error);
+                    }
+                }
             }
             match self.head.as_ref().and_then(VecDeque::front) {
                 Some(batch) => return Ok(Some(batch.clone())),
@@ -157,7 +204,7 @@ impl Store {
 
     fn remove_head(&mut self) -> Option<Segment> {
         let segment = self.segments.pop_front()?;
-        self.head = None;
+        (self.head, self.misread) = (None, 0);
         if self.segments.is_empty() {
             self.tail = None;
         }
@@ -176,6 +223,26 @@ impl Store {
         File::open(self.path(number))?.take(SEGMENT + 2 * LONGEST as u64).read_to_end(&mut bytes)?;
         Ok(parse(&bytes))
     }
+}
+
+/// Removes the directories of targets that are not `known`, and with them what waits there; how many bytes that was.
+pub(crate) fn sweep(directory: &Path, known: &HashSet<String>) -> io::Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(directory)? {
+        let name = entry?.file_name();
+        let is_target = |name: &&str| name.len() == 16 && u64::from_str_radix(name, 16).is_ok();
+        let Some(name) = name.to_str().filter(is_target).filter(|name| !known.contains(*name)) else { continue };
+        let target = directory.join(name);
+        for file in std::fs::read_dir(&target)? {
+            let file = file?;
+            if file.path().extension().is_some_and(|of| of == "batches") {
+                bytes += file.metadata()?.len();
+                std::fs::remove_file(file.path())?;
+            }
+        }
+        std::fs::remove_dir(target)?;
+    }
+    Ok(bytes)
 }
 
 fn path(directory: &Path, number: u64) -> PathBuf {
@@ -256,6 +323,55 @@ mod tests {
         let text = String::from_utf8(first.iter().next().unwrap().to_vec()).unwrap();
         let count: u32 = text.trim_end_matches('.').parse().unwrap();
         assert!((130..200).contains(&count), "{count}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_given_up_and_the_next_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut store = Store::open(directory.path().to_owned(), 8 << 20).unwrap();
+        store.append(&batch("one", 1 << 20)).unwrap();
+        store.append(&batch("two", 100)).unwrap();
+        drop(store);
+        let file = path(directory.path(), 0);
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        let mut store = Store::open(directory.path().to_owned(), 8 << 20).unwrap();
+        for _ in 0..ATTEMPTS {
+            store.front().unwrap_err();
+        }
+        assert_eq!(store.front().unwrap(), Some(batch("two", 100)));
+        store.append(&batch("three", 100)).unwrap();
+        store.sync().unwrap();
+        assert!(!store.is_unsafe);
+    }
+
+    #[test]
+    fn what_waits_for_a_target_that_nobody_names_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let of = |name: &str| directory.path().join(name);
+        for name in ["00000000000000aa", "00000000000000bb"] {
+            Store::open(of(name), 8 << 20).unwrap().append(&batch("one", 100)).unwrap();
+        }
+        std::fs::create_dir(of("mine")).unwrap();
+        let known = HashSet::from(["00000000000000bb".to_owned()]);
+        assert!(sweep(directory.path(), &known).unwrap() > 100);
+        assert!(!of("00000000000000aa").exists() && of("mine").exists());
+        assert!(!Store::open(of("00000000000000bb"), 8 << 20).unwrap().is_empty());
+        assert_eq!(sweep(directory.path(), &known).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_file_that_takes_nothing_does_not_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut store = Store::open(directory.path().to_owned(), 8 << 20).unwrap();
+        File::create(path(directory.path(), 0)).unwrap();
+        store.segments.push_back(Segment { number: 0, bytes: 0, records: 0 });
+        (store.tail, store.next) = (Some(File::open(path(directory.path(), 0)).unwrap()), 1);
+        store.append(&batch("one", 100)).unwrap_err();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        assert!(store.is_empty() && store.front().unwrap().is_none());
+        store.append(&batch("one", 100)).unwrap();
+        assert_eq!(store.front().unwrap(), Some(batch("one", 100)));
     }
 
     #[test]

@@ -22,6 +22,9 @@ const IN_MEMORY: usize = 4;
 /// A push that takes longer has failed.
 const DEADLINE: Duration = Duration::from_secs(15);
 
+/// Between attempts to read what waits on disk.
+const REREAD: Duration = Duration::from_secs(1);
+
 /// Why a batch was not pushed.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum PushError {
@@ -62,6 +65,11 @@ impl Transport {
     }
 }
 
+/// What the directory of a target is called.
+pub(crate) fn name_of(target: &Target) -> String {
+    format!("{:016x}", xxhash_rust::xxh3::xxh3_64(format!("{target:?}").as_bytes()))
+}
+
 pub(crate) struct Writer {
     name: String,
     queue: Arc<Queue>,
@@ -87,13 +95,12 @@ impl Writer {
             Target::Influx(url, _, bucket) => format!("{url} {bucket}"),
             Target::File(path, _) => path.display().to_string(),
         };
-        let unique = xxhash_rust::xxh3::xxh3_64(format!("{target:?}").as_bytes());
         Self {
             name: crate::net::without_password(&name),
             queue,
             transport: Transport::new(target),
             target: target.clone(),
-            directory: directory.join(format!("{unique:016x}")),
+            directory: directory.join(name_of(target)),
             most,
             store: None,
             end,
@@ -188,13 +195,16 @@ impl Writer {
     }
 
     async fn front(&mut self) -> Option<Front> {
-        if self.store.as_ref().is_some_and(|store| !store.is_empty()) {
+        while self.store.as_ref().is_some_and(|store| !store.is_empty()) {
             match self.on_disk(Store::front).await {
                 Ok(Some(batch)) => return Some(Front::Disk(batch)),
                 Ok(None) => {}
                 Err(error) => {
-                    error!(sink = self.name, %error, "what waits on disk cannot be read");
-                    self.store = None;
+                    error!(sink = self.name, %error, "a file that waits on disk cannot be read; after some attempts it is given up");
+                    tokio::select! {
+                        () = self.end.cancelled() => return None,
+                        () = tokio::time::sleep(REREAD) => {}
+                    }
                 }
             }
         }
@@ -231,18 +241,20 @@ impl Writer {
         if matches!(self.target, Target::File(..)) && !self.end.is_cancelled() {
             return;
         }
-        loop {
-            if keep.is_some_and(|keep| self.queue.waiting() <= keep) || self.store.is_none() {
-                return;
-            }
+        let mut moved = false;
+        while keep.is_none_or(|keep| self.queue.waiting() > keep) && self.store.is_some() {
             let now = (!self.end.is_cancelled()).then(clock::monotonic);
-            let Ok(batch) = self.queue.front(now) else { return };
-            let moved = Arc::clone(&batch);
-            if let Err(error) = self.on_disk(move |store| store.append(&moved)).await {
+            let Ok(batch) = self.queue.front(now) else { break };
+            let appended = Arc::clone(&batch);
+            if let Err(error) = self.on_disk(move |store| store.append(&appended)).await {
                 error!(sink = self.name, %error, "values cannot be put on disk; the oldest in memory will be dropped");
-                return;
+                break;
             }
             self.queue.done(&batch);
+            moved = true;
+        }
+        if moved && let Err(error) = self.on_disk(Store::sync).await {
+            error!(sink = self.name, %error, "values on disk may not outlast a power cut");
         }
     }
 
