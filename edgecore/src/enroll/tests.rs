@@ -103,11 +103,10 @@ impl FakeCloud {
                     assert!(!head.contains("authorization"), "the token goes to nobody before it is known who that is");
                     trusted.clone()
                 } else if let Ok(request) = serde_json::from_slice::<JoinRequest>(&body) {
-                    let response = JoinResponse {
-                        certificate: ca.sign(&request.node, &request.csr),
-                        ca: trusted.clone(),
-                        time: *time.lock().unwrap(),
-                    };
+                    let time = *time.lock().unwrap();
+                    let signed = Timestamp::from_second(time).unwrap();
+                    let certificate = ca.sign_at(&request.node, &request.csr, signed);
+                    let response = JoinResponse { certificate, ca: trusted.clone(), time };
                     log.lock().unwrap().push(request);
                     serde_json::to_string(&response).unwrap()
                 } else {

@@ -1,6 +1,7 @@
 //! Identities made by a CA of the test's own.
 
 use std::fs;
+use std::time::Duration;
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
@@ -41,9 +42,17 @@ impl Authority {
 
     /// A node's certificate for the key of a request.
     pub(crate) fn sign(&self, node: &str, csr: &str) -> String {
+        self.sign_at(node, csr, crate::clock::wall())
+    }
+
+    /// Valid as cloudcore's are: from five minutes ago, for a year.
+    pub(crate) fn sign_at(&self, node: &str, csr: &str, now: Timestamp) -> String {
+        let at = |seconds: i64| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds.unsigned_abs());
         let mut csr = rcgen::CertificateSigningRequestParams::from_pem(csr).unwrap();
         csr.params.distinguished_name.push(DnType::CommonName, format!("system:node:{node}"));
         csr.params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        csr.params.not_before = at(now.as_second() - 300);
+        csr.params.not_after = at(now.as_second() + 365 * 86_400);
         csr.signed_by(&self.0).unwrap().pem()
     }
 
