@@ -16,9 +16,10 @@ use super::DataDir;
 use crate::config::{self, Config, parse_label};
 use crate::enroll::{self, Applicant};
 use crate::identity::Identity;
-use crate::link::Transport;
 use crate::link::dial::Server;
+use crate::link::{DELETED_NOTE, NODE_NOTES, Transport};
 use crate::preflight::{self, Check, Places, Verdict};
+use crate::store::Snapshot;
 use crate::{app, clock, files, order};
 
 const UNIT: &str = include_str!("../../../deploy/systemd/edgecore.service");
@@ -44,7 +45,7 @@ pub(super) struct Join {
     /// What carries the link; auto takes QUIC, and a WebSocket where UDP does not come through.
     #[arg(long, value_enum)]
     transport: Option<Transport>,
-    /// A label for the Node, key=value; can be repeated.
+    /// A label for the Node, key=value; can be repeated. Set when the box joins; afterwards `kubectl label node` decides.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     labels: Vec<(String, String)>,
     /// Where the runtime looks for network configurations, /etc/cni/net.d unless given.
@@ -95,17 +96,27 @@ impl Join {
         let identity = Identity::load(data_dir)?;
         self.same_cluster(before.as_ref(), identity.as_ref(), &config)?;
         if identity.is_some() {
-            say(out, "join", Verdict::Ok(format!("already joined to {} as {}", config.server, config.node_name)))?;
-        } else {
-            let checks = preflight::run(&config, data_dir, places, now, app::running(data_dir).is_some()).await;
-            for check in &checks {
-                writeln!(out, "{check}")?;
-            }
-            let fatal = checks.iter().filter(|check| check.is_fatal()).count();
-            if fatal > 0 {
-                bail!("{fatal} of {} checks failed; nothing was changed", checks.len());
-            }
+            not_deleted(data_dir, &config.node_name)?;
+        }
+        let checks = preflight::run(&config, data_dir, places, now, app::running(data_dir).is_some()).await;
+        for check in &checks {
+            writeln!(out, "{check}")?;
+        }
+        let fatal = checks.iter().filter(|check| check.is_fatal()).count();
+        if fatal > 0 {
+            bail!("{fatal} of {} checks failed; nothing was changed", checks.len());
+        }
+        if identity.is_none() {
             self.enroll(&config, now, out).await?;
+        } else {
+            say(out, "join", Verdict::Ok(format!("already joined to {} as {}", config.server, config.node_name)))?;
+            if before.as_ref().is_some_and(|before| before.labels != config.labels) {
+                let text = format!(
+                    "the Node has joined: of these it only takes zone, region and instance type; set others with `kubectl label node {} KEY=VALUE`",
+                    config.node_name
+                );
+                say(out, "labels", Verdict::Warning(text))?;
+            }
         }
         let changed = before.as_ref() != Some(&config);
         if changed {
@@ -244,6 +255,17 @@ pub(super) async fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
             "`systemctl {}` failed: {}; see `journalctl -u edgecore`",
             arguments.join(" "),
             String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
+/// A box whose Node was deleted has ended its pods, and its certificate is refused: a new token alone does not bring it back.
+fn not_deleted(data_dir: &Path, node: &str) -> anyhow::Result<()> {
+    let notes = Snapshot::open(data_dir).and_then(|mut store| store.notes(NODE_NOTES)).unwrap_or_default();
+    if notes.iter().any(|(key, _)| key == DELETED_NOTE) {
+        bail!(
+            "the Node {node} that this box joined as was deleted from the cluster; run `edgecore reset` first, then this again, with a token that is still good"
         );
     }
     Ok(())
