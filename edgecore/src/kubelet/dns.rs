@@ -1,5 +1,9 @@
 //! A pod's resolver settings. They go to the runtime in CRI's `DNSConfig`; the runtime writes the file.
 
+use std::fs;
+use std::net::IpAddr;
+use std::path::Path;
+
 use k8s_openapi::api::core::v1::{Pod, PodDNSConfigOption};
 use skerry_proto::cri::DnsConfig;
 
@@ -11,6 +15,17 @@ const MOST_SEARCHES: usize = 32;
 const LONGEST_SEARCH_LINE: usize = 2048;
 /// Some resolvers abort on a longer search path.
 const LONGEST_SEARCH: usize = 253;
+
+/// Content of the node's resolv.conf as pods can use it: where only stubs on the box itself are listed, which a pod does not reach, what
+/// systemd-resolved asks stands in for them, as with kubeadm.
+pub fn read_resolv_conf(etc: &Path, resolved: &Path) -> String {
+    let listed = fs::read_to_string(etc).unwrap_or_default();
+    let is_stub = |server: &String| server.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+    if !parse(&listed).servers.iter().all(is_stub) {
+        return listed;
+    }
+    fs::read_to_string(resolved).unwrap_or(listed)
+}
 
 /// The settings of a pod, with the events to record: what had to be left out, or that there is no cluster DNS.
 ///

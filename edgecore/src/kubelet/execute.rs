@@ -14,6 +14,7 @@ use tracing::debug;
 use super::container_config::{ConfigError, ContainerInput, ContainerSpec, container_config};
 use super::context::{Context, blocking, reference};
 use super::dirs::PodDirs;
+use super::dns;
 use super::env::environment;
 use super::field::{self, FieldContext};
 use super::gather::Needs;
@@ -177,7 +178,8 @@ impl Execution {
 
     /// The sandbox's config, its runtime handler, and what there is to say about it.
     async fn sandbox_config(&self, attempt: u32) -> Result<(cri::PodSandboxConfig, String, Vec<PodEvent>), Failure> {
-        let resolv_conf = blocking(|| std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()).await;
+        let (etc, resolved) = (Path::new("/etc/resolv.conf"), Path::new("/run/systemd/resolve/resolv.conf"));
+        let resolv_conf = blocking(|| dns::read_resolv_conf(etc, resolved)).await;
         sandbox_config(&self.pod, attempt, &self.context.node(), &resolv_conf)
             .map_err(|error| Failure { reason: "FailedCreatePodSandBox".to_owned(), message: error.to_string() })
     }

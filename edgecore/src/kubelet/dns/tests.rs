@@ -16,6 +16,25 @@ fn dns(servers: &[&str], searches: &[&str], options: &[&str]) -> DnsConfig {
 }
 
 #[test]
+fn what_a_stub_on_the_box_asks_is_asked_by_pods_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let (etc, resolved) = (dir.path().join("etc"), dir.path().join("resolved"));
+    let read = |content: &str| {
+        fs::write(&etc, content).unwrap();
+        read_resolv_conf(&etc, &resolved)
+    };
+    let stub = "nameserver 127.0.0.53\noptions edns0\n";
+    assert_eq!(read(stub), stub, "there is nothing else");
+    fs::write(&resolved, HOST).unwrap();
+    assert_eq!(read(stub), HOST);
+    assert_eq!(read("nameserver ::1\n"), HOST);
+    let mixed = "nameserver 127.0.0.53\nnameserver 192.0.2.1\n";
+    assert_eq!(read(mixed), mixed);
+    fs::remove_file(&etc).unwrap();
+    assert_eq!(read_resolv_conf(&etc, &resolved), HOST);
+}
+
+#[test]
 fn policies() {
     let cluster = dns(
         &["10.96.0.10"],
