@@ -318,7 +318,7 @@ pub fn read_machine() -> resources::Machine {
     let root = Path::new("/sys/fs/cgroup");
     let v2 = root.join("cgroup.controllers").exists();
     let swap_accounting =
-        if v2 { Path::new("/proc/swaps").exists() } else { root.join("memory/memory.memsw.limit_in_bytes").exists() };
+        if v2 { has_swap_limits(root) } else { root.join("memory/memory.memsw.limit_in_bytes").exists() };
     let names = |directory: &str| -> Vec<String> {
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
@@ -340,6 +340,12 @@ pub fn read_machine() -> resources::Machine {
         thermal_throttle: throttle.filter(|directory| Path::new(directory).is_dir()).collect(),
         ..resources::Machine::default()
     }
+}
+
+/// The root of the unified hierarchy has no limits of its own, so that one below it tells. Where nothing is, nothing can be limited yet.
+fn has_swap_limits(root: &Path) -> bool {
+    let below = std::fs::read_dir(root).into_iter().flatten().flatten();
+    below.map(|entry| entry.path().join("memory.swap.max")).any(|file| file.exists())
 }
 
 fn is_about_node(collection: Collection) -> bool {
@@ -372,6 +378,17 @@ fn reference(node: &str) -> ObjectReference {
 mod tests {
     use super::*;
     use crate::runtime::{connect, fake::FakeRuntime};
+
+    #[test]
+    fn swap_is_limited_only_where_the_kernel_has_the_file() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(!has_swap_limits(root.path()));
+        let group = root.path().join("system.slice");
+        std::fs::create_dir(&group).unwrap();
+        assert!(!has_swap_limits(root.path()), "a kernel that does not account it");
+        std::fs::write(group.join("memory.swap.max"), "max\n").unwrap();
+        assert!(has_swap_limits(root.path()));
+    }
 
     #[tokio::test]
     async fn addresses_that_come_after_the_start_are_told_to_pods_and_to_the_cloud() {
