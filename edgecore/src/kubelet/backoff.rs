@@ -90,6 +90,13 @@ impl ImageBackoff {
         after(now, delay)
     }
 
+    /// The images that must not be pulled now, but for those whose pull has only just failed.
+    pub fn held(&self, now: Timestamp) -> impl Iterator<Item = &str> {
+        let is_held =
+            move |image: &&String| self.blocked(image, now).is_some() && self.entries[*image].1 <= now - INITIAL;
+        self.entries.keys().filter(is_held).map(String::as_str)
+    }
+
     /// The image is there.
     pub fn forget(&mut self, image: &str) {
         self.entries.remove(image);
@@ -153,6 +160,9 @@ mod tests {
         assert_eq!(pulls.blocked("i", at(5)), Some(at(10)));
         assert_eq!(pulls.blocked("i", at(10)), None);
         assert_eq!(pulls.failed("i", at(10)), at(30));
+        assert_eq!(pulls.held(at(19)).count(), 0);
+        assert_eq!(pulls.held(at(20)).collect::<Vec<_>>(), ["i"]);
+        assert_eq!(pulls.held(at(30)).count(), 0);
         pulls.forget("i");
         assert_eq!(pulls.failed("i", at(40)), at(50));
     }

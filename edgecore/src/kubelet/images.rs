@@ -123,7 +123,7 @@ pub struct Failure {
 pub enum Found {
     /// On the box, and it may be used.
     Ready(Image),
-    /// To be pulled, unless it is in back-off. With `Always`, what is on the box.
+    /// To be pulled. With `Always`, what is on the box.
     Absent(Option<Image>),
 }
 
@@ -157,7 +157,14 @@ impl Images {
         Self { cri, turn, flights: Arc::default(), link, unreachable: Arc::default(), patience: PATIENCE }
     }
 
-    /// Looks whether the image is there and whether it has to be pulled. The caller asks its back-off in between, then [`Self::pull`].
+    /// Whether the image is on the box.
+    pub async fn is_at_hand(&self, image: &str) -> bool {
+        let Ok(image) = normalize(image) else { return false };
+        let spec = cri::ImageSpec { image, ..cri::ImageSpec::default() };
+        self.cri.image_status(spec).await.is_ok_and(|found| found.is_some())
+    }
+
+    /// Looks whether the image is there and whether it has to be pulled, which is [`Self::pull`].
     pub async fn find(&self, want: &Want<'_>, events: &mut Vec<PodEvent>) -> Result<Found, Failure> {
         let name = match normalize(want.image) {
             Ok(name) => name,

@@ -521,4 +521,4 @@ async fn rest(until: Option<Duration>) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -19,12 +19,13 @@ use super::backoff::{after, holds};
 use super::context::{Context, reference};
 use super::execute::{Done, Execution, post_start};
 use super::gather::Needs;
+use super::images::PullPolicy;
 use super::memory::{Failure, Memory, PostStart, ProbeResult, Probes, Volumes};
 use super::observed::Observed;
 use super::plan::{Action, Life, Plan, Stage, Step, plan};
 use super::probes::{PodProbes, Results};
 use super::references::PodEvent;
-use super::spec::{Spec, is_terminal_phase};
+use super::spec::{ContainerView, Spec, is_terminal_phase};
 use super::status;
 use crate::clock;
 
@@ -167,6 +168,7 @@ impl Worker {
         let now = clock::wall();
         self.take_in(desired, &observed, now);
         self.memory.prune(&observed);
+        self.forgive_pulls(pod, now).await;
         if let Some(probes) = &self.probes {
             self.memory.probes = probes.results();
         }
@@ -225,6 +227,21 @@ impl Worker {
             Again::WhenNeeded => self.wait(wake_at).await,
         }
         Turn::Again
+    }
+
+    /// An image that somebody else brought is not waited for.
+    async fn forgive_pulls(&mut self, pod: &Pod, now: Timestamp) {
+        for image in self.memory.pulls.held(now).map(str::to_owned).collect::<Vec<_>>() {
+            let takes_it = |view: &ContainerView<'_>| {
+                let policy = view.container.map(|one| PullPolicy::of(one.image_pull_policy.as_deref(), &image));
+                policy.is_some_and(|policy| policy != PullPolicy::Always)
+            };
+            let all = Spec::new(pod).all();
+            let takes_it = all.iter().filter(|view| view.image == image).all(takes_it);
+            if takes_it && self.context.images.is_at_hand(&image).await {
+                self.memory.pulls.forget(&image);
+            }
+        }
     }
 
     /// Enters what is new about the pod before planning.

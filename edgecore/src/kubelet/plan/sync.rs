@@ -3,13 +3,16 @@
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Action, Blocked, KillReason, Moment, Plan, Stage, Step, earliest, is_alive, removals};
-use crate::kubelet::backoff::holds;
+use crate::kubelet::backoff::{after, holds};
 use crate::kubelet::gc;
 use crate::kubelet::memory::{PostStart, ProbeResult, RETRY, SANDBOX_RETRY_MAX, VOLUMES_RETRY_MAX, Volumes};
 use crate::kubelet::observed::{Instance, State};
 use crate::kubelet::references::PodEvent;
 use crate::kubelet::spec::{ContainerView, Kind};
 use crate::kubelet::status;
+
+/// How often it is looked whether an image came by itself.
+const IMAGE_LOOK: SignedDuration = SignedDuration::from_secs(60);
 
 pub(super) fn plan(at: &Moment<'_>) -> Plan {
     let mut sync = Sync {
@@ -310,7 +313,9 @@ impl Sync<'_> {
             })
         };
         if let Some((until, reason, message)) = timer {
-            self.wake_at(until);
+            // It may be brought by somebody else meanwhile.
+            let pulls = reason == "ImagePullBackOff";
+            self.wake_at(if pulls { until.min(after(at.now, IMAGE_LOOK)) } else { until });
             if error.is_none_or(|error| error.reason != reason || error.message != message) {
                 self.events.push(back_off_event(view, reason, &pod));
             }

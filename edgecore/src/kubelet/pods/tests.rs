@@ -5,7 +5,7 @@ use std::path::Path;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use skerry_proto::payload::PodReport;
-use skerry_proto::sync::{Object, Op};
+use skerry_proto::sync::{Object, Op, Report};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
@@ -24,15 +24,16 @@ use crate::store::Store;
 use crate::supervise;
 
 /// A kubelet's pods on a store, until it is dropped.
-struct Agent {
-    store: Store,
+pub(crate) struct Agent {
+    pub(crate) store: Store,
+    pub(crate) context: Arc<Context>,
     shutdown: CancellationToken,
     pods: JoinHandle<()>,
     _wanted: broadcast::Sender<ReportWanted>,
 }
 
 impl Agent {
-    fn start(dir: &Path, store: &str, endpoint: &str) -> Self {
+    pub(crate) fn start(dir: &Path, store: &str, endpoint: &str) -> Self {
         let store = Store::open(&dir.join(store), jiff::Timestamp::UNIX_EPOCH).unwrap();
         let channel = connect::channel(endpoint).unwrap();
         let cri = Cri::new(channel.clone());
@@ -61,41 +62,69 @@ impl Agent {
             sandbox_turns: Semaphore::new(4),
         };
         let (context, events) = Context::new(parts, "box");
+        let context = Arc::new(context);
         supervise::spawn("events", crate::kubelet::context::keep_events(store.clone(), events));
         let (shutdown, wanted) = (CancellationToken::new(), broadcast::channel(1).0);
-        let pods = Pods::new(Arc::new(context)).run(
+        let pods = Pods::new(context.clone()).run(
             crate::runtime::events(cri, channel),
             wanted.subscribe(),
             ResetRequests::new(mpsc::channel(1).1),
             shutdown.clone(),
         );
-        Self { store, shutdown, pods: supervise::spawn("pods", pods), _wanted: wanted }
+        Self { store, context, shutdown, pods: supervise::spawn("pods", pods), _wanted: wanted }
     }
 
-    async fn apply(&self, collection: Collection, name: &str, json: &Value) {
+    pub(crate) async fn apply(&self, collection: Collection, name: &str, json: &Value) {
         let object = Object::new(collection, name.to_owned(), format!("uid-{name}"), json.to_string().as_bytes());
         self.store.apply(vec![Op::Upsert(object)]).await.unwrap();
     }
 
+    /// The service that every pod is told of.
+    async fn service(&self) {
+        let ports = json!([{"port": 443, "protocol": "TCP"}]);
+        let service = json!({
+            "metadata": {"name": "kubernetes", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.1", "ports": ports},
+        });
+        self.apply(Collection::Services, "default/kubernetes", &service).await;
+    }
+
+    pub(crate) async fn want(&self, pod: &Value) {
+        self.service().await;
+        self.apply(Collection::Pods, "p", pod).await;
+    }
+
     /// The first status reported for which this holds.
-    async fn status(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) async fn status(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let status = |report: &Report| serde_json::from_slice::<PodReport>(&report.payload).unwrap().status;
+        self.reported(ReportKind::PodStatus, status, wanted).await
+    }
+
+    /// The first event recorded with this reason.
+    pub(crate) async fn event(&self, reason: &str) -> Value {
+        let event = |report: &Report| serde_json::from_slice::<Value>(&report.payload).unwrap();
+        self.reported(ReportKind::Event, event, |event| event["reason"] == reason).await
+    }
+
+    async fn reported(
+        &self,
+        kind: ReportKind,
+        read: impl Fn(&Report) -> Value,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Value {
         let patience = clock::monotonic() + Duration::from_secs(60);
         loop {
             let reports = self.store.pending_reports(0, 1 << 20).await.unwrap();
-            let status = reports
-                .iter()
-                .filter(|report| report.kind == ReportKind::PodStatus)
-                .map(|report| serde_json::from_slice::<PodReport>(&report.payload).unwrap().status)
-                .find(&wanted);
+            let found = reports.iter().filter(|report| report.kind == kind).map(&read).find(&wanted);
             tokio::time::sleep(Duration::from_millis(5)).await;
-            match status {
-                Some(status) => return status,
+            match found {
+                Some(found) => return found,
                 None => assert!(clock::monotonic() < patience, "never said; instead: {reports:?}"),
             }
         }
     }
 
-    async fn end(self) {
+    pub(crate) async fn end(self) {
         self.shutdown.cancel();
         self.pods.await.unwrap();
         self.store.close().await;
@@ -115,14 +144,8 @@ async fn a_pod_that_runs_is_not_judged_again_when_the_store_was_lost() {
     let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
     fake.image("img:1", Script::default());
     let agent = Agent::start(dir.path(), "store", &endpoint);
-    let ports = json!([{"port": 443, "protocol": "TCP"}]);
-    let service = json!({
-        "metadata": {"name": "kubernetes", "namespace": "default"},
-        "spec": {"clusterIP": "10.96.0.1", "ports": ports},
-    });
-    agent.apply(Collection::Services, "default/kubernetes", &service).await;
     agent.apply(Collection::Node, "box", &json!({"metadata": {"labels": {"disk": "ssd"}}})).await;
-    agent.apply(Collection::Pods, "p", &pod()).await;
+    agent.want(&pod()).await;
     agent.status(|status| status["phase"] == "Running").await;
     let running = fake.running("c");
     assert_eq!(running.len(), 1);
@@ -149,5 +172,41 @@ async fn a_new_pod_is_judged_when_the_runtime_can_be_asked_about_it() {
     fake.serve().unwrap();
     let status = agent.status(|_| true).await;
     assert_eq!((&status["phase"], &status["reason"]), (&json!("Failed"), &json!("NodeAffinity")), "{status}");
+    agent.end().await;
+}
+
+fn with_hooks(hooks: &Value) -> Value {
+    json!({
+        "metadata": {"name": "p", "namespace": "default", "uid": "uid-p"},
+        "spec": {"enableServiceLinks": false, "containers": [{"name": "c", "image": "img:1", "lifecycle": hooks}]},
+    })
+}
+
+#[tokio::test]
+async fn an_image_that_somebody_else_brought_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    agent.service().await;
+    let pod: Pod = serde_json::from_value(with_hooks(&json!({}))).unwrap();
+    // Minutes of back-off, of which hardly any has gone by.
+    let failed = clock::wall().checked_sub(Duration::from_secs(20)).unwrap();
+    let mut memory = Memory::default();
+    let due = (0..6).map(|_| memory.pulls.failed("img:1", failed)).last();
+    assert!(due.unwrap().duration_since(clock::wall()) > jiff::SignedDuration::from_secs(200));
+    fake.image("img:1", Script::default());
+    let desired = Desired {
+        life: Life::of(&pod),
+        pod: Arc::new(pod),
+        admission: Admission::Admitted,
+        references: 0,
+        look: 0,
+        resend: 0,
+    };
+    let (_desired, receiver) = watch::channel(desired);
+    let beginning = Beginning { memory, observed: None, at_start: false, over: Arc::default() };
+    let worker = supervise::spawn("worker", worker::run(agent.context.clone(), receiver, beginning));
+    agent.status(|status| status["phase"] == "Running").await;
+    worker.abort();
     agent.end().await;
 }
