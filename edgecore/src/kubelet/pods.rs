@@ -384,11 +384,13 @@ impl Pods {
             return Admission::Admitted;
         }
         let mut node = NodeFacts::clone(&self.context.node());
+        let mut taints = Vec::new();
         // The pod may have come together with the label that it was scheduled by.
         if let Ok(rows) = self.context.store.list(Collection::Node).await
-            && let Some(labels) = rows.first().and_then(parse::<Node>).and_then(|node| node.metadata.labels)
+            && let Some(own) = rows.first().and_then(parse::<Node>)
         {
-            node.labels = labels;
+            node.labels = own.metadata.labels.unwrap_or(node.labels);
+            taints = own.spec.and_then(|spec| spec.taints).unwrap_or_default();
         }
         let others: Vec<Arc<Pod>> = self
             .workers
@@ -399,7 +401,7 @@ impl Pods {
             .map(|desired| desired.pod.clone())
             .collect();
         let others: Vec<&Pod> = others.iter().map(AsRef::as_ref).collect();
-        match admission::admit(pod, &others, &node) {
+        match admission::admit(pod, &others, &node, &taints) {
             Ok(()) => Admission::Admitted,
             Err(rejection) => Admission::Rejected { reason: rejection.reason, message: rejection.message },
         }

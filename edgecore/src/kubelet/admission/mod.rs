@@ -7,7 +7,7 @@ mod affinity;
 #[cfg(test)]
 mod tests;
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec, Volume};
+use k8s_openapi::api::core::v1::{Pod, PodSpec, Taint, Toleration, Volume};
 
 use super::references::{NodeFacts, PodEvent};
 use super::resources::{Totals, pod_requests};
@@ -24,8 +24,9 @@ pub struct Rejection {
     pub message: String,
 }
 
-/// Whether the pod may run beside `others`, the pods of this node; those that have ended do not count, nor does the pod itself.
-pub fn admit(pod: &Pod, others: &[&Pod], node: &NodeFacts) -> Result<(), Rejection> {
+/// Whether the pod may run beside `others`, the pods of this node; those that have ended do not count, nor does the pod itself. Of the
+/// node's taints those count that would evict it; the others are the scheduler's.
+pub fn admit(pod: &Pod, others: &[&Pod], node: &NodeFacts, taints: &[Taint]) -> Result<(), Rejection> {
     let Some(spec) = pod.spec.as_ref() else {
         return Err(reject("UnexpectedAdmissionError", "the pod has no spec"));
     };
@@ -45,6 +46,11 @@ pub fn admit(pod: &Pod, others: &[&Pod], node: &NodeFacts) -> Result<(), Rejecti
     let taken: Vec<HostPort<'_>> = others.iter().flat_map(|other| host_ports(other)).collect();
     if host_ports(pod).iter().any(|port| taken.iter().any(|other| port.conflicts(other))) {
         return Err(predicate("NodePorts", "node(s) didn't have free ports for the requested pod ports"));
+    }
+    let tolerations = spec.tolerations.as_deref().unwrap_or_default();
+    let evicting = taints.iter().filter(|taint| taint.effect == "NoExecute");
+    if evicting.into_iter().any(|taint| !tolerations.iter().any(|toleration| tolerates(toleration, taint))) {
+        return Err(predicate("TaintToleration", "node(s) had taints that the pod didn't tolerate"));
     }
     Ok(())
 }
@@ -86,6 +92,19 @@ fn reject(reason: &'static str, message: impl Into<String>) -> Rejection {
 
 fn predicate(name: &'static str, message: &str) -> Rejection {
     reject(name, format!("Predicate {name} failed: {message}"))
+}
+
+fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
+    let covers = |wanted: Option<&str>, own: &str| wanted.is_none_or(|wanted| wanted.is_empty() || wanted == own);
+    covers(toleration.effect.as_deref(), &taint.effect)
+        && covers(toleration.key.as_deref(), &taint.key)
+        && match toleration.operator.as_deref() {
+            Some("Exists") => true,
+            None | Some("" | "Equal") => {
+                toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default()
+            }
+            Some(_) => false,
+        }
 }
 
 fn is_over(pod: &Pod) -> bool {

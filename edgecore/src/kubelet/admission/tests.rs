@@ -38,7 +38,7 @@ fn cpu(amount: &str) -> Value {
 }
 
 fn verdict(spec: Value, others: &[&Pod]) -> Result<(), &'static str> {
-    admit(&pod("new", spec), others, &node()).map_err(|rejection| rejection.reason)
+    admit(&pod("new", spec), others, &node(), &[]).map_err(|rejection| rejection.reason)
 }
 
 #[test]
@@ -48,14 +48,14 @@ fn resources_count_what_runs_and_not_what_has_ended() {
     ended.metadata.uid = Some("e".to_owned());
     ended.status = Some(serde_json::from_value(json!({"phase": "Succeeded"})).unwrap());
     assert_eq!(verdict(cpu("500m"), &[&running, &ended]), Ok(()));
-    let refused = admit(&pod("new", cpu("501m")), &[&running, &ended], &node()).unwrap_err();
+    let refused = admit(&pod("new", cpu("501m")), &[&running, &ended], &node(), &[]).unwrap_err();
     assert_eq!(
         refused.to_string(),
         "OutOfcpu: Node didn't have enough resource: cpu, requested: 501, used: 1500, capacity: 2000"
     );
     let (a, b, c) = (pod("a", cpu("0")), pod("b", cpu("0")), pod("c", cpu("0")));
     assert_eq!(verdict(cpu("0"), &[&a, &b, &c]), Err("OutOfpods"));
-    assert_eq!(admit(&a, &[&a, &b, &c], &node()), Ok(()));
+    assert_eq!(admit(&a, &[&a, &b, &c], &node(), &[]), Ok(()));
 }
 
 #[test]
@@ -114,6 +114,40 @@ fn system_sysctls_and_features() {
     let rule = json!({"containers": [{"name": "a", "restartPolicy": "Never",
         "restartPolicyRules": [{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [3]}}]}]});
     assert_eq!(verdict(rule, &[]), Err("PodFeatureUnsupported"));
+}
+
+#[test]
+fn a_pod_that_a_taint_would_evict_is_not_taken() {
+    let taint = |effect: &str| {
+        let taint = json!({"key": "maintenance", "value": "disk", "effect": effect});
+        serde_json::from_value::<Taint>(taint).unwrap()
+    };
+    let verdict = |tolerations: Value, effect: &str| {
+        let pod = pod("new", json!({"containers": [], "tolerations": tolerations}));
+        admit(&pod, &[], &node(), &[taint(effect)]).map_err(|rejection| rejection.to_string())
+    };
+    let refused =
+        Err("TaintToleration: Predicate TaintToleration failed: node(s) had taints that the pod didn't tolerate"
+            .to_owned());
+    for toleration in [
+        json!({"key": "maintenance", "value": "disk"}),
+        json!({"key": "maintenance", "operator": "Equal", "value": "disk", "effect": "NoExecute"}),
+        json!({"key": "maintenance", "operator": "Exists", "tolerationSeconds": 5}),
+        json!({"operator": "Exists"}),
+    ] {
+        assert_eq!(verdict(json!([toleration]), "NoExecute"), Ok(()), "{toleration}");
+    }
+    for toleration in [
+        json!({"key": "maintenance"}),
+        json!({"key": "maintenance", "value": "other"}),
+        json!({"key": "other", "operator": "Exists"}),
+        json!({"operator": "Exists", "effect": "NoSchedule"}),
+    ] {
+        assert_eq!(verdict(json!([toleration]), "NoExecute"), refused, "{toleration}");
+    }
+    assert_eq!(verdict(json!([]), "NoExecute"), refused);
+    // Those are for the scheduler, and a pod that was bound by hand runs.
+    assert_eq!(verdict(json!([]), "NoSchedule"), Ok(()));
 }
 
 #[test]
