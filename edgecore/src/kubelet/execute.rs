@@ -204,7 +204,8 @@ impl Execution {
         let ips = if Spec::new(&self.pod).host_network() { node.host_ips.clone() } else { sandbox.ips.clone() };
         let envs = environment(&self.pod, &container, &references, &node, &ips).map_err(|error| refused(&error))?;
         let restart_count = self.restart_count(name, restart_count).await;
-        let mounts = self.mounts(&container, &node, &ips, &envs).await?;
+        let recursive_read_only = node.recursive_read_only.contains(&handler);
+        let mounts = self.mounts(&container, &node, &ips, &envs, recursive_read_only).await?;
         let config = container_config(ContainerInput {
             pod: &self.pod,
             container: spec,
@@ -315,12 +316,14 @@ impl Execution {
         node: &Arc<NodeFacts>,
         ips: &[IpAddr],
         envs: &[(String, String)],
+        recursive_read_only: bool,
     ) -> Result<Vec<cri::Mount>, Failure> {
         let (context, pod, node) = (self.context.clone(), self.pod.clone(), node.clone());
         let (container, ips, envs) = (container.clone(), ips.to_vec(), envs.to_vec());
         let mounts = blocking(move || -> Result<Vec<cri::Mount>, String> {
             let text = |error: &dyn std::error::Error| error.to_string();
-            let mounts = context.volumes.mounts(&pod, &container, &envs, false).map_err(|error| text(&error))?;
+            let mounts = context.volumes.mounts(&pod, &container, &envs, recursive_read_only);
+            let mounts = mounts.map_err(|error| text(&error))?;
             let mut mounts: Vec<cri::Mount> = mounts.into_iter().map(cri_mount).collect();
             let uid = pod.metadata.uid.as_deref().unwrap_or_default();
             let dirs = PodDirs::new(&node.pods_root, uid).map_err(|error| text(&error))?;

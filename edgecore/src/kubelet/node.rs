@@ -235,14 +235,13 @@ pub fn facts(
 ) -> NodeFacts {
     let allocatable = capacity.allocatable();
     let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    let handlers = health.map(|health| health.handlers.as_slice()).unwrap_or_default();
     let mut runtime_handlers = vec![String::new()];
-    runtime_handlers.extend(
-        health
-            .into_iter()
-            .flat_map(|health| &health.handlers)
-            .map(|handler| handler.name.clone())
-            .filter(|name| !name.is_empty()),
-    );
+    runtime_handlers.extend(handlers.iter().map(|handler| handler.name.clone()).filter(|name| !name.is_empty()));
+    let reaches_down = |handler: &&cri::RuntimeHandler| {
+        handler.features.as_ref().is_some_and(|features| features.recursive_read_only_mounts)
+    };
+    let recursive_read_only = handlers.iter().filter(reaches_down).map(|handler| handler.name.clone()).collect();
     NodeFacts {
         name: name.to_owned(),
         host_ips,
@@ -257,6 +256,8 @@ pub fn facts(
         log_links: paths.log_links,
         systemd_cgroups: setup.cgroup_driver == Some(CgroupDriver::Systemd),
         runtime_handlers,
+        recursive_read_only,
+        strict_groups: health.and_then(|health| health.supplemental_groups_policy) == Some(true),
         runtime_classes: BTreeMap::new(),
     }
 }
@@ -390,7 +391,8 @@ fn handler(handler: &cri::RuntimeHandler) -> NodeRuntimeHandler {
         name: Some(handler.name.clone()),
         features: handler.features.as_ref().map(|features| NodeRuntimeHandlerFeatures {
             recursive_read_only_mounts: Some(features.recursive_read_only_mounts),
-            user_namespaces: Some(features.user_namespaces),
+            // Whatever the runtime can: pods with hostUsers: false are refused.
+            user_namespaces: Some(false),
         }),
     }
 }

@@ -289,7 +289,10 @@ impl NodeLoop {
         let name = &self.config.node_name;
         let mut facts = node::facts(name, &self.capacity, self.addresses.clone(), paths(&self.config), &setup, health);
         if health.is_none() {
-            facts.runtime_handlers.clone_from(&self.facts.borrow().runtime_handlers);
+            let known = self.facts.borrow();
+            facts.runtime_handlers.clone_from(&known.runtime_handlers);
+            facts.recursive_read_only.clone_from(&known.recursive_read_only);
+            facts.strict_groups = known.strict_groups;
         }
         let rows = |collection| async move { self.store.list(collection).await.unwrap_or_default() };
         if let Some(node) = rows(Collection::Node).await.first().and_then(parse::<Node>) {

@@ -49,6 +49,10 @@ pub struct NodeFacts {
     pub systemd_cgroups: bool,
     /// Names of runtime handlers; the empty one always exists.
     pub runtime_handlers: Vec<String>,
+    /// Those of them that can make a mount read-only all the way down.
+    pub recursive_read_only: Vec<String>,
+    /// The runtime can leave out the groups that an image gives to a user.
+    pub strict_groups: bool,
     /// RuntimeClass name to (handler, overhead) of what the store holds.
     pub runtime_classes: BTreeMap<String, RuntimeHandler>,
 }

@@ -124,7 +124,7 @@ fn system(pod: &Pod, spec: &PodSpec, node: &NodeFacts) -> Result<(), Rejection> 
         return Err(reject("PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS"));
     }
     let strict = spec.security_context.as_ref().and_then(|context| context.supplemental_groups_policy.as_deref());
-    if strict == Some("Strict") {
+    if strict == Some("Strict") && !node.strict_groups {
         return Err(reject(
             "SupplementalGroupsPolicyNotSupported",
             "SupplementalGroupsPolicy=Strict is not supported in this node",

@@ -25,6 +25,8 @@ fn node() -> NodeFacts {
         log_links: PathBuf::new(),
         systemd_cgroups: false,
         runtime_handlers: Vec::new(),
+        recursive_read_only: Vec::new(),
+        strict_groups: false,
         runtime_classes: BTreeMap::new(),
     }
 }
@@ -114,6 +116,13 @@ fn system_sysctls_and_features() {
     let rule = json!({"containers": [{"name": "a", "restartPolicy": "Never",
         "restartPolicyRules": [{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [3]}}]}]});
     assert_eq!(verdict(rule, &[]), Err("PodFeatureUnsupported"));
+}
+
+#[test]
+fn strict_groups_need_a_runtime_that_has_them() {
+    let strict = json!({"containers": [], "securityContext": {"supplementalGroupsPolicy": "Strict"}});
+    assert_eq!(verdict(strict.clone(), &[]), Err("SupplementalGroupsPolicyNotSupported"));
+    assert_eq!(admit(&pod("new", strict), &[], &NodeFacts { strict_groups: true, ..node() }, &[]), Ok(()));
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub(crate) fn node() -> NodeFacts {
         log_links: "/var/log/containers".into(),
         systemd_cgroups: false,
         runtime_handlers: vec![String::new(), "runsc".to_owned()],
+        recursive_read_only: Vec::new(),
+        strict_groups: true,
         runtime_classes: BTreeMap::from([("gvisor".to_owned(), gvisor), ("kata".to_owned(), kata)]),
     }
 }

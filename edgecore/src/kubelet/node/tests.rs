@@ -60,6 +60,27 @@ fn allocatable_leaves_what_eviction_keeps_free() {
 }
 
 #[test]
+fn what_a_runtime_can_is_told_as_far_as_pods_may_have_it() {
+    let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true };
+    let handler = |name: &str, features| cri::RuntimeHandler { name: name.to_owned(), features };
+    let handlers = vec![handler("", Some(features)), handler("runsc", None)];
+    let health = Health { handlers, supplemental_groups_policy: Some(true), ..Default::default() };
+    let paths = Paths { pods_root: PathBuf::new(), logs_root: PathBuf::new(), log_links: PathBuf::new() };
+    let facts = facts("box", &resources(), Vec::new(), paths, &Setup::default(), Some(&health));
+    assert_eq!(facts.runtime_handlers, ["", "runsc"]);
+    assert_eq!((facts.recursive_read_only, facts.strict_groups), (vec![String::new()], true));
+    let told = serde_json::to_value(compute(&Ok(health), Pressures::default(), None, at(0))).unwrap();
+    assert_eq!(
+        told["runtimeHandlers"],
+        serde_json::json!([
+            {"name": "", "features": {"recursiveReadOnlyMounts": true, "userNamespaces": false}},
+            {"name": "runsc"},
+        ])
+    );
+    assert_eq!(told["features"], serde_json::json!({"supplementalGroupsPolicy": true}));
+}
+
+#[test]
 fn the_hostname_label_is_the_nodes_name_where_it_fits() {
     let of = |name: &str| labels(name, &machine());
     assert_eq!(of("box-1.site")["kubernetes.io/hostname"], "box-1.site");

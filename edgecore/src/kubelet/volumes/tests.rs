@@ -56,6 +56,8 @@ impl Bench {
             log_links: PathBuf::new(),
             systemd_cgroups: false,
             runtime_handlers: Vec::new(),
+            recursive_read_only: Vec::new(),
+            strict_groups: false,
             runtime_classes: BTreeMap::new(),
         };
         let mut refs = References::default();
