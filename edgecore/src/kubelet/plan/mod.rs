@@ -232,7 +232,8 @@ pub(super) struct Moment<'a> {
 impl<'a> Moment<'a> {
     /// The pod is on its way out: how.
     pub(super) fn ending(&self) -> Option<Termination> {
-        let outcome = self.deadline_passed().then(|| Outcome {
+        // One that has ended was not ended by it, however long ago that was.
+        let outcome = (self.deadline_passed() && !self.was_terminal()).then(|| Outcome {
             reason: "DeadlineExceeded".to_owned(),
             message: "Pod was active on the node longer than the specified deadline".to_owned(),
             disruption: false,

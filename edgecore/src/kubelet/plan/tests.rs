@@ -498,6 +498,20 @@ fn the_deadline_ends_the_pod() {
 }
 
 #[test]
+fn the_deadline_says_nothing_of_a_pod_that_ended_before_it() {
+    let mut scene =
+        scene(json!({"activeDeadlineSeconds": 60, "restartPolicy": "Never", "containers": [{"name": "c"}]}))
+            .sandbox(0, false)
+            .ran("c", 0, 5, Some(0));
+    scene.memory.last_status = Some(scene.status(6));
+    assert_eq!(scene.memory.last_status.as_ref().unwrap().phase.as_deref(), Some("Succeeded"));
+    // After a restart, nothing is remembered but the status.
+    let plan = scene.plan(1000);
+    assert_eq!((plan.events.len(), plan.termination.unwrap().outcome), (0, None));
+    assert_eq!(scene.status(1000).phase.as_deref(), Some("Succeeded"));
+}
+
+#[test]
 fn nothing_starts_without_volumes() {
     let mut scene = app("Always");
     let failure = Failure { reason: String::new(), message: "no ConfigMap".to_owned() };
