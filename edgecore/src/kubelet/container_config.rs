@@ -20,7 +20,6 @@ use crate::kubelet::spec::container_hash;
 pub const TERMINATION_MESSAGE_PATH: &str = "/dev/termination-log";
 
 const DELETION_GRACE_PERIOD: &str = "io.kubernetes.pod.deletionGracePeriod";
-const PORTS: &str = "io.kubernetes.container.ports";
 
 /// Why a pod cannot be turned into what the runtime takes. The texts are what users see in events and waiting messages.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -451,7 +450,7 @@ fn annotations(pod: &Pod, container: &Container, attempt: u32) -> HashMap<String
     }
     let ports = container.ports.as_ref().filter(|ports| !ports.is_empty());
     if let Some(json) = ports.and_then(|ports| serde_json::to_string(ports).ok()) {
-        set(PORTS, json);
+        set(label::PORTS, json);
     }
     annotations
 }

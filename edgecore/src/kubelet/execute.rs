@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodStatus, Secret};
+use k8s_openapi::api::core::v1::{Container, Lifecycle, Pod, PodStatus, Secret};
 use skerry_proto::cri;
 use tokio::sync::{mpsc, watch};
 use tracing::debug;
@@ -23,7 +23,7 @@ use super::hosts;
 use super::images::{self, Found, Image, PullPolicy, Want};
 use super::logs;
 use super::memory::{Failure, NETWORK_NOT_READY};
-use super::observed::Observed;
+use super::observed::{Observed, label};
 use super::plan::{Action, stop_timeout};
 use super::prober::Target;
 use super::references::{NodeFacts, PodEvent, References};
@@ -381,7 +381,8 @@ impl Execution {
 
     async fn pre_stop(&self, id: &str, name: &str, kind: Kind) {
         let view = Spec::new(&self.pod).find(name);
-        let Some(container) = view.and_then(|view| view.container) else { return };
+        let noted = if self.pod.spec.is_none() { self.noted(id).await } else { None };
+        let Some(container) = view.and_then(|view| view.container).or(noted.as_ref()) else { return };
         let Some(handler) = container.lifecycle.as_ref().and_then(|hooks| hooks.pre_stop.as_ref()) else { return };
         let target = Target { container_id: id, container, pod_ip: self.pod_ip() };
         let field_path = Some(field_path(kind, name));
@@ -395,6 +396,15 @@ impl Execution {
         if let Some(event) = event {
             self.context.record(&reference(&self.pod), &event);
         }
+    }
+
+    /// As much of a container's spec as its preStop hook needs, from what was noted on it: the pod's object is gone.
+    async fn noted(&self, id: &str) -> Option<Container> {
+        let noted = self.context.cri.container_status(id).await.ok()??.annotations;
+        let pre_stop = serde_json::from_slice(noted.get(label::PRE_STOP)?.as_bytes()).ok();
+        let ports = noted.get(label::PORTS).and_then(|ports| serde_json::from_slice(ports.as_bytes()).ok());
+        let lifecycle = Some(Lifecycle { pre_stop, ..Lifecycle::default() });
+        Some(Container { lifecycle, ports, ..Container::default() })
     }
 
     async fn remove_container(&self, id: &str, name: &str, log_path: &str) -> Result<Done, Failure> {

@@ -26,6 +26,8 @@ pub mod label {
     pub const GRACE_PERIOD: &str = "io.kubernetes.pod.terminationGracePeriod";
     /// Annotation: the preStop handler as JSON, for a pod whose object is gone.
     pub const PRE_STOP: &str = "io.kubernetes.container.preStopHandler";
+    /// Annotation: the container's ports as JSON, by whose names that handler may go.
+    pub const PORTS: &str = "io.kubernetes.container.ports";
 }
 
 /// Everything the runtime holds of one pod.

@@ -292,6 +292,17 @@ impl Cri {
         call("ReopenContainerLog", DEADLINE, self.runtime.clone().reopen_container_log(request)).await.map(drop)
     }
 
+    /// What the runtime holds of a container; `None` when it is gone.
+    pub async fn container_status(&self, id: &str) -> Result<Option<cri::ContainerStatus>, Error> {
+        let request = cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
+        match call("ContainerStatus", DEADLINE, self.runtime.clone().container_status(request)).await {
+            Err(error) if error.is_not_found() => Ok(None),
+            answer => {
+                answer?.status.ok_or(Error::Incomplete { call: "ContainerStatus", missing: "a status" }).map(Some)
+            }
+        }
+    }
+
     /// Runs a command in a container to its end. With `timeout` the runtime kills it then and the answer is
     /// [`Error::Deadline`]; without, it may take for ever.
     pub async fn exec_sync(&self, id: &str, command: &[String], timeout: Option<Duration>) -> Result<Exec, Error> {

@@ -18,7 +18,7 @@ use crate::kubelet::resources::Machine;
 use crate::kubelet::volumes::Volumes;
 use crate::link::{LinkState, Transport};
 use crate::runtime::cri::Setup;
-use crate::runtime::fake::{FakeRuntime, Script};
+use crate::runtime::fake::{ExecScript, FakeRuntime, Script};
 use crate::runtime::{Cri, connect};
 use crate::store::Store;
 use crate::supervise;
@@ -175,11 +175,41 @@ async fn a_new_pod_is_judged_when_the_runtime_can_be_asked_about_it() {
     agent.end().await;
 }
 
+async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let patience = clock::monotonic() + Duration::from_secs(60);
+    while !holds() {
+        assert!(clock::monotonic() < patience, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 fn with_hooks(hooks: &Value) -> Value {
     json!({
         "metadata": {"name": "p", "namespace": "default", "uid": "uid-p"},
         "spec": {"enableServiceLinks": false, "containers": [{"name": "c", "image": "img:1", "lifecycle": hooks}]},
     })
+}
+
+#[tokio::test]
+async fn a_pod_that_nobody_knows_any_more_hears_its_hook() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    fake.image("img:1", Script::default());
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    agent.want(&with_hooks(&json!({"preStop": {"exec": {"command": ["say", "bye"]}}}))).await;
+    agent.status(|status| status["phase"] == "Running").await;
+    agent.end().await;
+
+    // Its object went while edgecore was away.
+    let store = Store::open(&dir.path().join("another-store"), jiff::Timestamp::UNIX_EPOCH).unwrap();
+    store.set_pods_known(0).await.unwrap();
+    store.close().await;
+    let agent = Agent::start(dir.path(), "another-store", &endpoint);
+    eventually("the sandbox is removed", || fake.sandboxes().is_empty()).await;
+    let calls = fake.calls();
+    let at = |call: &str| calls.iter().position(|one| one.starts_with(call));
+    assert!(at("ExecSync say bye").is_some() && at("ExecSync say bye") < at("StopContainer"), "{calls:?}");
+    agent.end().await;
 }
 
 #[tokio::test]

@@ -209,13 +209,7 @@ impl Cri {
         {
             return Ok(Some(known.clone()));
         }
-        let request = cri::ContainerStatusRequest { container_id: listed.id.clone(), verbose: false };
-        let answer = call("ContainerStatus", DEADLINE, self.runtime.clone().container_status(request)).await;
-        let status = match answer {
-            Err(error) if error.is_not_found() => return Ok(None),
-            answer => answer?.status,
-        };
-        let status = status.ok_or(Error::Incomplete { call: "ContainerStatus", missing: "a status" })?;
+        let Some(status) = self.container_status(&listed.id).await? else { return Ok(None) };
         let instance = instance(status, &listed.pod_sandbox_id);
         let settled = match instance.state {
             State::Running => true,

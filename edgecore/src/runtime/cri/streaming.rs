@@ -63,11 +63,7 @@ impl Cri {
 
     /// A container's log; `None` when the container is gone.
     pub async fn log_file(&self, id: &str) -> Result<Option<LogFile>, Error> {
-        let request = cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
-        let status = match call("ContainerStatus", DEADLINE, self.runtime.clone().container_status(request)).await {
-            Err(error) if error.is_not_found() => return Ok(None),
-            answer => answer?.status.ok_or(Error::Incomplete { call: "ContainerStatus", missing: "a status" })?,
-        };
+        let Some(status) = self.container_status(id).await? else { return Ok(None) };
         let is_running = status.state() == cri::ContainerState::ContainerRunning;
         Ok(Some(LogFile { path: status.log_path, is_running }))
     }
