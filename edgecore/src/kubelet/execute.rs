@@ -33,6 +33,9 @@ use super::spec::{Kind, Spec};
 use super::volumes::{self, Propagation, VolumeContext};
 use crate::clock;
 
+/// Reason of the event that says that something of a pod could not be ended.
+const KILL_FAILED: &str = "FailedKillPod";
+
 /// What the actions of one plan share.
 #[derive(Debug)]
 pub struct Execution {
@@ -75,6 +78,16 @@ pub struct Done {
 impl Execution {
     /// Carries out one action.
     pub async fn run(&self, action: &Action) -> Result<Done, Failure> {
+        let done = self.carry_out(action).await;
+        if let Err(Failure { reason, message }) = &done
+            && reason == KILL_FAILED
+        {
+            self.event(true, KILL_FAILED, format!("error killing pod: {message}"));
+        }
+        done
+    }
+
+    async fn carry_out(&self, action: &Action) -> Result<Done, Failure> {
         match action {
             Action::SetUpVolumes => self.set_up().await.map(|()| Done::default()),
             Action::CreateSandbox { attempt } => {
@@ -92,11 +105,11 @@ impl Execution {
             Action::KillContainer { id, name, grace, pre_stop, after, message, .. } => {
                 self.kill(id, name, *grace, *pre_stop, after, message).await.map(|()| Done::default())
             }
-            Action::StopSandbox { id } => done(self.context.cri.stop_sandbox(id).await, "FailedKillPod"),
+            Action::StopSandbox { id } => done(self.context.cri.stop_sandbox(id).await, KILL_FAILED),
             Action::RemoveContainer { id, name, log_path } => self.remove_container(id, name, log_path).await,
             Action::RemoveSandbox { id } => {
-                done(self.context.cri.stop_sandbox(id).await, "FailedKillPod")?;
-                done(self.context.cri.remove_sandbox(id).await, "FailedKillPod")
+                done(self.context.cri.stop_sandbox(id).await, KILL_FAILED)?;
+                done(self.context.cri.remove_sandbox(id).await, KILL_FAILED)
             }
             Action::TearDown => self.tear_down().await.map(|()| Done::default()),
             Action::ReportFinished => done(self.context.publish(&self.pod, &self.status, true).await, "FailedReport"),
@@ -376,7 +389,7 @@ impl Execution {
                 gone.insert(id.to_owned());
             });
         }
-        done(stopped, "FailedKillPod").map(|_| ())
+        done(stopped, KILL_FAILED).map(|_| ())
     }
 
     async fn pre_stop(&self, id: &str, name: &str, kind: Kind) {
@@ -431,7 +444,7 @@ impl Execution {
             let path = resources::pod_cgroup_path(&pod, node.systemd_cgroups);
             context.cgroups.destroy(&path).map_err(|error| error.to_string())
         });
-        torn.await.map_err(|message| Failure { reason: "FailedKillPod".to_owned(), message })
+        torn.await.map_err(|message| Failure { reason: KILL_FAILED.to_owned(), message })
     }
 
     fn log_directory(&self) -> PathBuf {

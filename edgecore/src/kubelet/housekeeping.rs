@@ -14,7 +14,9 @@ use super::context::{Context, blocking};
 use super::gather::parse;
 use super::image_gc::{self, Policy};
 use super::logs::{self, Rotation};
+use super::node_loop;
 use super::observed::{Observed, State};
+use super::references::PodEvent;
 use super::spec::Spec;
 use crate::{clock, order};
 
@@ -129,8 +131,10 @@ async fn collect_images(context: &Context, memory: &mut image_gc::Memory, sandbo
     }
     match image_gc::collect(&context.cri, memory, &wanted, &Policy::default(), clock::monotonic()).await {
         Ok(collected) => {
-            if let Some(short) = collected.short {
-                warn!(short, "not enough images could be removed");
+            if let Some(message) = collected.short {
+                warn!(message, "not enough images could be removed");
+                let event = PodEvent { warning: true, reason: "FreeDiskSpaceFailed", message, field_path: None };
+                context.record(&node_loop::reference(&context.node().name), &event);
             }
         }
         Err(error) => warn!(%error, "images cannot be collected"),

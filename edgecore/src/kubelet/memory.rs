@@ -306,6 +306,13 @@ impl Memory {
         }
     }
 
+    /// The postStart hook of an instance failed: it is killed, and until the next one starts that is why the container waits.
+    pub fn hook_failed(&mut self, id: String, name: String, hash: u64) {
+        self.post_start.insert(id, PostStart::Failed);
+        let (reason, message) = ("PostStartHookError".to_owned(), "PostStartHook failed".to_owned());
+        self.start_errors.insert(name, StartError { reason, message, hash, retry_at: None });
+    }
+
     /// A ConfigMap, Secret or token of the pod arrived or changed: what failed for want of it is worth another try now.
     pub fn references_changed(&mut self) {
         if matches!(self.volumes, Volumes::Failed { .. }) {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use skerry_proto::cri;
@@ -24,7 +25,7 @@ use super::resources;
 use crate::clock;
 use crate::cni::{self, Network, Places};
 use crate::config::Config;
-use crate::link::{LinkState, ReportWanted};
+use crate::link::{LinkState, NODE_NOTES, ReportWanted};
 use crate::runtime::Cri;
 use crate::runtime::cri::{Health, Setup};
 use crate::store::Store;
@@ -33,6 +34,8 @@ use crate::store::Store;
 const IMPATIENT: Duration = Duration::from_millis(500);
 /// The list of images in the status is as old as this at most.
 const IMAGES_EVERY: Duration = Duration::from_secs(60);
+/// The note of which start of the box edgecore saw last.
+const BOOT_NOTE: &str = "boot";
 /// As every kubelet has it.
 const MAX_PODS: u32 = 110;
 
@@ -54,6 +57,8 @@ pub struct NodeLoop {
     pressure: Pressure,
     status: Option<NodeStatus>,
     sent: Option<Duration>,
+    /// The events of a start were recorded.
+    started: bool,
     facts: watch::Sender<Arc<NodeFacts>>,
     network: watch::Sender<Option<String>>,
     runtime_up: watch::Sender<bool>,
@@ -101,6 +106,7 @@ impl NodeLoop {
             pressure: Pressure::default(),
             status: None,
             sent: None,
+            started: false,
             facts,
             network,
             runtime_up,
@@ -215,13 +221,38 @@ impl NodeLoop {
             self.report(&status, now).await;
         }
         self.status = Some(status);
-        if let Some(context) = context.filter(|_| changed) {
-            let reason = if is_ready { "NodeReady" } else { "NodeNotReady" };
-            let message = format!("Node {} status is now: {reason}", self.config.node_name);
-            let event = PodEvent { warning: false, reason, message, field_path: None };
-            context.record(&reference(&self.config.node_name), &event);
+        let name = &self.config.node_name;
+        if let Some(context) = context {
+            let record = |warning, reason, message| {
+                context.record(&reference(name), &PodEvent { warning, reason, message, field_path: None });
+            };
+            if !self.started {
+                record(false, "Starting", "Starting kubelet.".to_owned());
+                if self.has_rebooted().await {
+                    let boot = &self.machine.boot_id;
+                    record(true, "Rebooted", format!("Node {name} has been rebooted, boot id: {boot}"));
+                }
+            }
+            if changed {
+                let reason = if is_ready { "NodeReady" } else { "NodeNotReady" };
+                record(false, reason, format!("Node {name} status is now: {reason}"));
+            }
+            self.started = true;
         }
         health.is_ok() && trouble.is_none()
+    }
+
+    /// Whether the box was started anew since edgecore was; remembers this start of it.
+    async fn has_rebooted(&self) -> bool {
+        let boot = Bytes::copy_from_slice(self.machine.boot_id.as_bytes());
+        let before = self.store.note(NODE_NOTES, BOOT_NOTE).await.unwrap_or_default();
+        if before.as_ref() == Some(&boot) {
+            return false;
+        }
+        if let Err(error) = self.store.remember(NODE_NOTES, BOOT_NOTE, boot).await {
+            warn!(%error, "it cannot be kept which start of the box this is");
+        }
+        before.is_some()
     }
 
     /// The runtime lacks a network: if nobody has configured one, ours is.
@@ -368,7 +399,8 @@ fn ready(status: &NodeStatus) -> bool {
     conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-fn reference(node: &str) -> ObjectReference {
+/// How events name the node.
+pub(super) fn reference(node: &str) -> ObjectReference {
     ObjectReference {
         kind: Some("Node".to_owned()),
         name: Some(node.to_owned()),
@@ -380,6 +412,7 @@ fn reference(node: &str) -> ObjectReference {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubelet::pods::tests::Agent;
     use crate::runtime::{connect, fake::FakeRuntime};
 
     #[test]
@@ -415,6 +448,26 @@ mod tests {
         let now = node::addresses();
         assert_eq!(news.facts.borrow().host_ips, now);
         assert_eq!(reported().await, now.iter().map(ToString::to_string).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn a_start_is_an_event_and_so_is_one_of_the_box() {
+        let dir = tempfile::tempdir().unwrap();
+        let (endpoint, _fake) = FakeRuntime::start(dir.path()).unwrap();
+        let agent = Agent::start(dir.path(), "data", &endpoint);
+        let cri = Cri::new(connect::channel(&endpoint).unwrap());
+        let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
+        config.pods_dir = dir.path().to_owned();
+        let (mut node, _news) = NodeLoop::new(agent.store.clone(), cri, Arc::new(config)).await;
+        for (boot, is_another) in [("a", false), ("a", false), ("b", true), ("b", false)] {
+            node.machine.boot_id = boot.to_owned();
+            assert_eq!(node.has_rebooted().await, is_another, "{boot}");
+        }
+        node.machine.boot_id = "c".to_owned();
+        node.look(Some(agent.context.clone())).await;
+        agent.event("Starting").await;
+        assert_eq!(agent.event("Rebooted").await["message"], "Node box has been rebooted, boot id: c");
+        agent.end().await;
     }
 
     #[tokio::test]

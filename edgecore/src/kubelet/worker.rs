@@ -91,7 +91,7 @@ struct Worker {
     desired: watch::Receiver<Desired>,
     memory: Memory,
     probes: Option<PodProbes>,
-    hooks: JoinSet<(String, bool)>,
+    hooks: JoinSet<Hooked>,
     /// What was last acted upon.
     seen: Option<Desired>,
     /// Volumes could not be brought up to date; they are tried again then.
@@ -367,14 +367,15 @@ impl Worker {
         if done.sandbox.is_some() {
             execution.sandbox = done.sandbox;
         }
-        if let (Action::StartContainer { name, .. }, Some(id)) = (action, done.started) {
+        if let (Action::StartContainer { name, hash, .. }, Some(id)) = (action, done.started) {
             self.memory.post_start.insert(id.clone(), PostStart::Running);
             let pod_ip = execution.observed.sandboxes.first().and_then(|sandbox| sandbox.ips.first().copied());
-            let (context, pod, name) = (self.context.clone(), desired.pod.clone(), name.clone());
+            let (context, pod, name, hash) = (self.context.clone(), desired.pod.clone(), name.clone(), *hash);
             self.hooks.spawn(async move {
-                let hook = post_start(context, pod, name, id.clone(), pod_ip);
+                let hook = post_start(context, pod, name.clone(), id.clone(), pod_ip);
                 // A hook that panics has failed.
-                (id, AssertUnwindSafe(hook).catch_unwind().await.unwrap_or(false))
+                let passed = AssertUnwindSafe(hook).catch_unwind().await.unwrap_or(false);
+                Hooked { id, name, hash, passed }
             });
         }
     }
@@ -391,16 +392,25 @@ impl Worker {
             // An error means that edgecore is shutting down, which ends this task too.
             _ = self.desired.changed() => {}
             () = probes => {}
-            Some(Ok((id, passed))) = self.hooks.join_next(), if !self.hooks.is_empty() => {
+            Some(Ok(Hooked { id, name, hash, passed })) = self.hooks.join_next(), if !self.hooks.is_empty() => {
                 if passed {
                     self.memory.post_start.remove(&id);
                 } else {
-                    self.memory.post_start.insert(id, PostStart::Failed);
+                    self.memory.hook_failed(id, name, hash);
                 }
             }
             () = sleep_until(until) => {}
         }
     }
+}
+
+/// A postStart hook that has ended.
+struct Hooked {
+    id: String,
+    name: String,
+    /// Of the container.
+    hash: u64,
+    passed: bool,
 }
 
 enum Again {

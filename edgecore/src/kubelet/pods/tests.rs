@@ -213,6 +213,44 @@ async fn a_pod_that_nobody_knows_any_more_hears_its_hook() {
 }
 
 #[tokio::test]
+async fn a_container_whose_first_hook_failed_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    fake.image("img:1", Script::default());
+    fake.execs([ExecScript::Ends("", 1)]);
+    fake.hold("ExecSync");
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    agent.want(&with_hooks(&json!({"postStart": {"exec": {"command": ["x"]}}}))).await;
+    agent.status(|status| status["phase"] == "Running").await;
+    fake.hold("CreateContainer");
+    fake.release("ExecSync");
+    let reason = |status: &Value| status["containerStatuses"][0]["state"]["waiting"]["reason"].clone();
+    let status = agent.status(|status| reason(status) == "PostStartHookError").await;
+    assert_eq!(status["containerStatuses"][0]["lastState"]["terminated"]["exitCode"], 143, "{status}");
+    fake.release("CreateContainer");
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_container_that_cannot_be_stopped_is_an_event() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    fake.image("img:1", Script::default());
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    let mut pod = with_hooks(&json!({}));
+    agent.want(&pod).await;
+    agent.status(|status| status["phase"] == "Running").await;
+    fake.fail("StopContainer", tonic::Status::unknown("the shim is gone"));
+    pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    pod["metadata"]["deletionGracePeriodSeconds"] = json!(1);
+    agent.apply(Collection::Pods, "p", &pod).await;
+    let event = agent.event("FailedKillPod").await;
+    let message = event["message"].as_str().unwrap();
+    assert!(message.starts_with("error killing pod: ") && message.contains("the shim is gone"), "{message}");
+    agent.end().await;
+}
+
+#[tokio::test]
 async fn an_image_that_somebody_else_brought_is_not_waited_for() {
     let dir = tempfile::tempdir().unwrap();
     let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
