@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use super::admission;
 use super::backoff::{after, holds};
 use super::context::{Context, reference};
 use super::execute::{Done, Execution, post_start};
@@ -257,6 +258,12 @@ impl Worker {
             Admission::Admitted => {
                 // After a lost store the runtime is the only one who remembers.
                 let oldest = observed.sandboxes.iter().map(|sandbox| sandbox.created_at).min();
+                if self.memory.last_status.is_none()
+                    && desired.life == Life::Wanted
+                    && let Some(event) = admission::unenforced(&desired.pod, &self.context.node())
+                {
+                    self.context.record(&reference(&desired.pod), &event);
+                }
                 self.memory.accept(oldest.unwrap_or(now));
             }
             Admission::Rejected { reason, message } => self.memory.reject(reason, message, now),

@@ -160,6 +160,31 @@ fn a_pod_that_a_taint_would_evict_is_not_taken() {
 }
 
 #[test]
+fn limits_that_nobody_enforces_are_named() {
+    let limits = json!({"limits": {"memory": "1Gi", "ephemeral-storage": "1Gi"}});
+    let message = |spec: Value, systemd_cgroups| {
+        unenforced(&pod("p", spec), &NodeFacts { systemd_cgroups, ..node() }).map(|event| event.message)
+    };
+    let empty = |value: Value| json!([{"name": "v", "emptyDir": value}]);
+    let spec = json!({
+        "containers": [{"name": "a"}],
+        "initContainers": [{"name": "i", "resources": limits}],
+        "volumes": empty(json!({"sizeLimit": "1Gi"})),
+    });
+    assert_eq!(
+        message(spec, false).as_deref(),
+        Some(
+            "this node does not enforce these limits: ephemeral-storage of container \"i\", sizeLimit of emptyDir \"v\""
+        )
+    );
+    let memory = json!({"containers": [], "volumes": empty(json!({"sizeLimit": "1Gi", "medium": "Memory"}))});
+    assert_eq!(message(memory, true), None);
+    let whole = json!({"containers": [], "resources": {"limits": {"memory": "1Gi"}}});
+    assert_eq!(message(whole.clone(), false), None);
+    assert!(message(whole, true).unwrap().contains("the pod as a whole"));
+}
+
+#[test]
 fn what_cannot_be_mounted_is_named() {
     let reason = |spec: Value| unsupported(&pod("p", spec)).map(|event| event.reason);
     let volume = |source: Value| {
