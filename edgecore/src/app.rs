@@ -2,7 +2,7 @@
 //!
 //! | start | why there |
 //! |---|---|
-//! | lock on the data directory | two agents on one store would fight |
+//! | locks on the data directory and on the runtime's pods | two agents on one of them would fight |
 //! | configuration | nothing works without |
 //! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
@@ -95,6 +95,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     let config = Arc::new(Config::load(&data_dir)?);
     let _lock = lock(&data_dir.join(LOCK))?;
+    let _runtime = lock_runtime(&config.runtime_endpoint)?;
     let identity = identity(&data_dir);
     if let Ok(identity) = &identity {
         anyhow::ensure!(
@@ -286,6 +287,24 @@ fn identity(data_dir: &Path) -> Result<Identity, String> {
 
 /// Takes the lock on a data directory for as long as the result lives.
 pub fn lock(path: &Path) -> anyhow::Result<Flock<File>> {
+    let dir = path.parent().unwrap_or(path).display();
+    take(path, &format!("works on {dir}"), "give this one another --data-dir")
+}
+
+/// Takes the lock on a runtime's pods: to a second agent on it they would be nobody's, and it would end them.
+pub fn lock_runtime(endpoint: &str) -> anyhow::Result<Flock<File>> {
+    take(&runtime_lock(endpoint)?, &format!("runs pods on {endpoint}"), "give this one a runtime of its own")
+}
+
+/// Where that lock is. Only root can write there, and a reboot clears it.
+pub fn runtime_lock(endpoint: &str) -> anyhow::Result<PathBuf> {
+    let socket = connect::socket_path(endpoint)?;
+    let socket = socket.canonicalize().unwrap_or(socket);
+    let name = socket.to_string_lossy().replace('/', "-");
+    Ok(Path::new("/run").join(format!("edgecore{name}.lock")))
+}
+
+fn take(path: &Path, does: &str, otherwise: &str) -> anyhow::Result<Flock<File>> {
     let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut file, errno)| {
@@ -294,8 +313,7 @@ pub fn lock(path: &Path) -> anyhow::Result<Flock<File>> {
         let _ = file.read_to_string(&mut pid);
         match errno {
             nix::Error::EWOULDBLOCK => anyhow::anyhow!(
-                "another edgecore works on {} (process {}); stop it first, or give this one another --data-dir",
-                path.parent().unwrap_or(path).display(),
+                "another edgecore {does} (process {}); stop it first, or {otherwise}",
                 if pid.trim().is_empty() { "unknown" } else { pid.trim() }
             ),
             errno => anyhow::anyhow!("cannot lock {}: {errno}", path.display()),
@@ -365,5 +383,17 @@ mod tests {
         drop(held);
         assert_eq!(running(dir.path()), None);
         lock(&dir.path().join(LOCK)).unwrap();
+    }
+
+    #[test]
+    fn a_runtime_has_one_agent_however_its_socket_is_called() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, link) = (dir.path().join("cri.sock"), dir.path().join("link"));
+        File::create(&socket).unwrap();
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        let of = |path: &Path| runtime_lock(&format!("unix://{}", path.display())).unwrap();
+        assert_eq!(of(&socket), of(&link));
+        assert_ne!(of(&socket), of(Path::new("/run/containerd/containerd.sock")));
+        assert_eq!(of(Path::new("/no/such.sock")), Path::new("/run/edgecore-no-such.sock.lock"));
     }
 }

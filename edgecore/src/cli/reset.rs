@@ -14,8 +14,8 @@ use skerry_proto::cri::runtime_service_client::RuntimeServiceClient;
 use skerry_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest};
 use tokio::process::Command;
 
-use super::DataDir;
 use super::join::{UNIT_PATH, systemctl};
+use super::{DATA_DIR, DataDir};
 use crate::config::{self, Config};
 use crate::control::{self, Request};
 use crate::devices::mqtt;
@@ -72,9 +72,18 @@ impl Reset {
             }
         }
         let mut steps = Steps { out, left: Vec::new() };
-        let stopped = stop(&config, data_dir).await;
-        let alone = stopped.is_ok();
-        steps.done("stop the agent", stopped)?;
+        // Somebody else's pods are not this data directory's to end.
+        let stopped = stop(&config, data_dir).await.and_then(|()| app::lock_runtime(&config.runtime_endpoint));
+        let (alone, _pods) = match stopped {
+            Ok(lock) => {
+                steps.done("stop the agent", Ok(()))?;
+                (true, Some(lock))
+            }
+            Err(error) => {
+                steps.done("stop the agent", Err(error))?;
+                (false, None)
+            }
+        };
         // A running agent would start again what is ended here.
         if alone {
             let network = network(&config).await;
@@ -94,12 +103,19 @@ impl Reset {
             }
             steps.done("remove pod logs", remove_tree(&config.logs_dir))?;
             steps.done("remove log links", remove_links(&config.log_links_dir, &config.logs_dir))?;
-            steps.done("remove cgroups", remove_cgroups(Path::new("/sys/fs/cgroup")))?;
+            if unit().is_some_and(|unit| !is_unit_of(&unit, data_dir)) {
+                writeln!(steps.out, "kept     {UNIT_PATH} and cgroups, for they are another data directory's")?;
+            } else {
+                steps.done("remove cgroups", remove_cgroups(Path::new("/sys/fs/cgroup")))?;
+                steps.done("remove the service", remove_unit().await)?;
+            }
             steps.done("remove the pod network", remove_network(&network.conf_dir).await)?;
-            steps.done("remove the service", remove_unit().await)?;
             steps.done("end what served MQTT", mqtt::end_left(data_dir).await.map_err(Into::into))?;
             let again = !steps.left.is_empty();
             steps.done("remove identity, store and configuration", remove_state(data_dir, &config, again))?;
+            if let Ok(lock) = app::runtime_lock(&config.runtime_endpoint) {
+                files::remove(&lock)?;
+            }
         }
         let Steps { mut out, left } = steps;
         if left.is_empty() {
@@ -140,7 +156,7 @@ async fn stop(config: &Config, data_dir: &Path) -> anyhow::Result<()> {
         // What does not end in order is ended through the runtime below.
         let _ = control::ask::<serde_json::Value>(&config.control_socket(data_dir), &Request::ResetPrepare).await;
     }
-    if Path::new("/run/systemd/system").exists() && Path::new(UNIT_PATH).exists() {
+    if Path::new("/run/systemd/system").exists() && unit().is_some_and(|unit| is_unit_of(&unit, data_dir)) {
         systemctl(&["disable", "--now", "edgecore.service"]).await?;
     }
     let Some(pid) = app::running(data_dir) else { return Ok(()) };
@@ -345,6 +361,19 @@ async fn remove_network(conf_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the service is started by, if there is one.
+fn unit() -> Option<String> {
+    std::fs::read_to_string(UNIT_PATH).ok()
+}
+
+/// Whether that is the agent of this data directory.
+fn is_unit_of(unit: &str, data_dir: &Path) -> bool {
+    let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap_or_default();
+    let given = command.split_once("--data-dir").map(|(_, rest)| rest.trim_start_matches('=').trim());
+    let real = |dir: &Path| dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    real(Path::new(given.unwrap_or(DATA_DIR))) == real(data_dir)
+}
+
 async fn remove_unit() -> anyhow::Result<()> {
     if !Path::new(UNIT_PATH).exists() {
         return Ok(());
@@ -399,6 +428,18 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_service_of_another_data_directory_is_not_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let unit = |arguments: &str| format!("[Service]\nType=notify\nExecStart=/usr/bin/edgecore run{arguments}\n");
+        let given = |option: &str| unit(&format!(" {option}{}", dir.path().display()));
+        assert!(is_unit_of(&given("--data-dir "), dir.path()) && is_unit_of(&given("--data-dir="), &link));
+        assert!(!is_unit_of(&given("--data-dir "), Path::new(DATA_DIR)));
+        assert!(is_unit_of(&unit(""), Path::new(DATA_DIR)) && !is_unit_of(&unit(""), dir.path()));
+    }
 
     #[test]
     fn mounts_are_found_below_a_directory_only() {
