@@ -22,9 +22,6 @@ use super::resources::PodCgroup;
 use super::volumes::mountinfo;
 use crate::order;
 
-/// Shares of what has no request.
-pub const MIN_SHARES: u64 = 2;
-
 const KILL_TRIES: usize = 5;
 /// Between the tries: a killed process needs a moment to be gone.
 const KILL_PAUSE: Duration = Duration::from_millis(20);
@@ -107,11 +104,6 @@ impl Cgroups {
     /// Makes `kubepods` and its QoS children and sets their limits ([`super::resources::qos_cgroups`]). Only changes are written.
     pub fn set_tiers(&self, tiers: &[PodCgroup; 3]) -> Vec<Warning> {
         tiers.iter().flat_map(|tier| self.apply(tier)).collect()
-    }
-
-    /// Leaves a cgroup the least of the CPU: for what cannot be removed yet.
-    pub fn starve(&self, path: &str) -> Vec<Warning> {
-        self.apply_shares(path, MIN_SHARES)
     }
 
     /// Makes a cgroup and sets its limits; what was limited and no longer is gets free. Only changes are written.
@@ -205,20 +197,6 @@ impl Cgroups {
         if self.systemd { format!("/{}.slice", self.base) } else { format!("/{}", self.base) }
     }
 
-    fn apply_shares(&self, path: &str, shares: u64) -> Vec<Warning> {
-        let Some(relative) = self.relative(path).filter(|_| !self.systemd) else { return Vec::new() };
-        let mut writer = Writer::default();
-        match &self.hierarchies {
-            Hierarchies::V1(mounts) => {
-                if let Some(root) = mounts.get("cpu") {
-                    writer.write(&root.join(relative), "cpu.shares", &shares.to_string());
-                }
-            }
-            Hierarchies::V2(root) => writer.write(&root.join(relative), "cpu.weight", &weight(shares).to_string()),
-        }
-        writer.warnings
-    }
-
     /// A path of ours as it is below a hierarchy's root; `None` for any other. Of a slice given by its own name the slices around
     /// it are put in front.
     fn relative(&self, path: &str) -> Option<PathBuf> {
@@ -255,12 +233,6 @@ impl Cgroups {
         };
         many.into_iter().flatten().chain(one)
     }
-}
-
-/// A cgroup path in the form the systemd driver takes: `/kubepods/burstable/podA-B` is `kubepods-burstable-podA_B.slice`.
-pub fn systemd_slice(path: &str) -> String {
-    let names: Vec<String> = path.trim_matches('/').split('/').map(|name| name.replace('-', "_")).collect();
-    format!("{}.slice", names.join("-"))
 }
 
 /// Where systemd puts a slice: `a-b.slice` is in `a.slice/a-b.slice`.

@@ -125,14 +125,6 @@ pub enum ConfigError {
     /// The container an ephemeral one wants to see is not there.
     #[error("unable to find target container {0:?}: it must be running")]
     TargetNotFound(String),
-    /// The image's name cannot be parsed.
-    #[error("Failed to apply default image tag {image:?}: couldn't parse image name {image:?}: {cause}")]
-    InvalidImageName {
-        /// As written in the pod.
-        image: String,
-        /// What is wrong with it.
-        cause: &'static str,
-    },
     /// `hostUsers: false`.
     #[error("can't set `spec.hostUsers: false`, {0} does not support user namespaces")]
     UserNamespace(String),
@@ -174,7 +166,6 @@ impl ConfigError {
     /// The waiting reason of the container, or the reason of the event if no sandbox can be made.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::InvalidImageName { .. } => "InvalidImageName",
             Self::UserNamespace(_)
             | Self::RuntimeClassNotFound(_)
             | Self::RuntimeHandlerUnknown { .. }
@@ -347,84 +338,6 @@ pub fn as_container(ephemeral: &EphemeralContainer) -> Container {
         working_dir: ephemeral.working_dir.clone(),
         ..Default::default()
     }
-}
-
-/// The image's name as the runtime is asked for it: `:latest` is added when it has neither tag nor digest.
-pub fn image_name(image: &str) -> Result<String, ConfigError> {
-    let invalid = |cause| ConfigError::InvalidImageName { image: image.to_owned(), cause };
-    let (named, digest) = image.split_once('@').map_or((image, None), |(named, digest)| (named, Some(digest)));
-    // A colon before a slash belongs to the registry's port.
-    let (name, tag) = match named.rsplit_once(':') {
-        Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
-        _ => (named, None),
-    };
-    let is_tag = |tag: &str| {
-        let mut bytes = tag.bytes();
-        (1..=128).contains(&tag.len())
-            && bytes.next().is_some_and(|first| first.is_ascii_alphanumeric() || first == b'_')
-            && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
-    };
-    let is_digest = |digest: &str| {
-        digest.split_once(':').is_some_and(|(algorithm, hex)| {
-            algorithm.starts_with(|c: char| c.is_ascii_alphabetic())
-                && algorithm.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+._-".contains(&byte))
-                && hex.len() >= 32
-                && hex.bytes().all(|byte| byte.is_ascii_hexdigit())
-        })
-    };
-    if name.bytes().any(|byte| byte.is_ascii_uppercase())
-        && is_repository(&name.to_ascii_lowercase())
-        && !is_repository(name)
-    {
-        return Err(invalid("repository name must be lowercase"));
-    }
-    if !is_repository(name) || tag.is_some_and(|tag| !is_tag(tag)) || digest.is_some_and(|digest| !is_digest(digest)) {
-        return Err(invalid("invalid reference format"));
-    }
-    Ok(if tag.is_none() && digest.is_none() { format!("{image}:latest") } else { image.to_owned() })
-}
-
-/// `[registry[:port]/]path`, the path in lower case with single separators.
-fn is_repository(name: &str) -> bool {
-    let (registry, path) = match name.split_once('/') {
-        Some((first, rest))
-            if first.contains(['.', ':'])
-                || first == "localhost"
-                || first.bytes().any(|byte| byte.is_ascii_uppercase()) =>
-        {
-            (Some(first), rest)
-        }
-        _ => (None, name),
-    };
-    let is_registry = |registry: &str| {
-        let (host, port) = match registry.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-            _ => (registry, None),
-        };
-        let is_label = |label: &str| {
-            !label.is_empty()
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-                && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-        };
-        let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-        let is_host = match literal {
-            Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
-            None => host.split('.').all(is_label),
-        };
-        is_host && port.is_none_or(|port| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
-    };
-    let is_component = |component: &str| {
-        let is_word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-        let separators =
-            component.split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit()).filter(|text| !text.is_empty());
-        component.bytes().next().is_some_and(is_word)
-            && component.bytes().last().is_some_and(is_word)
-            && separators
-                .into_iter()
-                .all(|text| matches!(text, "." | "_" | "__") || text.bytes().all(|byte| byte == b'-'))
-    };
-    name.len() <= 255 && registry.is_none_or(is_registry) && path.split('/').all(is_component)
 }
 
 fn annotations(pod: &Pod, container: &Container, attempt: u32) -> HashMap<String, String> {

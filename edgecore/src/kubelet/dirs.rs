@@ -4,28 +4,17 @@
 //! root (a UID with a slash in it) is refused before it becomes a path. Removing a pod's directory is [`super::volumes`]'s, which
 //! knows of mounts.
 
-use std::collections::VecDeque;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::libc;
 use thiserror::Error;
 
 use crate::order;
 
-/// Most of a termination message that is kept: its end.
-pub const TERMINATION_MESSAGE_MAX: usize = 4096;
-/// Most of a log that stands in for a termination message: its end.
-pub const LOG_TAIL_MAX: usize = 2048;
-/// Most lines of a log that stand in for a termination message.
-pub const LOG_TAIL_LINES: usize = 80;
-
 /// Termination message files kept per container; a container that crashes for months leaves no more.
 const TERMINATION_LOGS_KEPT: usize = 8;
-/// How far back in a log file the tail is looked for: several times what 2048 bytes in the longest lines of a runtime take.
-const LOG_WINDOW: u64 = 64 * 1024;
 
 /// An action on a path that failed.
 #[derive(Debug, Error)]
@@ -185,26 +174,6 @@ pub fn pod_uids(root: &Path) -> Result<Vec<String>, PathError> {
     Ok(uids)
 }
 
-/// The UIDs on disk that nobody knows: neither wanted nor in the runtime. Only ask once everything wanted is known.
-pub fn orphans(root: &Path, is_known: impl Fn(&str) -> bool) -> Result<Vec<String>, PathError> {
-    let mut uids = pod_uids(root)?;
-    uids.retain(|uid| !is_known(uid));
-    Ok(uids)
-}
-
-/// The end of a termination message file, at most [`TERMINATION_MESSAGE_MAX`] bytes; empty when the file is gone.
-pub fn read_termination_message(path: &Path) -> Result<String, PathError> {
-    let (bytes, _) = read_end(path, TERMINATION_MESSAGE_MAX as u64)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// The end of a container's log, without the runtime's line headers: at most [`LOG_TAIL_LINES`] lines and [`LOG_TAIL_MAX`] bytes.
-/// Stands in for the termination message of `FallbackToLogsOnError`; empty when the file is gone.
-pub fn read_log_tail(path: &Path) -> Result<String, PathError> {
-    let (bytes, is_whole) = read_end(path, LOG_WINDOW)?;
-    Ok(String::from_utf8_lossy(&log_tail(&bytes, is_whole)).into_owned())
-}
-
 /// One part of a path: no separator, nothing hidden or upward.
 pub(crate) fn is_plain_name(name: &str) -> bool {
     !name.is_empty()
@@ -263,62 +232,6 @@ fn next_termination_log(dir: &Path) -> u32 {
         let _ = fs::remove_file(dir.join(format!("{number:08x}")));
     }
     numbers.last().map_or(0, |last| last.wrapping_add(1))
-}
-
-/// The last bytes of a regular file, and whether that is all of it. The file may have been written by anyone: no link is followed
-/// and a pipe does not block.
-fn read_end(path: &Path, max: u64) -> Result<(Vec<u8>, bool), PathError> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    let mut file: File = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), true)),
-        Err(error) => return Err(error).at("read", path),
-    };
-    let metadata = file.metadata().at("read", path)?;
-    if !metadata.is_file() {
-        return Err(refused("read, as it is no regular file,", path));
-    }
-    let start = metadata.len().saturating_sub(max);
-    file.seek(SeekFrom::Start(start)).at("read", path)?;
-    let mut bytes = Vec::new();
-    file.take(max).read_to_end(&mut bytes).at("read", path)?;
-    Ok((bytes, start == 0))
-}
-
-fn log_tail(window: &[u8], is_whole: bool) -> Vec<u8> {
-    let mut lines: VecDeque<&[u8]> = VecDeque::new();
-    let mut parts = window.split_inclusive(|byte| *byte == b'\n');
-    if !is_whole {
-        let first = parts.next().unwrap_or_default();
-        if first.len() == window.len() {
-            // One line longer than the window: its end is all there is.
-            return first[first.len().saturating_sub(LOG_TAIL_MAX)..].to_vec();
-        }
-    }
-    for line in parts {
-        let Some(content) = log_content(line) else { continue };
-        lines.push_back(content);
-        if lines.len() > LOG_TAIL_LINES {
-            lines.pop_front();
-        }
-    }
-    let mut text = lines.make_contiguous().concat();
-    text.drain(..text.len().saturating_sub(LOG_TAIL_MAX));
-    text
-}
-
-/// What a line of a CRI log says: `<time> <stream> <tag> <content>\n`, where tag P means that the line goes on in the next one.
-fn log_content(line: &[u8]) -> Option<&[u8]> {
-    let mut fields = line.splitn(4, |byte| *byte == b' ');
-    let _time = fields.next()?;
-    let stream = fields.next()?;
-    let tag = fields.next()?;
-    let content = fields.next()?;
-    if !matches!(stream, b"stdout" | b"stderr") {
-        return None;
-    }
-    let is_partial = tag.split(|byte| *byte == b':').any(|word| word == b"P");
-    Some(if is_partial { content.strip_suffix(b"\n").unwrap_or(content) } else { content })
 }
 
 #[cfg(test)]
@@ -380,43 +293,5 @@ mod tests {
         }
         fs::write(root.path().join("pods/file"), "").unwrap();
         assert_eq!(pod_uids(root.path()).unwrap(), ["a", "b"]);
-        assert_eq!(orphans(root.path(), |uid| uid == "a").unwrap(), ["b"]);
-    }
-
-    #[test]
-    fn termination_message_is_the_end_of_a_regular_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("log");
-        assert_eq!(read_termination_message(&path).unwrap(), "");
-        fs::write(&path, "x".repeat(5000) + "end").unwrap();
-        let message = read_termination_message(&path).unwrap();
-        assert_eq!(message.len(), TERMINATION_MESSAGE_MAX);
-        assert!(message.ends_with("xend"));
-
-        let link = dir.path().join("link");
-        std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
-        assert!(read_termination_message(&link).is_err());
-        assert!(read_termination_message(dir.path()).is_err());
-    }
-
-    #[test]
-    fn log_tail_counts_lines_and_bytes() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("0.log");
-        let line = |tag: &str, text: &str| format!("2026-01-02T15:04:05.123456789Z stderr {tag} {text}\n");
-        fs::write(&path, line("P", "one ") + &line("F", "line") + "garbage\n" + &line("F", "two")).unwrap();
-        assert_eq!(read_log_tail(&path).unwrap(), "one line\ntwo\n");
-
-        let many: String = (0..10_000).map(|n| line("F", &n.to_string())).collect();
-        fs::write(&path, &many).unwrap();
-        let tail = read_log_tail(&path).unwrap();
-        assert_eq!(tail.lines().collect::<Vec<_>>(), (9_920..10_000).map(|n| n.to_string()).collect::<Vec<_>>());
-
-        fs::write(&path, line("F", &"y".repeat(3000)) + &line("F", "z")).unwrap();
-        let tail = read_log_tail(&path).unwrap();
-        assert_eq!((tail.len(), tail.ends_with("y\nz\n")), (LOG_TAIL_MAX, true));
-
-        fs::write(&path, line("F", &"q".repeat(100_000))).unwrap();
-        assert_eq!(read_log_tail(&path).unwrap().len(), LOG_TAIL_MAX);
     }
 }

@@ -103,6 +103,12 @@ mod tests {
 
     #[test]
     fn strict_names_all_that_is_missing() {
+        let environment = [("A", "1"), ("E", ""), ("A", "2")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let strict =
+            |input| expand_strict(input, |name| value_in(&environment, name)).map_err(|error| error.to_string());
+        assert_eq!(strict("x/$(A)/y").as_deref(), Ok("x/2/y"));
+        assert_eq!(strict("$$(A)$").as_deref(), Ok("$(A)$"));
+        assert_eq!(strict("$(A").as_deref(), Ok("$(A"));
         assert_eq!(expand_strict("$(A)/$$x", known), Ok("a/$x".to_owned()));
         let error = expand_strict("$(Z)$(E)$(A)$(Z)", known).unwrap_err();
         assert_eq!(error.to_string(), "missing value for E, Z");

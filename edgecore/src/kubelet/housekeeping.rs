@@ -22,10 +22,6 @@ use crate::{clock, order};
 
 /// How often it is looked whether logs have grown too large.
 const LOGS_EVERY: Duration = Duration::from_secs(10);
-/// A log that has grown to this is rotated.
-const LOG_SIZE: u64 = 10 << 20;
-/// How many files there are of one log, the current one included.
-const LOG_FILES: usize = 5;
 /// How often orphans are looked for.
 const ORPHANS_EVERY: Duration = Duration::from_secs(60);
 
@@ -57,7 +53,7 @@ pub async fn run(context: Arc<Context>, sandbox_image: Option<String>, shutdown:
 /// Looks at the sizes first, and asks the runtime only when a log is too large.
 async fn rotate_logs(context: &Context) {
     let root = context.node().logs_root.clone();
-    let large = blocking(move || logs::larger_than(&root, LOG_SIZE)).await;
+    let large = blocking(move || logs::larger_than(&root, logs::MAX_SIZE)).await;
     if large.is_empty() {
         return;
     }
@@ -66,7 +62,7 @@ async fn rotate_logs(context: &Context) {
     for instance in running.filter(|instance| large.contains(&PathBuf::from(&instance.log_path))) {
         let file = PathBuf::from(&instance.log_path);
         let now = clock::wall();
-        let renamed = match blocking(move || logs::start_rotation(&file, LOG_SIZE, LOG_FILES, now)).await {
+        let renamed = match blocking(move || logs::start_rotation(&file, logs::MAX_SIZE, logs::MAX_FILES, now)).await {
             Ok(Rotation::NotDue) => continue,
             Ok(rotation) => rotation,
             Err(error) => {
@@ -138,5 +134,46 @@ async fn collect_images(context: &Context, memory: &mut image_gc::Memory, sandbo
             }
         }
         Err(error) => warn!(%error, "images cannot be collected"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::kubelet::pods::tests::Agent;
+    use crate::runtime::fake::{FakeRuntime, Script};
+
+    #[tokio::test]
+    async fn a_log_keeps_its_name_until_the_runtime_opens_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+        fake.image("img:1", Script::default());
+        let agent = Agent::start(dir.path(), "store", &endpoint);
+        let pod = json!({
+            "metadata": {"name": "p", "namespace": "default", "uid": "uid-p"},
+            "spec": {"enableServiceLinks": false, "containers": [{"name": "c", "image": "img:1"}]},
+        });
+        agent.want(&pod).await;
+        agent.status(|status| status["phase"] == "Running").await;
+        let logs = dir.path().join("logs/default_p_uid-p/c");
+        let names = || {
+            let mut names: Vec<_> = std::fs::read_dir(&logs)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        std::fs::File::create(logs.join("0.log")).unwrap().set_len(logs::MAX_SIZE).unwrap();
+        fake.fail("ReopenContainerLog", tonic::Status::unknown("no"));
+        rotate_logs(&agent.context).await;
+        assert_eq!(names(), ["0.log"]);
+        rotate_logs(&agent.context).await;
+        let rotated = names();
+        assert!(rotated.len() == 1 && rotated[0].starts_with("0.log."), "{rotated:?}");
+        assert_eq!(fake.calls().iter().filter(|call| call.starts_with("ReopenContainerLog")).count(), 2);
+        agent.end().await;
     }
 }

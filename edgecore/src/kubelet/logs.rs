@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use jiff::civil::DateTime;
 use jiff::{Timestamp, ToSpan};
-use thiserror::Error;
 
 use super::dirs::{At, PathError, is_plain_name, make_dirs};
 use super::volumes::tree;
@@ -25,17 +24,6 @@ pub const MAX_FILES: usize = 5;
 
 const STAMP: &str = "%Y%m%d-%H%M%S";
 const NAME_MAX: usize = 255;
-
-/// Why a log was not rotated.
-#[derive(Debug, Error)]
-pub enum RotateError<E: std::error::Error + 'static> {
-    /// The file system refused.
-    #[error(transparent)]
-    Io(#[from] PathError),
-    /// The runtime did not open a new file; the old one was put back.
-    #[error("the runtime did not reopen its log: {0}")]
-    Reopen(#[source] E),
-}
 
 /// What a look at a log file showed and did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,27 +126,6 @@ pub fn put_back(file: &Path, renamed: &Path) -> Result<(), PathError> {
         // No hard links on this file system.
         Err(_) => fs::rename(renamed, file).at("rename", renamed),
     }
-}
-
-/// A whole rotation. `reopen` has the runtime open a new file; when it fails the old one is put back.
-pub fn rotate<E: std::error::Error + 'static>(
-    file: &Path,
-    max_size: u64,
-    max_files: usize,
-    now: Timestamp,
-    mut reopen: impl FnMut() -> Result<(), E>,
-) -> Result<Rotation, RotateError<E>> {
-    let rotation = start_rotation(file, max_size, max_files, now)?;
-    if rotation == Rotation::NotDue {
-        return Ok(rotation);
-    }
-    if let Err(error) = reopen() {
-        if let Rotation::Renamed(renamed) = &rotation {
-            put_back(file, renamed)?;
-        }
-        return Err(RotateError::Reopen(error));
-    }
-    Ok(rotation)
 }
 
 /// Name of a container's link for log collectors. Too long a name loses the end of what stands before the container's id.

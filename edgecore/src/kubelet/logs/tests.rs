@@ -38,33 +38,34 @@ fn names_keep_their_order_when_the_clock_does_not() {
 }
 
 #[test]
-fn rotation_keeps_the_count_and_undoes_itself() {
+fn rotation_keeps_the_count_and_can_be_undone() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("0.log");
-    let reopens = std::cell::Cell::new(0);
-    let reopen = || {
-        reopens.set(reopens.get() + 1);
-        fs::write(&file, "")
-    };
-    assert_eq!(rotate(&file, 10, 3, now(), reopen).unwrap(), Rotation::Missing);
-    assert_eq!(rotate(&file, 10, 3, now(), reopen).unwrap(), Rotation::NotDue);
+    let rotate = || start_rotation(&file, 10, 3, now()).unwrap();
+    assert_eq!(rotate(), Rotation::Missing);
+    fs::write(&file, "").unwrap();
+    assert_eq!(rotate(), Rotation::NotDue);
     for n in 0..6 {
         fs::write(&file, format!("round number {n}")).unwrap();
-        assert!(matches!(rotate(&file, 10, 3, now(), reopen).unwrap(), Rotation::Renamed(_)));
+        assert!(matches!(rotate(), Rotation::Renamed(_)));
+        fs::write(&file, "").unwrap();
     }
     let mut names = names_in(dir.path()).unwrap();
     names.sort();
     assert_eq!(names, ["0.log", "0.log.20260102-150409", "0.log.20260102-150410"]);
     assert_eq!(fs::read_to_string(dir.path().join(&names[2])).unwrap(), "round number 5");
-    assert_eq!(reopens.get(), 7);
 
+    let renamed = || match rotate() {
+        Rotation::Renamed(renamed) => renamed,
+        other => panic!("{other:?}"),
+    };
     fs::write(&file, "this one is not lost").unwrap();
-    let refuse = || Err(io::Error::other("the runtime is down"));
-    assert!(matches!(rotate(&file, 10, 3, now(), refuse), Err(RotateError::Reopen(_))));
+    put_back(&file, &renamed()).unwrap();
     assert_eq!(fs::read_to_string(&file).unwrap(), "this one is not lost");
     // The runtime made a new file and failed after that: both stay.
-    let half = || fs::write(&file, "new").and_then(|()| Err(io::Error::other("timeout")));
-    assert!(rotate(&file, 10, 3, now(), half).is_err());
+    let renamed = renamed();
+    fs::write(&file, "new").unwrap();
+    put_back(&file, &renamed).unwrap();
     assert_eq!(fs::read_to_string(&file).unwrap(), "new");
     assert_eq!(names_in(dir.path()).unwrap().len(), 3);
 }

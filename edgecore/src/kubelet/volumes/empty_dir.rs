@@ -8,12 +8,12 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use k8s_openapi::api::core::v1::EmptyDirVolumeSource;
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
 use super::{Reason, VolumeContext, fs_group};
 use crate::kubelet::dirs::{At, PathError, PodDirs, make_dir, make_dirs};
+use crate::kubelet::quantity::Amount;
 
 /// The plugin's name in paths.
 pub(super) const PLUGIN: &str = "kubernetes.io/empty-dir";
@@ -31,7 +31,10 @@ pub(super) fn set_up(
         other => return Err(Reason::Medium(other.to_owned())),
     };
     let limit = match &source.size_limit {
-        Some(limit) => Some(bytes(limit).ok_or_else(|| Reason::Quantity(limit.0.clone()))?),
+        Some(limit) => {
+            let bytes = Amount::of(limit).ok().and_then(|amount| u64::try_from(amount.units()).ok());
+            Some(bytes.ok_or_else(|| Reason::Quantity(limit.0.clone()))?)
+        }
         None => None,
     };
     let dir = dirs.volume(PLUGIN, name);
@@ -95,83 +98,5 @@ pub(super) fn is_mounted(dir: &Path) -> bool {
     match (device(dir), dir.parent().and_then(device)) {
         (Some(own), Some(parent)) => own != parent,
         _ => false,
-    }
-}
-
-/// A quantity in whole bytes, rounded up.
-fn bytes(quantity: &Quantity) -> Option<u64> {
-    let text = quantity.0.trim();
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, suffix) = text.split_at(end);
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if whole.len() + fraction.len() == 0 || whole.len() > 19 || fraction.len() > 15 || fraction.contains('.') {
-        return None;
-    }
-    let digits: u128 = format!("{whole}{fraction}").parse().ok()?;
-    let mut divisor = 10_u128.pow(u32::try_from(fraction.len()).ok()?);
-    let factor = match suffix {
-        "" => 1,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        "Pi" => 1 << 50,
-        "Ei" => 1 << 60,
-        "k" => 10_u128.pow(3),
-        "M" => 10_u128.pow(6),
-        "G" => 10_u128.pow(9),
-        "T" => 10_u128.pow(12),
-        "P" => 10_u128.pow(15),
-        "E" => 10_u128.pow(18),
-        "m" | "u" | "n" => {
-            divisor *= 10_u128.pow(match suffix {
-                "m" => 3,
-                "u" => 6,
-                _ => 9,
-            });
-            1
-        }
-        exponent => {
-            let exponent: i32 = exponent.strip_prefix(['e', 'E'])?.parse().ok()?;
-            let power = 10_u128.checked_pow(exponent.unsigned_abs()).filter(|_| exponent.abs() <= 18)?;
-            if exponent < 0 {
-                divisor *= power;
-                1
-            } else {
-                power
-            }
-        }
-    };
-    u64::try_from(digits.checked_mul(factor)?.div_ceil(divisor)).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quantities_in_bytes() {
-        let cases = [
-            ("0", Some(0)),
-            ("100", Some(100)),
-            ("64Mi", Some(64 << 20)),
-            ("1.5Gi", Some(3 << 29)),
-            ("0.1Ki", Some(103)),
-            ("12k", Some(12_000)),
-            ("1500m", Some(2)),
-            ("1e3", Some(1000)),
-            ("25e-1", Some(3)),
-            ("1E", Some(10_u64.pow(18))),
-            ("99E", None),
-            ("", None),
-            ("Mi", None),
-            ("-1", None),
-            ("1..5", None),
-            ("1MiB", None),
-            ("99999999999999999999", None),
-        ];
-        for (text, want) in cases {
-            assert_eq!(bytes(&Quantity(text.to_owned())), want, "{text}");
-        }
     }
 }

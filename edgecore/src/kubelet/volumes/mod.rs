@@ -30,6 +30,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use nix::mount::{MsFlags, mount};
 
 use super::dirs::{At, PathError, PodDirs, is_plain_name, make_dirs};
+use super::expand::{expand_strict, value_in};
 use super::references::{NodeFacts, References};
 use crate::order;
 use atomic::{AtomicWriter, Payload};
@@ -95,7 +96,7 @@ impl Volumes {
     }
 
     /// Sees to it that mounts below the root reach containers and come back from them (mount propagation), which needs the root to be
-    /// on a shared mount. Where the system's mounts are private, the root is bound onto itself; [`Volumes::unshare`] undoes that.
+    /// on a shared mount. Where the system's mounts are private, the root is bound onto itself, which `edgecore reset` undoes.
     /// `false`: that was not possible any more, because pods have mounts there already, which would be hidden for good.
     pub fn share(&self) -> Result<bool, PathError> {
         make_dirs(&self.root, 0o750)?;
@@ -347,7 +348,9 @@ fn sub_path(mount: &VolumeMount, env: &[(String, String)]) -> Result<Option<Stri
     let given = |path: &Option<String>| path.clone().filter(|path| !path.is_empty());
     match (given(&mount.sub_path), given(&mount.sub_path_expr)) {
         (Some(path), _) => Ok(Some(path)),
-        (None, Some(expression)) => subpath::expand(&expression, env).map(Some),
+        (None, Some(expression)) => {
+            expand_strict(&expression, |name| value_in(env, name)).map(Some).map_err(Into::into)
+        }
         (None, None) => Ok(None),
     }
 }

@@ -20,15 +20,15 @@ use thiserror::Error;
 
 use super::{mountinfo, tree};
 use crate::kubelet::dirs::{At, PathError, make_dirs};
-use crate::order;
+use crate::kubelet::expand::MissingValues;
 
 const LINKS_MAX: usize = 40;
 
 /// Why a part of a volume cannot be mounted.
 #[derive(Debug, Error)]
 pub(crate) enum SubPathError {
-    #[error("missing value for {}", .0.join(", "))]
-    MissingValue(Vec<String>),
+    #[error(transparent)]
+    MissingValue(#[from] MissingValues),
     #[error("it must not be an absolute path")]
     Absolute,
     #[error("it must not contain \"..\"")]
@@ -54,37 +54,6 @@ pub(crate) enum SubPathError {
 pub(crate) struct Found {
     file: OwnedFd,
     stat: FileStat,
-}
-
-/// Replaces `$(NAME)` by the container's environment; `$$` is a dollar sign. A name without a value, or with an empty one, is an error.
-pub(crate) fn expand(text: &str, env: &[(String, String)]) -> Result<String, SubPathError> {
-    let mut out = String::with_capacity(text.len());
-    let mut missing = Vec::new();
-    let mut rest = text;
-    while let Some(at) = rest.find('$') {
-        out.push_str(&rest[..at]);
-        let after = &rest[at + 1..];
-        if let Some(tail) = after.strip_prefix('$') {
-            out.push('$');
-            rest = tail;
-        } else if let Some((name, tail)) = after.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
-            match env.iter().rev().find(|(key, value)| key == name && !value.is_empty()) {
-                Some((_, value)) => out.push_str(value),
-                None => missing.push(name.to_owned()),
-            }
-            rest = tail;
-        } else {
-            out.push('$');
-            rest = after;
-        }
-    }
-    if !missing.is_empty() {
-        order::sort(&mut missing);
-        missing.dedup();
-        return Err(SubPathError::MissingValue(missing));
-    }
-    out.push_str(rest);
-    Ok(out)
 }
 
 /// Opens a subPath of a volume, making the directories that are missing with the permissions of the volume's own.

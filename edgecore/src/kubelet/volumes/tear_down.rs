@@ -50,30 +50,9 @@ impl Volumes {
         remove(&PodDirs::new(&self.root, uid)?.pod())
     }
 
-    /// Whether anything is mounted below a pod's directory. What cannot be found out counts as mounted.
-    pub fn mounted(&self, uid: &str) -> bool {
-        let look = || -> Result<bool, PathError> {
-            let dirs = PodDirs::new(&self.root, uid)?;
-            let Some(pod) = real_dir(&dirs.pod())? else { return Ok(false) };
-            Ok(!mountinfo::at_or_below(&pod).at("look for mounts below", &pod)?.is_empty())
-        };
-        look().unwrap_or(true)
-    }
-
     /// UIDs of the pods that have a directory here.
     pub fn pod_uids_on_disk(&self) -> Result<Vec<String>, PathError> {
         pod_uids(&self.root)
-    }
-
-    /// Undoes [`Volumes::share`], once all pods are gone. Harmless when there is nothing to undo.
-    pub fn unshare(&self) -> Result<(), TearDownError> {
-        let Some(root) = real_dir(&self.root)? else { return Ok(()) };
-        let mounts = mountinfo::at_or_below(&root).at("look for mounts below", &root)?;
-        match mounts.last() {
-            Some(last) if last.mount_point != root => Err(TearDownError::Busy { mount: last.mount_point.clone() }),
-            Some(_) => unmount(&root, false),
-            None => Ok(()),
-        }
     }
 }
 

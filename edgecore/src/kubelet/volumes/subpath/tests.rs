@@ -1,7 +1,5 @@
 use std::os::unix::fs::{MetadataExt, symlink};
 
-use proptest::prelude::*;
-
 use super::*;
 use crate::kubelet::volumes::tests::{Unmount, is_root};
 
@@ -162,21 +160,4 @@ fn what_was_opened_is_what_is_bound() {
     bind(&open(&volume, "f").unwrap(), &target).unwrap();
     assert_eq!(fs::read_to_string(&target).unwrap(), "two");
     assert_eq!(mountinfo::at_or_below(&real).unwrap().len(), 1);
-}
-
-#[test]
-fn expressions() {
-    let env = [("A", "1"), ("E", ""), ("A", "2")].map(|(key, value)| (key.to_owned(), value.to_owned()));
-    let text = |expression: &str| expand(expression, &env).map_err(|error| error.to_string());
-    assert_eq!(text("x/$(A)/y").unwrap(), "x/2/y");
-    assert_eq!(text("$$(A)$").unwrap(), "$(A)$");
-    assert_eq!(text("$(A").unwrap(), "$(A");
-    assert_eq!(text("$(E)/$(NO)/$(E)").unwrap_err(), "missing value for E, NO");
-}
-
-proptest! {
-    #[test]
-    fn expansion_never_panics(text in "[$()A-Cé]{0,20}") {
-        let _ = expand(&text, &[("A".to_owned(), "$(B)".to_owned())]);
-    }
 }
