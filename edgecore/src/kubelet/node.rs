@@ -1,7 +1,7 @@
 //! What this box is and how it fares, as a NodeStatus: capacity, conditions, nodeInfo, images; and the facts that pods see.
 //!
 //! Measuring ([`Machine::read`], [`Load::read`]) is apart from judging ([`Pressure`], [`status`], [`due`]), which is pure. The cloud
-//! owns the Node object; from here comes a report only when something is different, or after five minutes.
+//! owns the Node object; from here comes a report only when something is different, or after [`REPORT_EVERY`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -188,7 +188,7 @@ pub fn status(inputs: &Inputs<'_>, previous: Option<&NodeStatus>, now: Timestamp
     }
 }
 
-/// Whether a status has to be reported: never yet, something changed but the heartbeats, or five minutes went by (monotonic times).
+/// Whether a status has to be reported: never yet, something changed but the heartbeats, or [`REPORT_EVERY`] went by (monotonic times).
 pub fn due(last_sent: Option<Duration>, now: Duration, old: &NodeStatus, new: &NodeStatus) -> bool {
     let Some(last_sent) = last_sent else { return true };
     now.saturating_sub(last_sent) >= REPORT_EVERY || !is_same(old, new)

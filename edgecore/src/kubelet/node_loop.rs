@@ -1,5 +1,5 @@
-//! The node's own status: computed every ten seconds, reported when it says something new or is five minutes old; and the facts that
-//! pods see of their node, kept up to date from the store.
+//! The node's own status: computed every ten seconds, reported when it says something new or the last report is old; and the facts
+//! that pods see of their node, kept up to date from the store.
 
 use std::net::IpAddr;
 use std::path::Path;
