@@ -105,6 +105,12 @@ fn session(edge: Edge) -> (Sequence, Sequence) {
             // Of many deletes, some are enough.
             up.truncate(LONGEST);
             down.truncate(LONGEST);
+            for (id, size) in [(8, 1000), (9, crate::sync::MAX_REPORT + 1)] {
+                let (kind, encoding) = (ReportKind::Event.into(), Encoding::Zstd.into());
+                let payload = without_size(&vec![b'x'; size]);
+                let report = wire::Report { id, kind, encoding, payload, ..wire::Report::default() };
+                up.push(Frame { body: Some(Body::Report(report)) }.encode_to_vec());
+            }
             for body in [Body::Ping(wire::Ping { token: 1 }), Body::Goodbye(wire::Goodbye::default())] {
                 let frame = Frame { body: Some(body) }.encode_to_vec();
                 up.push(frame.clone());
@@ -172,7 +178,13 @@ pub(super) fn payloads() -> Vec<Vec<u8>> {
     let with_dictionary = json().into_iter().map(|text| text.repeat(4)).chain([vec![b'a'; 60_000]]);
     let with_dictionary =
         with_dictionary.map(|text| (Encoding::ZstdDictionary, dictionary::compress(&text).unwrap().into()));
-    texts.iter().map(|text| encode(text)).chain(with_dictionary).map(bytes).collect()
+    let without_size = texts.iter().map(|text| (Encoding::Zstd, without_size(text)));
+    texts.iter().map(|text| encode(text)).chain(with_dictionary).chain(without_size).map(bytes).collect()
+}
+
+/// As no edge compresses it: the frame does not say how large it becomes.
+fn without_size(text: &[u8]) -> Bytes {
+    zstd::stream::encode_all(text, 3).unwrap().into()
 }
 
 /// The length of a text, the text, and a delta of it.

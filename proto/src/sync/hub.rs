@@ -14,8 +14,8 @@ use prost::Message as _;
 use self::held::{Desired, Held, Knowledge};
 use super::revisions::Freshness;
 use super::{
-    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_NAME, MAX_REPORT, Object, PROTOCOL, REPORT_WINDOW, Report, decode,
-    decoded_size, max_inventory, rank,
+    COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_NAME, MAX_REPORT, Object, PROTOCOL, REPORT_WINDOW, Report,
+    decode_within, decoded_size, max_inventory, rank,
 };
 use crate::dictionary;
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
@@ -291,7 +291,7 @@ impl Hub {
             out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
             return Ok(());
         }
-        let payload = decode(report.encoding(), &report.payload)
+        let payload = decode_within(MAX_REPORT, report.encoding(), &report.payload)
             .map_err(|error| format!("report {} cannot be read: {error}", report.id))?;
         if self.reports.len() >= REPORT_WINDOW {
             return Err(format!("more than {REPORT_WINDOW} reports at once"));
@@ -307,7 +307,7 @@ impl Hub {
         }
         self.reports.push(report.id);
         let wire::Report { id, namespace, name, uid, .. } = report;
-        out.push(HubOutput::Report(Report { id, kind, namespace, name, uid, payload: payload.into() }));
+        out.push(HubOutput::Report(Report { id, kind, namespace, name, uid, payload: payload.into_boxed_slice().into() }));
         Ok(())
     }
 

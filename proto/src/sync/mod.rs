@@ -224,21 +224,26 @@ fn decoded_size(encoding: Encoding, payload: &[u8]) -> Option<usize> {
 
 /// Undoes what either side makes of JSON, refusing more than [`MAX_OBJECT`] bytes.
 pub fn decode(encoding: Encoding, payload: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    decode_within(MAX_OBJECT, encoding, payload)
+}
+
+/// As [`decode`], refusing more than `most` bytes: what is compressed need not say how large it becomes.
+fn decode_within(most: usize, encoding: Encoding, payload: &[u8]) -> Result<Vec<u8>, DecodeError> {
     match encoding {
-        Encoding::Raw if payload.len() > MAX_OBJECT => Err(DecodeError::TooLarge),
+        Encoding::Raw if payload.len() > most => Err(DecodeError::TooLarge(most)),
         Encoding::Raw => Ok(payload.to_vec()),
-        Encoding::Zstd => zstd::bulk::decompress(payload, MAX_OBJECT).map_err(DecodeError::Zstd),
-        Encoding::ZstdDictionary => dictionary::decompress(payload, MAX_OBJECT).map_err(DecodeError::Zstd),
+        Encoding::Zstd => zstd::bulk::decompress(payload, most).map_err(DecodeError::Zstd),
+        Encoding::ZstdDictionary => dictionary::decompress(payload, most).map_err(DecodeError::Zstd),
     }
 }
 
 /// Why a payload cannot be decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// More than [`MAX_OBJECT`].
-    #[error("object of more than {MAX_OBJECT} bytes")]
-    TooLarge,
-    /// Not zstd, or more than [`MAX_OBJECT`] when decompressed.
+    /// More bytes than may be.
+    #[error("object of more than {0} bytes")]
+    TooLarge(usize),
+    /// Not zstd, or more bytes when decompressed than may be.
     #[error("damaged or oversized compressed object")]
     Zstd(#[source] std::io::Error),
 }

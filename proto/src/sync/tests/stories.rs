@@ -332,6 +332,21 @@ fn a_report_that_is_too_large_is_refused_and_holds_nothing_up() {
 }
 
 #[test]
+fn a_report_that_does_not_say_its_size_is_held_to_the_bound() {
+    for (size, is_taken) in [(MAX_REPORT, true), (MAX_REPORT + 1, false)] {
+        let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+        let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+        let payload = zstd::stream::encode_all(vec![b'x'; size].as_slice(), 3).unwrap().into();
+        let (kind, encoding) = (ReportKind::Event.into(), Encoding::Zstd.into());
+        let report = Body::Report(wire::Report { id: 1, kind, encoding, payload, ..wire::Report::default() });
+        let out = hub.step(Duration::ZERO, HubInput::Frame(Frame { body: Some(report) }));
+        let taken = matches!(out.as_slice(), [HubOutput::Report(report)] if report.payload.len() == size);
+        assert_eq!(taken, is_taken, "{size}");
+        assert!(out.iter().all(|output| taken || !matches!(output, HubOutput::Report(_))), "{size}");
+    }
+}
+
+#[test]
 fn peers_that_break_the_protocol_are_dismissed() {
     let hello = |min, max| wire::Hello {
         protocol_min: min,
