@@ -113,6 +113,58 @@ async fn of_a_request_only_the_key_is_used() {
     assert_eq!(life, 365 * 86_400 + 300);
 }
 
+/// The PEM of a request.
+fn request_of(der: &[u8]) -> String {
+    use base64::Engine as _;
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    format!("-----BEGIN CERTIFICATE REQUEST-----\n{text}\n-----END CERTIFICATE REQUEST-----\n")
+}
+
+/// A request with all that one may wish for, and the certificate of a node.
+async fn request_and_certificate() -> (Vec<u8>, Vec<u8>) {
+    let key = KeyPair::generate().unwrap();
+    let mut wish = CertificateParams::new(vec!["cloud.example".to_owned(), "10.0.0.1".to_owned()]).unwrap();
+    wish.subject_alt_names.push(SanType::URI("spiffe://a/b".try_into().unwrap()));
+    wish.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    wish.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+    let csr = wish.serialize_request(&key).unwrap();
+    let signed = NodeKey::from_csr(&csr.pem().unwrap()).unwrap();
+    let pem = authority().await.sign_node(&signed, &node(), clock::wall()).unwrap();
+    (csr.der().to_vec(), CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec())
+}
+
+#[test]
+fn no_damage_to_a_request_or_a_certificate_makes_reading_it_panic() {
+    use proptest::prelude::*;
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (request, certificate) = runtime.block_on(request_and_certificate());
+    let damaged = |whole: &[u8], wounds: &[(prop::sample::Index, u8, u8)]| {
+        let mut der = whole.to_vec();
+        for (at, kind, byte) in wounds {
+            let at = at.index(der.len().max(1)).min(der.len());
+            match kind % 5 {
+                0 | 1 if at < der.len() => der[at] = *byte,
+                2 if at < der.len() => drop(der.remove(at)),
+                3 => der.insert(at, *byte),
+                // A length or a tag of another size.
+                4 if at < der.len() => der[at] = [0, 1, 0x7f, 0x80, 0x82, 0x84, 0xff][usize::from(*byte) % 7],
+                _ => der.truncate(at),
+            }
+        }
+        der
+    };
+    let wounds = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<u8>()), 1..4);
+    proptest!(ProptestConfig::with_cases(1000), |(wounds in wounds)| {
+        let der = damaged(&request, &wounds);
+        let _ = NodeKey::from_csr(&request_of(&der));
+        let text = damaged(request_of(&request).as_bytes(), &wounds);
+        let _ = NodeKey::from_csr(&String::from_utf8_lossy(&text));
+        if let Ok(read) = node_of(&CertificateDer::from(damaged(&certificate, &wounds))) {
+            prop_assert!(read.node.name.len() <= 253 && read.node.uid.len() <= 64);
+        }
+    });
+}
+
 #[tokio::test]
 async fn requests_that_prove_nothing_are_refused() {
     let key = KeyPair::generate().unwrap();
@@ -120,10 +172,7 @@ async fn requests_that_prove_nothing_are_refused() {
     let mut der = csr.der().to_vec();
     let last = der.len() - 1;
     der[last] ^= 1;
-    let forged = format!("-----BEGIN CERTIFICATE REQUEST-----\n{}\n-----END CERTIFICATE REQUEST-----\n", {
-        use base64::Engine as _;
-        base64::engine::general_purpose::STANDARD.encode(&der)
-    });
+    let forged = request_of(&der);
     assert!(matches!(NodeKey::from_csr(&forged), Err(CsrError::Signature)), "{:?}", NodeKey::from_csr(&forged));
     for text in [
         "",
