@@ -18,6 +18,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::pki_types::CertificateDer;
 use skerry_proto::payload::{JoinRequest, Refusal};
 use skerry_proto::transport::ws_config;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -36,6 +37,8 @@ const READ_PATIENCE: Duration = Duration::from_secs(10);
 /// A connection that is no session ends after this long.
 const PATIENCE: Duration = Duration::from_secs(90);
 const MAX_BODY: usize = 64 << 10;
+/// When to come again whoever cannot be served now.
+const RETRY_SECONDS: u16 = 5;
 
 /// What a WebSocket of a session runs on.
 pub(super) type Carried = TokioIo<Upgraded>;
@@ -98,6 +101,24 @@ pub(super) async fn serve<B: Backend, S: SecretStore>(
     let (upgrade, node) = peer.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take()?;
     let upgraded = tokio::time::timeout(READ_PATIENCE, upgrade).await.ok()?.ok()?;
     Some((WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(ws_config())).await, node))
+}
+
+/// Says that this is not the time, and hears the request out, as far as it has come: closing on unread bytes would take the answer back.
+pub(super) async fn busy(mut tls: TlsStream<TcpStream>) {
+    let no = Refusal {
+        reason: "busy".to_owned(),
+        message: "cloudcore has too many requests at once; try again in some seconds".to_owned(),
+    };
+    // Strings only: writing them cannot fail.
+    let body = serde_json::to_string(&no).unwrap_or_default();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nretry-after: {RETRY_SECONDS}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let mut heard = [0; 1024];
+    if tls.write_all(answer.as_bytes()).await.is_ok() && tls.shutdown().await.is_ok() {
+        while let Ok(1..) = tls.read(&mut heard).await {}
+    }
 }
 
 async fn answer<B: Backend, S: SecretStore>(front: &Front<B, S>, peer: &Peer, request: Request<Incoming>) -> Answer {
@@ -252,7 +273,7 @@ fn refusal(no: No) -> Answer {
     let (status, reason) = (no.status, no.reason.to_owned());
     let mut response = json_answer(status, &Refusal { reason, message: no.message });
     if status == StatusCode::SERVICE_UNAVAILABLE {
-        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_SECONDS));
     }
     response
 }

@@ -48,8 +48,14 @@ const MAX_SILENT: usize = if cfg!(test) { 8 } else { 1024 };
 /// Handshakes at once. One that has begun is not waited for when others do, once it has had [`HANDSHAKE_GRACE`].
 const MAX_HANDSHAKES: usize = if cfg!(test) { 8 } else { 512 };
 const HANDSHAKE_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 3 });
-/// Connections past the handshake that are not sessions yet.
+/// Connections past the handshake of those who showed a node's certificate, and have no session yet.
 const MAX_REQUESTS: usize = 4096;
+/// Connections past the handshake of those who showed none, whom joining takes a second: they do not keep nodes out, and among each other
+/// whoever has been here longest gives way, once he has had [`STRANGER_GRACE`].
+const MAX_STRANGERS: usize = if cfg!(test) { 8 } else { 512 };
+const STRANGER_GRACE: Duration = Duration::from_secs(if cfg!(test) { 3600 } else { 5 });
+/// How long being told to come again may take.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const MAX_JOINS: usize = 64;
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -68,6 +74,7 @@ pub struct Front<B, S> {
     metrics: Metrics,
     joins: Semaphore,
     handshakes: Places,
+    strangers: Places,
     requests: Arc<Semaphore>,
     stop: CancellationToken,
 }
@@ -91,6 +98,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             metrics,
             joins: Semaphore::new(MAX_JOINS),
             handshakes: Places::new(MAX_HANDSHAKES, HANDSHAKE_GRACE),
+            strangers: Places::new(MAX_STRANGERS, STRANGER_GRACE),
             requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
             stop,
         }
@@ -205,13 +213,37 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 return None;
             }
         };
-        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
-            debug!(peer, "too many requests at once, the connection is closed");
+        let Some(certificate) = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned() else {
+            // No session comes of it.
+            if self.strangers.has_room() {
+                let mut place = self.strangers.take();
+                tokio::select! {
+                    _ = http::serve(Arc::clone(self), tls, None, peer) => {}
+                    () = place.evicted() => {}
+                }
+            } else {
+                debug!(peer, "too many requests at once");
+                self.put_off(tls).await;
+            }
             return None;
         };
-        let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned();
-        let (websocket, certificate) = http::serve(Arc::clone(self), tls, certificate, peer).await?;
+        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
+            debug!(peer, "too many requests at once");
+            self.put_off(tls).await;
+            return None;
+        };
+        let (websocket, certificate) = http::serve(Arc::clone(self), tls, Some(certificate), peer).await?;
         Some((Wire::over_websocket(websocket, Side::Cloud, self.metrics.clone()), certificate, request))
+    }
+
+    /// Tells a client to come again, whatever he wants. It takes a place among the handshakes, which are many and short.
+    async fn put_off(&self, tls: TlsStream<TcpStream>) {
+        let mut place = self.handshakes.take();
+        tokio::select! {
+            () = http::busy(tls) => {}
+            () = place.evicted() => {}
+            () = tokio::time::sleep(BUSY_PATIENCE) => {}
+        }
     }
 }
 

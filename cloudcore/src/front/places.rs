@@ -56,6 +56,11 @@ impl Places {
         }
     }
 
+    /// Whether there is a free place, or someone who has had one for longer than the grace, who is sent away then.
+    pub(crate) fn has_room(&self) -> bool {
+        self.make_room(clock::monotonic()).is_ok()
+    }
+
     /// How many are taken.
     pub(crate) fn taken(&self) -> usize {
         self.inner.lock().by_age.len()

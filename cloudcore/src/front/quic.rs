@@ -118,11 +118,6 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 return None;
             }
         };
-        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
-            debug!(%peer, "too many requests at once, the connection is closed");
-            connection.close(REFUSED, b"too many requests at once");
-            return None;
-        };
         let chain = connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
         let certificate = match http::node(chain.as_ref().and_then(|chain| chain.first())) {
             Ok(certificate) => certificate,
@@ -131,6 +126,11 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 connection.close(REFUSED, no.message.as_bytes());
                 return None;
             }
+        };
+        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
+            debug!(%peer, "too many requests at once, the connection is closed");
+            connection.close(REFUSED, b"too many requests at once");
+            return None;
         };
         // A client that allows no streams would hold its place for ever.
         let opening = Wire::over_quic(connection, Side::Cloud, self.metrics.clone());

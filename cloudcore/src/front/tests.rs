@@ -537,6 +537,38 @@ async fn who_says_nothing_or_never_ends_keeps_nobody_out() {
 }
 
 #[tokio::test]
+async fn strangers_are_told_to_come_again_and_keep_no_node_out() {
+    let mut cloud = Cloud::start().await;
+    let node = cloud.node("box-1").await;
+    let ask = "GET /v1/ca HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let nobody = async {
+        while cloud.front.strangers.taken() > 0 {
+            tokio::task::yield_now().await
+        }
+    };
+    tokio::time::timeout(PATIENCE, nobody).await.expect("who joined has left");
+    // Each has been served, and keeps its connection.
+    let mut strangers = Vec::new();
+    for _ in 0..MAX_STRANGERS {
+        let mut stream = cloud.tls(None).await;
+        stream.write_all(ask.as_bytes()).await.unwrap();
+        assert!(stream.read(&mut [0; 12]).await.unwrap() > 0);
+        strangers.push(stream);
+    }
+    let mut stream = cloud.tls(None).await;
+    stream.write_all(ask.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer comes").unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: 5\r\n"), "{answer}");
+    assert!(answer.contains(r#""reason":"busy""#), "{answer}");
+    drop(cloud.session(&node, "box-1", 0).await);
+    strangers.pop();
+    let served = async { while cloud.exchange(None, "GET /v1/ca HTTP/1.1", b"").await.0 != 200 {} };
+    tokio::time::timeout(PATIENCE, served).await.expect("who leaves makes room");
+}
+
+#[tokio::test]
 async fn a_session_needs_a_nodes_certificate_of_this_ca() {
     let cloud = Cloud::start().await;
     let upgrade = "GET /v1/session HTTP/1.1\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==";
