@@ -49,7 +49,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new(closures: Closures) -> Arc<Self> {
+    pub(crate) fn new(closures: Closures) -> Arc<Self> {
         let (fetch_wake, token_wake) = (closures.fetch_wake(), closures.token_wake());
         Arc::new(Self { closures: Mutex::new(closures), restored: CancellationToken::new(), fetch_wake, token_wake })
     }

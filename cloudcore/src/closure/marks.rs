@@ -99,6 +99,11 @@ impl Closures {
         revision >= before
     }
 
+    /// Whether all changes of a source up to this revision have been taken in.
+    pub(crate) fn has_reached(&self, source: Source, revision: &str) -> bool {
+        revision.parse().is_ok_and(|revision| self.marks.reached[source as usize] >= revision)
+    }
+
     /// Until [`Closures::confirmed`], what is known may show something that is gone.
     pub(crate) fn confirming(&mut self) {
         self.marks.confirming += 1;

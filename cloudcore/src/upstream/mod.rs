@@ -22,9 +22,9 @@ use self::event::About;
 use self::pod::StatusFacts;
 use self::queue::{Next, State, Waiting};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
-use crate::backend::{FeedEvent, NodeIdentity};
+use crate::backend::{FeedEvent, NodeCheck, NodeIdentity};
 use crate::backend_k8s::Shared;
-use crate::closure::PodFacts;
+use crate::closure::{PodFacts, Source};
 use crate::kubelet::Ports;
 use crate::nodes::Claim;
 use crate::nodes::leases::Leases;
@@ -36,6 +36,8 @@ mod event;
 pub(crate) mod node;
 pub(crate) mod pod;
 mod queue;
+#[cfg(test)]
+mod tests;
 
 /// A report that meets only doubtful answers is tried this often, which takes two minutes, so that it does not hold its place in the edge's
 /// window for ever.
@@ -82,6 +84,8 @@ enum Outcome {
     /// Refused unless it passes.
     Doubtful(String),
     Later(Option<Duration>),
+    /// A newer session has the node, and the report: this one only has to end.
+    Superseded,
 }
 
 impl Outcome {
@@ -164,8 +168,15 @@ impl Upstream {
             let next = lock(&queue.state).next(clock::monotonic());
             match next {
                 Next::Now(waiting) => {
+                    let Report { namespace, name, .. } = &waiting.report;
+                    let pod = (waiting.report.kind == ReportKind::PodStatus).then(|| format!("{namespace}/{name}"));
                     if let Some((id, refused)) = self.carry_out(&queue, waiting).await {
                         queue.end(id, refused);
+                    }
+                    lock(&queue.state).tried();
+                    let known = pod.and_then(|key| self.shared.closures().pod(&key).map(|(_, facts)| facts.clone()));
+                    if let Some(facts) = known {
+                        self.pod_seen(&queue.node.name, &facts);
                     }
                 }
                 // A new report may be due before.
@@ -221,7 +232,6 @@ impl Upstream {
             Ok(_permit) => {
                 self.leases.on_time().await;
                 if self.shared.closures().is_superseded(&queue.node, queue.epoch) {
-                    // The newer session has it too: this one only has to end.
                     return None;
                 }
                 // A request is kilobytes, and of all that wait for a permit there may be thousands.
@@ -239,6 +249,7 @@ impl Upstream {
             other => other,
         };
         let refused = match outcome {
+            Outcome::Superseded => return None,
             Outcome::Taken => {
                 self.api.metrics().report(kind, "taken");
                 String::new()
@@ -295,36 +306,13 @@ impl Upstream {
             }
             Err(outcome) => return outcome,
         };
-        let status = StatusFacts::of(&content.status);
-        let mut unchanged = true;
-        if facts.status.terminal() && status.phase != facts.status.phase {
-            if !content.finished {
-                return Outcome::Refused(format!("the pod's phase {} is final", facts.status.phase));
-            }
-        } else if status.fingerprint != facts.status.fingerprint {
-            let patch = match pod::patch(&report.uid, &content.status) {
-                Ok(patch) => patch,
-                Err(reason) => return Outcome::Refused(reason),
-            };
-            unchanged = false;
-            match self.api.patch_status(Kind::Pod, &report.namespace, &report.name, patch).await {
-                Ok(written) => {
-                    facts = PodFacts::of(&Kind::Pod.json(&written));
-                    self.shared.closures().pod_written(&key, facts.clone());
-                }
-                Err(error) => match verdict(&error) {
-                    // The UID guard answers 422, which a status that cannot be does as well: the pod itself is asked.
-                    Verdict::Refused(reason) => {
-                        return self.after_refusal(queue, report, content.finished, Outcome::Refused(reason)).await;
-                    }
-                    Verdict::NotFound | Verdict::Conflict => {
-                        return self.after_refusal(queue, report, content.finished, Outcome::Later(None)).await;
-                    }
-                    verdict => return Outcome::of(verdict),
-                },
-            }
-        }
-        lock(&queue.state).accept(&report.uid, status, &facts.resource_version);
+        let before = facts.resource_version.clone();
+        facts = match self.write_status(queue, report, &content, facts).await {
+            Ok(facts) => facts,
+            Err(outcome) => return outcome,
+        };
+        let unchanged = facts.resource_version == before;
+        lock(&queue.state).accept(&report.uid, facts.status.clone(), &facts.resource_version);
         if !content.finished {
             return if unchanged { Outcome::Unchanged } else { Outcome::Taken };
         }
@@ -346,12 +334,86 @@ impl Upstream {
         }
     }
 
-    /// A status patch was not taken: because the pod is another one, or gone, or else for what `otherwise` says.
-    async fn after_refusal(&self, queue: &Queue, report: &Report, finished: bool, otherwise: Outcome) -> Outcome {
-        match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
-            Ok(_) => otherwise,
-            Err(Outcome::Gone(_)) if finished => Outcome::Taken,
-            Err(outcome) => outcome,
+    /// Makes the pod show the status, if it does not. Answers the pod as it is then.
+    ///
+    /// A status is written only over the one that was looked at, and only by a session that had the node after that look: so none of an older
+    /// session takes the place of what a newer one wrote.
+    async fn write_status(
+        &self,
+        queue: &Queue,
+        report: &Report,
+        content: &PodReport,
+        mut facts: PodFacts,
+    ) -> Result<PodFacts, Outcome> {
+        let key = format!("{}/{}", report.namespace, report.name);
+        let status = StatusFacts::of(&content.status);
+        let mut is_second = false;
+        loop {
+            if facts.status.terminal() && status.phase != facts.status.phase {
+                return if content.finished {
+                    Ok(facts)
+                } else {
+                    Err(Outcome::Refused(format!("the pod's phase {} is final", facts.status.phase)))
+                };
+            }
+            if status.fingerprint == facts.status.fingerprint {
+                return Ok(facts);
+            }
+            if !self.has_node(queue, &facts).await? {
+                return Err(Outcome::Superseded);
+            }
+            let patch = pod::patch(&report.uid, &facts.resource_version, &content.status).map_err(Outcome::Refused)?;
+            let error = match self.api.patch_status(Kind::Pod, &report.namespace, &report.name, patch).await {
+                Ok(written) => {
+                    facts = PodFacts::of(&Kind::Pod.json(&written));
+                    self.shared.closures().pod_written(&key, facts.clone());
+                    return Ok(facts);
+                }
+                Err(error) => verdict(&error),
+            };
+            let otherwise = match error {
+                // The UID guard answers 422, which a status that cannot be does as well: the pod itself is asked.
+                Verdict::Refused(reason) => Some(Outcome::Refused(reason)),
+                Verdict::NotFound => Some(Outcome::Later(None)),
+                // Somebody wrote the pod meanwhile, or it is another one.
+                Verdict::Conflict => std::mem::replace(&mut is_second, true).then_some(Outcome::Later(None)),
+                verdict => return Err(Outcome::of(verdict)),
+            };
+            facts = match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
+                Ok(facts) => facts,
+                Err(Outcome::Gone(_)) if content.finished => return Err(Outcome::Taken),
+                Err(outcome) => return Err(outcome),
+            };
+            self.shared.closures().pod_written(&key, facts.clone());
+            if let Some(outcome) = otherwise {
+                return Err(outcome);
+            }
+        }
+    }
+
+    /// Whether this session has the node, looked at after this state of one of its pods. Whoever takes a node over says so on the Node before
+    /// writing anything: what the watch shows is enough if it is as new as the pod, or if nobody else has written the status.
+    async fn has_node(&self, queue: &Queue, pod: &PodFacts) -> Result<bool, Outcome> {
+        {
+            let closures = self.shared.closures();
+            if closures.is_superseded(&queue.node, queue.epoch) {
+                return Ok(false);
+            }
+            if !pod.status.begun || closures.has_reached(Source::Nodes, &pod.resource_version) {
+                return Ok(true);
+            }
+        }
+        if lock(&queue.state).wrote(&pod.uid, &pod.status) {
+            return Ok(true);
+        }
+        match nodes::check(&self.api, &queue.node).await {
+            Ok(NodeCheck::Live { epoch }) if epoch > queue.epoch => {
+                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(epoch));
+                Ok(false)
+            }
+            Ok(NodeCheck::Live { .. }) => Ok(true),
+            Ok(NodeCheck::Deleted | NodeCheck::OtherUid) => Err(Outcome::Gone("the Node is gone")),
+            Err(error) => Err(Outcome::of(verdict(&error.source))),
         }
     }
 

@@ -26,8 +26,8 @@ const OWN_CONDITIONS: [&str; 5] =
 pub(crate) struct StatusFacts {
     /// status.phase
     pub(crate) phase: String,
-    /// Status of the conditions Ready and ContainersReady, which the node lifecycle controller takes away from a node it does not hear.
-    pub(crate) ready: [Option<bool>; 2],
+    /// A node has written it.
+    pub(crate) begun: bool,
     /// The node lifecycle controller, which writes no reason, says that the pod is not ready although its containers are.
     pub(crate) disowned: bool,
     /// Of all that the edge is the author of.
@@ -43,7 +43,7 @@ impl StatusFacts {
         let silent = |found: &Value| !holds(found) && found["reason"].as_str().is_none_or(str::is_empty);
         Self {
             phase: status["phase"].as_str().unwrap_or_default().to_owned(),
-            ready: ready.map(|found| found.map(holds)),
+            begun: !status["startTime"].is_null(),
             disowned: ready[0].is_some_and(silent) && ready[1].is_some_and(holds),
             fingerprint: fingerprint(status),
         }
@@ -57,13 +57,13 @@ impl StatusFacts {
     /// Whether what the apiserver shows is not what the edge says: known for certain when `report` was taken in this session, else by
     /// the traces that others leave.
     pub(crate) fn hides(&self, report: Option<&Self>) -> bool {
-        !self.terminal()
-            && report.map_or(self.disowned, |report| report.ready != self.ready || report.phase != self.phase)
+        !self.terminal() && report.map_or(self.disowned, |report| report.fingerprint != self.fingerprint)
     }
 }
 
-/// The strategic merge patch that makes the apiserver's status say what the report says; `Err` when the report is no status.
-pub(crate) fn patch(uid: &str, status: &Value) -> Result<Value, String> {
+/// The strategic merge patch that makes the status of the pod of this version say what the report says, and of no other version of it;
+/// `Err` when the report is no status.
+pub(crate) fn patch(uid: &str, version: &str, status: &Value) -> Result<Value, String> {
     let report = status.as_object().ok_or("the status is not an object")?;
     if !report.get("phase").is_some_and(Value::is_string) {
         return Err("the status has no phase".into());
@@ -112,7 +112,7 @@ pub(crate) fn patch(uid: &str, status: &Value) -> Result<Value, String> {
         }
     }
     patch.insert("conditions".into(), list.into());
-    Ok(json!({"metadata": {"uid": uid}, "status": patch}))
+    Ok(json!({"metadata": {"uid": uid, "resourceVersion": version}, "status": patch}))
 }
 
 fn conditions(status: &Value) -> impl Iterator<Item = &Value> {
@@ -181,9 +181,10 @@ mod tests {
 
     #[test]
     fn the_patch_replaces_what_is_the_edges_and_names_nothing_else() {
-        insta::assert_json_snapshot!(patch("u", &status()).unwrap(), @r#"
+        insta::assert_json_snapshot!(patch("u", "7", &status()).unwrap(), @r#"
         {
           "metadata": {
+            "resourceVersion": "7",
             "uid": "u"
           },
           "status": {
@@ -255,9 +256,9 @@ mod tests {
 
     #[test]
     fn what_is_no_status_is_refused() {
-        assert!(patch("u", &json!("Running")).is_err());
-        assert!(patch("u", &json!({"conditions": []})).is_err());
-        assert!(patch("u", &json!({"phase": "Running", "conditions": [{"status": "True"}]})).is_err());
+        assert!(patch("u", "7", &json!("Running")).is_err());
+        assert!(patch("u", "7", &json!({"conditions": []})).is_err());
+        assert!(patch("u", "7", &json!({"phase": "Running", "conditions": [{"status": "True"}]})).is_err());
     }
 
     #[test]
@@ -285,6 +286,10 @@ mod tests {
         let mut gated = stored.clone();
         gated["conditions"][0]["reason"] = "ReadinessGatesNotReady".into();
         assert!(!StatusFacts::of(&gated).hides(None), "the edge's own words");
+        let mut older = status();
+        older["containerStatuses"][0]["restartCount"] = 1.into();
+        assert!(StatusFacts::of(&older).hides(Some(&report)), "another replica wrote an older report late");
+        assert!(!StatusFacts::of(&older).hides(None));
         stored["phase"] = "Failed".into();
         assert!(!StatusFacts::of(&stored).hides(Some(&report)) && !StatusFacts::of(&stored).hides(None));
     }

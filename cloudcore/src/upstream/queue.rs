@@ -28,6 +28,8 @@ const DEVICE_BURST: u32 = 5;
 #[derive(Default)]
 pub(super) struct State {
     waiting: VecDeque<Waiting>,
+    /// UID of the pod whose report is on its way to the apiserver.
+    in_hand: Option<String>,
     /// By UID.
     pods: HashMap<String, Pod>,
     node: Allowance,
@@ -107,8 +109,10 @@ impl State {
         };
         let at = self.waiting.iter().position(|waiting| due(waiting) <= now);
         if let Some(waiting) = at.and_then(|at| self.waiting.remove(at)) {
-            if waiting.report.kind == ReportKind::DeviceStatus {
-                self.device_written(now);
+            match waiting.report.kind {
+                ReportKind::DeviceStatus => self.device_written(now),
+                ReportKind::PodStatus => self.in_hand = Some(waiting.report.uid.clone()),
+                ReportKind::NodeStatus | ReportKind::Event | ReportKind::Unspecified => {}
             }
             return Next::Now(waiting);
         }
@@ -118,6 +122,12 @@ impl State {
         self.waiting = VecDeque::new();
         self.is_driven = false;
         Next::Never
+    }
+
+    /// What was handed out has been tried. Meanwhile nothing that the apiserver showed of its pod counted, for that may have come of the try:
+    /// what is known of it now is to be looked at.
+    pub(super) fn tried(&mut self) {
+        self.in_hand = None;
     }
 
     /// A device has something written.
@@ -150,7 +160,13 @@ impl State {
         self.pods.remove(uid);
     }
 
-    /// The apiserver has what was reported of this pod.
+    /// Whether this status is what this session wrote last of the pod.
+    pub(super) fn wrote(&self, uid: &str, shown: &StatusFacts) -> bool {
+        let taken = self.pods.get(uid).and_then(|pod| pod.taken.as_ref());
+        taken.is_some_and(|(status, _)| status.fingerprint == shown.fingerprint)
+    }
+
+    /// The apiserver has what was reported of this pod, and shows it so.
     pub(super) fn accept(&mut self, uid: &str, status: StatusFacts, resource_version: &str) {
         let pod = self.pods.entry(uid.to_owned()).or_default();
         if pod.taken.as_ref().is_some_and(|(before, _)| *before != status) {
@@ -161,6 +177,9 @@ impl State {
 
     /// The apiserver shows this of a pod: has it reported once more if that is not what its node says. Answers whether it is.
     pub(super) fn see(&mut self, facts: &PodFacts, now: Duration) -> bool {
+        if self.in_hand.as_deref() == Some(facts.uid.as_str()) {
+            return false;
+        }
         let known = self.pods.get(&facts.uid).and_then(|pod| pod.taken.as_ref());
         let is_older = known.is_some_and(|(_, written)| version_less(&facts.resource_version, written));
         if is_older || !facts.status.hides(known.map(|(status, _)| status)) {
@@ -341,6 +360,22 @@ mod tests {
         assert!(!state.see(&hidden, Duration::from_secs(11)));
         state.push(report(2, "a"));
         assert!(!state.see(&hidden, Duration::from_secs(99)), "a newer report waits");
+    }
+
+    #[test]
+    fn what_shows_while_a_report_is_written_is_looked_at_afterwards() {
+        let mut state = State::default();
+        let (before, own, foreign) =
+            (facts("Running", false, "10"), facts("Running", true, "11"), facts("Running", false, "12"));
+        state.accept("a", before.status, "10");
+        state.push(report(1, "a"));
+        assert!(matches!(state.next(Duration::ZERO), Next::Now(_)));
+        // The watch may be faster than the answer to the write.
+        assert!(!state.see(&own, Duration::ZERO) && !state.see(&foreign, Duration::ZERO));
+        state.accept("a", own.status.clone(), "11");
+        state.tried();
+        assert!(!state.see(&own, Duration::ZERO), "it is its own");
+        assert!(state.see(&foreign, Duration::ZERO));
     }
 
     #[test]

@@ -1,0 +1,211 @@
+//! Pod statuses of two replicas, from an apiserver that keeps one pod and its Node, and refuses what was made for another version.
+
+use std::convert::Infallible;
+
+use kube::client::Body;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::closure::{Closures, NodeInput, PodInput};
+use crate::config::PortRange;
+use crate::nodes::EPOCH_ANNOTATION;
+
+#[derive(Default)]
+struct World {
+    pod: Value,
+    node: Value,
+    version: u64,
+    asked: Vec<String>,
+}
+
+type Shown = Arc<Mutex<World>>;
+
+fn world(status: &Value) -> Shown {
+    let pod = json!({
+        "metadata": {"namespace": "n", "name": "p", "uid": "u", "resourceVersion": "10"},
+        "spec": {"nodeName": "e", "containers": [{"name": "c"}]}, "status": status,
+    });
+    let node = json!({"metadata": {"name": "e", "uid": "e-1", "resourceVersion": "9"}});
+    Arc::new(Mutex::new(World { pod, node, version: 10, ..World::default() }))
+}
+
+impl World {
+    fn answer(&mut self, method: &str, path: &str, body: &[u8]) -> (u16, Value) {
+        self.asked.push(format!("{method} {}", path.rsplit('/').next().unwrap_or_default()));
+        match (method, path) {
+            ("GET", "/api/v1/nodes/e") => (200, self.node.clone()),
+            ("GET", "/api/v1/namespaces/n/pods/p") => (200, self.pod.clone()),
+            ("PATCH", "/api/v1/namespaces/n/pods/p/status") => {
+                let patch: Value = serde_json::from_slice(body).unwrap();
+                if patch["metadata"]["resourceVersion"] != self.pod["metadata"]["resourceVersion"] {
+                    return (
+                        409,
+                        json!({"status": "Failure", "code": 409, "reason": "Conflict", "message": "modified"}),
+                    );
+                }
+                let mut status = patch["status"].clone();
+                for list in status.as_object_mut().unwrap().values_mut().filter_map(Value::as_array_mut) {
+                    list.retain(|item| item["$patch"].is_null());
+                }
+                self.write(|pod| pod["status"] = status);
+                (200, self.pod.clone())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn write(&mut self, change: impl FnOnce(&mut Value)) {
+        self.version += 1;
+        change(&mut self.pod);
+        self.pod["metadata"]["resourceVersion"] = self.version.to_string().into();
+    }
+
+    fn claim(&mut self, epoch: u64) {
+        self.version += 1;
+        self.node["metadata"]["annotations"] = json!({EPOCH_ANNOTATION: epoch.to_string()});
+        self.node["metadata"]["resourceVersion"] = self.version.to_string().into();
+    }
+}
+
+/// A replica that has just listed everything.
+fn replica(world: &Shown) -> Arc<Upstream> {
+    let serve = {
+        let world = world.clone();
+        tower::service_fn(move |request: hyper::Request<Body>| {
+            let world = world.clone();
+            async move {
+                let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
+                let body = request.into_body().collect_bytes().await.unwrap();
+                let (code, answer) = lock(&world).answer(&method, &path, &body);
+                let answer = hyper::Response::builder().status(code).body(Body::from(answer.to_string().into_bytes()));
+                Ok::<_, Infallible>(answer.unwrap())
+            }
+        })
+    };
+    let api = Apiserver::new(kube::Client::new(serve, "default"), crate::apiserver::Metrics::default());
+    let shared = Shared::new(Closures::new("cluster.local", Vec::new()));
+    let ports = Arc::new(Ports::new("127.0.0.1", PortRange { first: 20000, last: 20000 }, 1));
+    let upstream = Upstream::new(api, shared, Arc::default(), ports);
+    see_node(&upstream, world);
+    see_pod(&upstream, world);
+    upstream
+}
+
+/// Its watch of Nodes shows what there is.
+fn see_node(upstream: &Upstream, world: &Shown) {
+    let version = lock(world).version.to_string();
+    let mut closures = upstream.shared.closures();
+    closures.node_applied(NodeInput::of(lock(world).node.clone()));
+    closures.reached(Source::Nodes, &version);
+}
+
+/// Its watch of pods does.
+fn see_pod(upstream: &Upstream, world: &Shown) {
+    let pod = lock(world).pod.clone();
+    upstream.shared.closures().pod_applied(PodInput::of(pod), 1, clock::wall());
+}
+
+fn status(word: &str) -> Value {
+    json!({"phase": "Running", "startTime": "2026-01-01T00:00:00Z", "message": word})
+}
+
+fn report(word: &str) -> Report {
+    let payload = json!({"status": status(word)}).to_string().into();
+    let (namespace, name, uid) = ("n".to_owned(), "p".to_owned(), "u".to_owned());
+    Report { id: 1, kind: ReportKind::PodStatus, namespace, name, uid, payload }
+}
+
+fn open(upstream: &Arc<Upstream>, epoch: u64) -> Arc<Queue> {
+    let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
+    upstream.open(&node, epoch, false).queue.clone()
+}
+
+/// What a report comes to, and what is asked of the apiserver for it.
+async fn tell(world: &Shown, upstream: &Upstream, queue: &Queue, word: &str) -> (Outcome, Vec<String>) {
+    lock(world).asked.clear();
+    let outcome = upstream.attempt(queue, &report(word)).await;
+    (outcome, std::mem::take(&mut lock(world).asked))
+}
+
+fn shown(world: &Shown) -> String {
+    lock(world).pod["status"]["message"].as_str().unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn a_status_is_one_request_and_none_where_it_shows_already() {
+    let world = world(&json!({"phase": "Pending"}));
+    let upstream = replica(&world);
+    let queue = open(&upstream, 1);
+    for word in ["one", "two", "three"] {
+        let (outcome, asked) = tell(&world, &upstream, &queue, word).await;
+        assert!(matches!(outcome, Outcome::Taken));
+        assert_eq!(asked, ["PATCH status"]);
+        assert_eq!(shown(&world), word);
+    }
+    let (outcome, asked) = tell(&world, &upstream, &queue, "three").await;
+    assert!(matches!(outcome, Outcome::Unchanged) && asked.is_empty());
+    // Whoever writes something else of the pod makes it two more, before the watch shows it.
+    lock(&world).write(|pod| pod["metadata"]["labels"] = json!({"a": "b"}));
+    let (outcome, asked) = tell(&world, &upstream, &queue, "four").await;
+    assert!(matches!(outcome, Outcome::Taken));
+    assert_eq!(asked, ["PATCH status", "GET p", "PATCH status"]);
+    lock(&world).write(|pod| pod["metadata"]["labels"] = json!({"a": "c"}));
+    see_pod(&upstream, &world);
+    assert_eq!(tell(&world, &upstream, &queue, "five").await.1, ["PATCH status"]);
+    assert_eq!(shown(&world), "five");
+}
+
+#[tokio::test]
+async fn the_status_of_an_older_session_never_takes_the_place_of_what_a_newer_one_wrote() {
+    for sees_pod in [false, true] {
+        let world = world(&status("before"));
+        let old = replica(&world);
+        let first = open(&old, 1);
+        assert!(matches!(tell(&world, &old, &first, "one").await.0, Outcome::Taken));
+        // Another replica takes the node over. The first one does not know.
+        lock(&world).claim(2);
+        let new = replica(&world);
+        let second = open(&new, 2);
+        assert!(matches!(tell(&world, &new, &second, "new").await.0, Outcome::Taken));
+        if sees_pod {
+            see_pod(&old, &world);
+        }
+        let (outcome, asked) = tell(&world, &old, &first, "late").await;
+        assert!(matches!(outcome, Outcome::Superseded));
+        let expected: &[&str] = if sees_pod { &["GET e"] } else { &["PATCH status", "GET p", "GET e"] };
+        assert_eq!(asked, expected);
+        assert_eq!(shown(&world), "new");
+        // From then on it need not ask.
+        let (outcome, asked) = tell(&world, &old, &first, "later").await;
+        assert!(matches!(outcome, Outcome::Superseded) && asked.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_begins_asks_for_its_node_only_where_its_watch_may_lag() {
+    let world = world(&status("before"));
+    let upstream = replica(&world);
+    let queue = open(&upstream, 1);
+    // All that happened to the Node before the pod was written is known.
+    assert_eq!(tell(&world, &upstream, &queue, "one").await.1, ["PATCH status"]);
+    lock(&world).write(|pod| pod["status"] = status("another replica's"));
+    see_pod(&upstream, &world);
+    assert_eq!(tell(&world, &upstream, &queue, "two").await.1, ["GET e", "PATCH status"]);
+    lock(&world).write(|pod| pod["status"] = status("another replica's"));
+    see_pod(&upstream, &world);
+    see_node(&upstream, &world);
+    assert_eq!(tell(&world, &upstream, &queue, "three").await.1, ["PATCH status"]);
+}
+
+#[tokio::test]
+async fn what_an_older_session_wrote_late_is_reported_once_more() {
+    let world = world(&status("same"));
+    let (old, new) = (replica(&world), replica(&world));
+    let (first, second) = (open(&old, 1), open(&new, 2));
+    assert!(matches!(tell(&world, &new, &second, "same").await.0, Outcome::Unchanged));
+    // Nobody has written the pod since it looked.
+    assert!(matches!(tell(&world, &old, &first, "late").await.0, Outcome::Taken));
+    new.queues.lock().unwrap().insert("e".to_owned(), second.clone());
+    new.pod_seen("e", &PodFacts::of(&lock(&world).pod));
+    assert_eq!(lock(&second.state).wanted(), Some((ReportKind::PodStatus, "u".to_owned())));
+}
