@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 
-use self::held::{Desired, Held, Knowledge};
+use self::held::{Desired, Held, Knowledge, Parts};
 use super::revisions::Freshness;
 use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_NAME, MAX_REPORT, Object, PROTOCOL, REPORT_WINDOW, Report,
@@ -385,7 +385,7 @@ impl Hub {
         if matches!(held.knowledge, Knowledge::Asked(_)) {
             return None;
         }
-        held.knowledge = Knowledge::Asked(Vec::new());
+        held.knowledge = Knowledge::Asked(Parts::default());
         let request = wire::InventoryRequest { collection: COLLECTIONS[order].into() };
         Some(send(Body::InventoryRequest(request)))
     }
@@ -400,17 +400,20 @@ impl Hub {
         // An edge whose digest check failed sends its inventory unasked.
         let mut parts = match std::mem::take(&mut held.knowledge) {
             Knowledge::Asked(parts) => parts,
-            Knowledge::None | Knowledge::Digest(_) | Knowledge::Rows => Vec::new(),
+            Knowledge::None | Knowledge::Digest(_) | Knowledge::Rows => Parts::default(),
         };
         if part.entries.iter().any(|entry| entry.key.len() > MAX_NAME || entry.uid.len() > MAX_NAME) {
             return Err(format!("an inventory with a name of more than {MAX_NAME} bytes"));
         }
-        parts.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
+        parts.names += part.entries.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>();
+        parts
+            .entries
+            .extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
         let (rows, bytes) = max_inventory(collection);
-        if parts.len() > rows {
+        if parts.entries.len() > rows {
             return Err(format!("an inventory of more than {rows} rows"));
         }
-        if parts.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>() > bytes {
+        if parts.names > bytes {
             return Err(format!("an inventory with more than {bytes} bytes of names"));
         }
         if !part.last {
@@ -418,7 +421,7 @@ impl Hub {
             return Ok(());
         }
         held.knowledge = Knowledge::Rows;
-        held.set_all_held(&parts);
+        held.set_all_held(&parts.entries);
         // What was sent after the edge took the inventory is on its way.
         for sent in self.in_flight.iter().filter(|sent| sent.seq > part.seq) {
             if let Some((at, uid, change)) = &sent.change
@@ -428,7 +431,7 @@ impl Hub {
             }
         }
         held.forget_needless();
-        out.push(HubOutput::Inventory(collection, parts));
+        out.push(HubOutput::Inventory(collection, parts.entries));
         if self.collections[order].complete {
             out.extend(self.compare(order));
         }
@@ -493,6 +496,7 @@ impl Hub {
             self.dirty = BTreeSet::new();
             for (order, collection) in COLLECTIONS.into_iter().enumerate() {
                 let held = &mut self.collections[order];
+                held.forget_deleted();
                 if std::mem::take(&mut held.unchecked) {
                     let digest = Some(held.held.to_wire(collection));
                     let check = wire::DigestCheck { seq: self.sent_seq + 1, digest };

@@ -18,6 +18,8 @@ pub(super) struct Held {
     pub(super) knowledge: Knowledge,
     /// Something was sent since the last digest check.
     pub(super) unchecked: bool,
+    /// There may be rows that are neither desired nor held.
+    has_needless: bool,
 }
 
 /// Where the knowledge of what an edge holds comes from.
@@ -28,10 +30,18 @@ pub(super) enum Knowledge {
     None,
     /// The digest of its Hello.
     Digest(Digest),
-    /// Its inventory is on the way; the parts that came.
-    Asked(Vec<Entry>),
+    /// Its inventory is on the way.
+    Asked(Parts),
     /// [`Row::held`] says it.
     Rows,
+}
+
+/// What came of an inventory.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    pub(super) entries: Vec<Entry>,
+    /// Bytes of their keys and UIDs.
+    pub(super) names: usize,
 }
 
 #[derive(Debug)]
@@ -79,6 +89,11 @@ impl Desired {
 }
 
 impl Row {
+    /// What an edge may hold, and should not.
+    fn of_nothing(entry: &Entry) -> Self {
+        Self { desired: Desired::Nothing(Box::new(entry.clone())), held: None, held_key: None }
+    }
+
     /// Whether the edge holds what is desired, under its key.
     pub(super) fn agrees(&self) -> bool {
         self.held == self.desired.version() && self.held_key.is_none()
@@ -142,6 +157,12 @@ impl Held {
             (row.held, row.held_key) = (None, None);
         }
         self.held = Digest::default();
+        // What is not known is sorted in at once: each by itself would move all that are behind it.
+        let mut new: Vec<&Entry> = entries.iter().filter(|entry| self.find(&entry.uid).is_err()).collect();
+        new.sort_by(|a, b| a.uid.cmp(&b.uid));
+        new.dedup_by(|a, b| a.uid == b.uid);
+        self.rows.extend(new.into_iter().map(|entry| Box::new(Row::of_nothing(entry))));
+        self.rows.sort_by(|a, b| a.desired.uid().cmp(b.desired.uid()));
         for entry in entries {
             self.set_held(&entry.uid, Some(entry));
         }
@@ -152,8 +173,7 @@ impl Held {
         let at = match (self.find(uid), change) {
             (Ok(at), _) => at,
             (Err(at), Some(change)) => {
-                let desired = Desired::Nothing(Box::new(change.clone()));
-                self.rows.insert(at, Box::new(Row { desired, held: None, held_key: None }));
+                self.rows.insert(at, Box::new(Row::of_nothing(change)));
                 at
             }
             (Err(_), None) => return,
@@ -168,7 +188,14 @@ impl Held {
             row.held = Some(change.version);
             row.held_key = (*change.key != *row.desired.key()).then(|| change.key.as_str().into());
         } else {
-            self.forget_if_needless(uid);
+            self.has_needless = true;
+        }
+    }
+
+    /// Forgets what was deleted, if anything was: all of it at once, for there may be much.
+    pub(super) fn forget_deleted(&mut self) {
+        if std::mem::take(&mut self.has_needless) {
+            self.forget_needless();
         }
     }
 

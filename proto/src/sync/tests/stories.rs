@@ -302,6 +302,51 @@ fn a_version_that_was_to_be_kept_but_is_missing_is_asked_for() {
 }
 
 #[test]
+fn a_node_that_holds_much_that_it_should_not_costs_little() {
+    let hello = wire::Hello { protocol_min: 1, protocol_max: 1, ..wire::Hello::default() };
+    let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+    let collection = Collection::Devices;
+    let part = |entries, last| {
+        let inventory = wire::Inventory { collection: collection.into(), entries, last, seq: 0 };
+        HubInput::Frame(Frame { body: Some(Body::Inventory(inventory)) })
+    };
+    let asked = hub.step(Duration::ZERO, HubInput::Complete(collection));
+    assert!(matches!(asked.as_slice(), [HubOutput::Send(Frame { body: Some(Body::InventoryRequest(_)) })]));
+    // From the last to the first, in many parts, and each looked at once only: else this takes minutes.
+    let rows: Vec<wire::Entry> = (0..2 * MAX_DEVICES)
+        .rev()
+        .map(|n| wire::Entry { key: format!("ns/{n:06}"), uid: format!("{n:06}"), version: 1 })
+        .collect();
+    for entries in rows.chunks(10) {
+        assert!(hub.step(Duration::ZERO, part(entries.to_vec(), false)).is_empty());
+        assert!(hub.step(Duration::ZERO, part(vec![], false)).is_empty());
+    }
+    let mut out = hub.step(Duration::ZERO, part(vec![], true));
+    // They are deleted, from the first on, each once.
+    let mut deleted = 0;
+    loop {
+        let mut last = 0;
+        for output in out {
+            match output {
+                HubOutput::Send(Frame { body: Some(Body::Delete(delete)) }) => {
+                    assert_eq!(delete.uid, format!("{deleted:06}"));
+                    (deleted, last) = (deleted + 1, delete.seq);
+                }
+                HubOutput::Send(Frame { body: Some(Body::DigestCheck(check)) }) => last = check.seq,
+                HubOutput::Inventory(..) | HubOutput::InSync => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        if last == 0 {
+            break;
+        }
+        let ack = Frame { body: Some(Body::Ack(wire::Ack { seq: last })) };
+        out = hub.step(Duration::ZERO, HubInput::Frame(ack));
+    }
+    assert_eq!(deleted, rows.len());
+}
+
+#[test]
 fn what_an_edge_would_refuse_is_known_beforehand() {
     let deliverable = |json: &[u8]| {
         let object = Object::new(Collection::ConfigMaps, "a/b".into(), "u".into(), json);
