@@ -4,6 +4,8 @@
 //! size take hundreds of megabytes. So the fields are counted before anything is made of them.
 
 use bytes::Bytes;
+#[cfg(any(feature = "transport", test))]
+use bytes::{Buf as _, BytesMut};
 use prost::Message as _;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
@@ -12,6 +14,9 @@ use crate::wire::Frame;
 
 /// The most fields that what a frame holds may have: an inventory's rows are most of them. A larger inventory comes in several frames.
 const MAX_FIELDS: usize = MAX_INVENTORY + 64;
+/// The most that the length in front of a frame takes.
+#[cfg(any(feature = "transport", test))]
+const MAX_VARINT: usize = 10;
 
 /// Why bytes are no frame.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +24,9 @@ pub enum FrameError {
     /// Larger than [`MAX_FRAME`].
     #[error("its {0} bytes are more than {MAX_FRAME}")]
     TooLarge(usize),
+    /// Longer than one that comes this way may be.
+    #[error("its {0} bytes are more than {1}")]
+    Longer(usize, usize),
     /// More of them than a frame has a use for.
     #[error("it has more than {MAX_FIELDS} fields")]
     TooMany,
@@ -37,6 +45,48 @@ pub fn decode(bytes: Bytes) -> Result<Frame, FrameError> {
         count_fields(&bytes)?;
     }
     Ok(Frame::decode(bytes)?)
+}
+
+/// Frames that follow each other, each behind its length as a varint.
+#[cfg(any(feature = "transport", test))]
+#[derive(Debug, Default)]
+pub(crate) struct Lane {
+    unread: BytesMut,
+}
+
+#[cfg(any(feature = "transport", test))]
+impl Lane {
+    /// This came.
+    pub(crate) fn hear(&mut self, bytes: &[u8]) {
+        self.unread.extend_from_slice(bytes);
+    }
+
+    /// Nothing more has come for now: what is empty keeps no room.
+    pub(crate) fn rest(&mut self) {
+        if self.unread.is_empty() {
+            self.unread = BytesMut::new();
+        }
+    }
+
+    /// The next frame that is complete, and how many bytes it took. No more than the `longest` one is waited for.
+    pub(crate) fn take(&mut self, longest: usize) -> Result<Option<(Frame, usize)>, FrameError> {
+        let mut rest = &self.unread[..];
+        let length = match prost::decode_length_delimiter(&mut rest) {
+            Ok(length) => length,
+            Err(_) if self.unread.len() < MAX_VARINT => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if length > longest {
+            return Err(FrameError::Longer(length, longest));
+        }
+        if rest.len() < length {
+            return Ok(None);
+        }
+        let head = self.unread.len() - rest.len();
+        self.unread.advance(head);
+        let bytes = self.unread.split_to(length).freeze();
+        decode(bytes).map(|frame| Some((frame, head + length)))
+    }
 }
 
 /// Counts the fields of the frame, and of each message in it. Every one counts, also if it is given twice.

@@ -139,6 +139,21 @@ pub(super) fn words(n: usize, report: Option<u64>) -> Vec<HubInput> {
     said
 }
 
+/// What comes on one of QUIC's streams.
+pub(super) fn lanes() -> Vec<Vec<u8>> {
+    let (up, down) = sessions();
+    let behind_their_lengths = |frames: Sequence| {
+        let frames = frames.into_iter().flat_map(|frame| {
+            let mut bytes = Vec::new();
+            prost::encode_length_delimiter(frame.len(), &mut bytes).unwrap();
+            bytes.extend(frame);
+            bytes
+        });
+        frames.collect()
+    };
+    up.into_iter().chain(down).chain(streams()).map(behind_their_lengths).collect()
+}
+
 /// What an edge's multiplexer hears, and a cloud's.
 pub(super) fn streams() -> Vec<Sequence> {
     let heard = |from: Side, size: usize| {

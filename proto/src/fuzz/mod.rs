@@ -36,6 +36,11 @@ fn streams() {
 }
 
 #[test]
+fn lanes() {
+    fuzz(targets::lane, &corpus::lanes(), mutate::bytes);
+}
+
+#[test]
 fn payloads() {
     fuzz(targets::payload, &corpus::payloads(), mutate::bytes);
 }

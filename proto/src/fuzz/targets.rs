@@ -10,7 +10,7 @@ use super::alloc::peak;
 use super::corpus;
 use crate::delta;
 use crate::device::{DeviceModelSpec, DeviceReport, DeviceSpec};
-use crate::frame;
+use crate::frame::{self, Lane};
 use crate::mqtt;
 use crate::mux::{CLASS_BUFFER, CUT, Class, Event, MAX_GROWTH, MAX_STREAMS, Mux, Side};
 use crate::payload::{JoinRequest, JoinResponse, NodeReport, PodReport, Refusal, Settings, Token};
@@ -32,6 +32,47 @@ pub(super) fn frame(bytes: &[u8]) {
     if let Ok(frame) = frame {
         assert_eq!(Frame::decode(frame.encode_to_vec().as_slice()), Ok(frame));
     }
+}
+
+/// A stream of QUIC's: however its bytes are cut, the same frames come of them, and no more is kept than the longest takes.
+pub(super) fn lane(bytes: &[u8]) {
+    const LONGEST: usize = 3000;
+    let read = |part: usize| {
+        let (mut lane, mut taken, mut frames) = (Lane::default(), 0, Vec::new());
+        for part in bytes.chunks(part) {
+            lane.hear(part);
+            loop {
+                match lane.take(LONGEST) {
+                    Ok(Some((frame, length))) => {
+                        taken += length;
+                        frames.push(frame);
+                    }
+                    Ok(None) => break,
+                    Err(_) => return (frames, taken, false),
+                }
+            }
+            lane.rest();
+        }
+        (frames, taken, true)
+    };
+    let in_parts = read(7);
+    assert!(in_parts.1 <= bytes.len());
+    assert_eq!(in_parts, read(usize::MAX));
+    let ((), most) = peak(|| {
+        let mut lane = Lane::default();
+        for part in bytes.chunks(100) {
+            lane.hear(part);
+            loop {
+                match lane.take(LONGEST) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(_) => return,
+                }
+            }
+        }
+    });
+    // Rows of nothing are all that grows.
+    assert!(most < 128 * LONGEST, "{most} bytes for a stream of {}", bytes.len());
 }
 
 /// The cloud's side of a session with an edge that may say anything.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Buf as _, Bytes};
 use prost::Message as _;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{
@@ -17,7 +17,7 @@ use quinn::{
 };
 
 use super::{BURST, End, Meter, congestion, longest, malformed};
-use crate::frame;
+use crate::frame::Lane;
 use crate::mux::{Class, MAX_WINDOW, class_of};
 use crate::streams::Carrier;
 use crate::wire::Frame;
@@ -32,8 +32,6 @@ const CLASS_WINDOW: u32 = MAX_WINDOW as u32;
 const IDLE: Duration = Duration::from_secs(60);
 /// Bytes that are read at once.
 const CHUNK: usize = 4 << 10;
-/// The most that the length of a frame takes.
-const MAX_VARINT: usize = 10;
 
 const LANE_COUNT: usize = 4;
 /// The lanes of one side, from the highest priority to the lowest; the QUIC stream's number among its side's is the place here.
@@ -94,7 +92,7 @@ struct Outgoing {
 
 struct Incoming {
     stream: RecvStream,
-    unread: BytesMut,
+    unread: Lane,
 }
 
 impl std::fmt::Debug for Quic {
@@ -178,7 +176,7 @@ impl Quic {
             let Some(lane) = self.incoming.get_mut(place) else {
                 return Poll::Ready(Err(End::Garbage(format!("a stream number {place} that no class has"))));
             };
-            *lane = Some(Incoming { stream, unread: BytesMut::new() });
+            *lane = Some(Incoming { stream, unread: Lane::default() });
             let complete = self.incoming.iter().all(Option::is_some);
             self.accepting = (!complete).then(|| accept(&self.connection));
         }
@@ -227,7 +225,7 @@ impl Quic {
 impl Incoming {
     fn poll_frame(&mut self, longest: usize, context: &mut Context<'_>) -> Poll<Result<(Frame, usize), End>> {
         loop {
-            if let Some(frame) = self.frame(longest)? {
+            if let Some(frame) = self.unread.take(longest).map_err(|error| malformed(&error))? {
                 return Poll::Ready(Ok(frame));
             }
             let mut chunk = [0; CHUNK];
@@ -237,35 +235,13 @@ impl Incoming {
                 Poll::Ready(Err(ReadError::ConnectionLost(error))) => return Poll::Ready(Err(lost(error))),
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(End::Closed)),
                 Poll::Pending => {
-                    if self.unread.is_empty() {
-                        // Most sessions are idle.
-                        self.unread = BytesMut::new();
-                    }
+                    // Most sessions are idle.
+                    self.unread.rest();
                     return Poll::Pending;
                 }
             };
-            self.unread.extend_from_slice(&chunk[..bytes]);
+            self.unread.hear(&chunk[..bytes]);
         }
-    }
-
-    /// The frame that is complete, and its length.
-    fn frame(&mut self, longest: usize) -> Result<Option<(Frame, usize)>, End> {
-        let mut rest = &self.unread[..];
-        let length = match prost::decode_length_delimiter(&mut rest) {
-            Ok(length) => length,
-            Err(_) if self.unread.len() < MAX_VARINT => return Ok(None),
-            Err(error) => return Err(malformed(&error)),
-        };
-        if length > longest {
-            return Err(End::Garbage(format!("a frame of {length} bytes is larger than {longest}")));
-        }
-        if rest.len() < length {
-            return Ok(None);
-        }
-        let head = self.unread.len() - rest.len();
-        self.unread.advance(head);
-        let bytes = self.unread.split_to(length).freeze();
-        frame::decode(bytes).map(|frame| Some((frame, head + length))).map_err(|error| malformed(&error))
     }
 }
 

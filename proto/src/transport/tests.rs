@@ -343,9 +343,9 @@ async fn garbage_on_quic_is_told() {
     let data = Frame { body: Some(Body::StreamData(crate::wire::StreamData { id: 3, ..Default::default() })) };
     let cases: [(usize, Vec<u8>, &str); 5] = [
         (0, vec![0xff; 10], "cannot be decoded"),
-        (0, vec![0x80, 0x80, 0x80, 0x40], "is larger than"),
+        (0, vec![0x80, 0x80, 0x80, 0x40], "bytes are more than"),
         // The length alone, of 8193 bytes: what follows is not waited for.
-        (2, vec![0x81, 0x40], "is larger than 8192"),
+        (2, vec![0x81, 0x40], "its 8193 bytes are more than 8192"),
         (3, control, "another class"),
         (1, data.encode_length_delimited_to_vec(), "never opened"),
     ];
