@@ -30,6 +30,8 @@ const BUFFER: usize = 16 << 10;
 const AGAIN: Duration = Duration::from_secs(60);
 /// Interfaces that are known at once.
 const MAX_INTERFACES: usize = 4096;
+/// Addresses that are known at once.
+const MAX_ADDRESSES: usize = 1024;
 
 /// Counts up in `back` whenever the network may be back, until the shutdown.
 pub async fn run(back: watch::Sender<u64>, shutdown: CancellationToken) {
@@ -135,9 +137,13 @@ impl Burst {
     }
 }
 
-/// The interfaces as far as they have been heard of.
+/// The interfaces as far as they have been heard of, and the addresses on them that can be used beyond their link.
 #[derive(Debug, Default)]
-struct Interfaces(BTreeMap<u32, Interface>);
+struct Interfaces {
+    by_index: BTreeMap<u32, Interface>,
+    /// Each with its interface.
+    addresses: Vec<(u32, u128)>,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Interface {
@@ -179,15 +185,11 @@ impl Interfaces {
             RTM_DELLINK => {
                 // A port that leaves its bridge is told as one, too, in the bridge's family.
                 if *body.first()? == AF_UNSPEC {
-                    self.0.remove(&u32_at(body, 4)?);
+                    self.by_index.remove(&u32_at(body, 4)?);
                 }
                 Some(false)
             }
-            RTM_NEWADDR => {
-                let (flags, scope) = (*body.get(2)?, *body.get(3)?);
-                let usable = flags & (IFA_F_DADFAILED | IFA_F_DEPRECATED | IFA_F_TENTATIVE) == 0;
-                Some(usable && scope < RT_SCOPE_LINK && self.leads_out(u32_at(body, 4)?))
-            }
+            RTM_NEWADDR | RTM_DELADDR => self.address(kind == RTM_NEWADDR, body),
             RTM_NEWROUTE => {
                 let (to, kind, flags) = (*body.get(1)?, *body.get(7)?, u32_at(body, 8)?);
                 if kind != RTN_UNICAST || flags & RTM_F_CLONED != 0 {
@@ -231,20 +233,44 @@ impl Interfaces {
         }
         let carries = flags & IFF_UP != 0 && flags & IFF_RUNNING != 0;
         let new = Interface { part, master, carries };
-        let old = self.0.get(&index).copied();
-        if old.is_some() || self.0.len() < MAX_INTERFACES {
-            self.0.insert(index, new);
+        let old = self.by_index.get(&index).copied();
+        if old.is_some() || self.by_index.len() < MAX_INTERFACES {
+            self.by_index.insert(index, new);
         }
         // Of a bridge, its ports say it.
         Some(!listed && part == Part::Outside && carries && !old.is_some_and(|old| old.carries))
     }
 
+    /// The kernel tells an address again whenever a router or a DHCP server prolongs it: only one that was not there is news.
+    fn address(&mut self, is_there: bool, body: &[u8]) -> Option<bool> {
+        let (flags, scope, index) = (*body.get(2)?, *body.get(3)?, u32_at(body, 4)?);
+        if scope >= RT_SCOPE_LINK {
+            return Some(false);
+        }
+        let mut own = None;
+        for (kind, value) in attributes(body.get(IFADDR..)?) {
+            // On a line to one peer the other one is the peer's.
+            if kind == IFA_LOCAL || kind == IFA_ADDRESS && own.is_none() {
+                own = Some(value.iter().take(16).fold(0, |number, byte| number << 8 | u128::from(*byte)));
+            }
+        }
+        let own = (index, own?);
+        let can_be_used = is_there && flags & (IFA_F_DADFAILED | IFA_F_DEPRECATED | IFA_F_TENTATIVE) == 0;
+        match self.addresses.iter().position(|known| *known == own) {
+            Some(at) if !can_be_used => drop(self.addresses.swap_remove(at)),
+            Some(_) => return Some(false),
+            None if can_be_used && self.addresses.len() < MAX_ADDRESSES => self.addresses.push(own),
+            None => {}
+        }
+        Some(can_be_used && self.leads_out(index))
+    }
+
     /// Whether the cloud may be behind this interface. What is not known may lead anywhere.
     fn leads_out(&self, index: u32) -> bool {
-        self.0.get(&index).is_none_or(|interface| match interface.part {
+        self.by_index.get(&index).is_none_or(|interface| match interface.part {
             Part::Inside => false,
             Part::Outside => true,
-            Part::Bridge => self.0.values().any(|port| port.master == index && port.part == Part::Outside),
+            Part::Bridge => self.by_index.values().any(|port| port.master == index && port.part == Part::Outside),
         })
     }
 }
@@ -286,10 +312,12 @@ const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400; // links; addresses and r
 const HEADER: usize = 16;
 const IFINFO: usize = 16;
 const RTMSG: usize = 12;
+const IFADDR: usize = 8;
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const NLM_F_MULTI: u16 = 0x2;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
@@ -302,6 +330,8 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_WIRELESS: u16 = 11;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
 const IFA_F_DADFAILED: u8 = 0x08;
 const IFA_F_DEPRECATED: u8 = 0x20;
 const IFA_F_TENTATIVE: u8 = 0x40;

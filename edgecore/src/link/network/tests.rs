@@ -42,7 +42,11 @@ fn link(index: u32, kind: &str, master: u32, flags: u32) -> Vec<u8> {
 }
 
 fn address(index: u32, flags: u8, scope: u8) -> Vec<u8> {
-    message(RTM_NEWADDR, 0, &[&[2, 24, flags, scope][..], &index.to_ne_bytes()].concat())
+    address_of(RTM_NEWADDR, index, flags, scope, &attribute(IFA_ADDRESS, &[192, 0, 2, 7]))
+}
+
+fn address_of(kind: u16, index: u32, flags: u8, scope: u8, attributes: &[u8]) -> Vec<u8> {
+    message(kind, 0, &[&[2, 24, flags, scope][..], &index.to_ne_bytes(), attributes].concat())
 }
 
 fn route(to: u8, kind: u8, attributes: &[Vec<u8>]) -> Vec<u8> {
@@ -68,7 +72,7 @@ fn interfaces() -> Interfaces {
         at += aligned(usize::try_from(u32_at(&listed, at).unwrap()).unwrap());
     }
     assert!(!known.hear(&listed), "what was there before did not just come");
-    assert_eq!(known.0.len(), 6);
+    assert_eq!(known.by_index.len(), 6);
     known
 }
 
@@ -113,6 +117,33 @@ fn addresses_count_where_the_cloud_may_be() {
 }
 
 #[test]
+fn an_address_that_is_prolonged_is_no_news() {
+    let v6 = |last: u8| {
+        let mut address = [0; 16];
+        (address[0], address[15]) = (0x20, last);
+        attribute(IFA_ADDRESS, &address)
+    };
+    let comes = |index: u32, flags: u8, own: &[u8]| address_of(RTM_NEWADDR, index, flags, 0, own);
+    let mut known = interfaces();
+    assert!(known.hear(&comes(ETH, 0, &v6(1))));
+    for _ in 0..3 {
+        assert!(!known.hear(&comes(ETH, 0, &v6(1))), "a router says again how long it holds");
+    }
+    assert!(known.hear(&comes(ETH, 0, &v6(2))), "another one");
+    assert!(known.hear(&comes(21, 0, &v6(1))), "on another interface");
+    assert!(!known.hear(&comes(ETH, IFA_F_DEPRECATED, &v6(1))));
+    assert!(known.hear(&comes(ETH, 0, &v6(1))), "it could not be used meanwhile");
+    assert!(!known.hear(&address_of(RTM_DELADDR, ETH, 0, 0, &v6(1))));
+    assert!(known.hear(&comes(ETH, 0, &v6(1))), "it was gone");
+    assert!(!known.hear(&comes(ETH, IFA_F_TENTATIVE, &v6(3))));
+    assert!(known.hear(&comes(ETH, 0, &v6(3))), "now it is known to be nobody else's");
+    // On a line to one peer, whose address is told first.
+    let line = |own: u8| [attribute(IFA_ADDRESS, &[10, 0, 0, 1]), attribute(IFA_LOCAL, &[10, 0, 0, own])].concat();
+    assert!(known.hear(&comes(ETH, 0, &line(2))) && !known.hear(&comes(ETH, 0, &line(2))));
+    assert!(known.hear(&comes(ETH, 0, &line(3))));
+}
+
+#[test]
 fn a_carrier_counts_when_it_comes() {
     let mut known = interfaces();
     assert!(!known.hear(&link(ETH, "", 0, UP)), "as it was");
@@ -132,14 +163,14 @@ fn a_carrier_counts_when_it_comes() {
 #[test]
 fn what_an_interface_is_survives_messages_that_do_not_say_it() {
     let mut known = interfaces();
-    let before = known.0.clone();
+    let before = known.by_index.clone();
     // Bridge ports are told of in the bridge's family, radios without what they are.
     known.hear(&message(RTM_NEWLINK, 0, &link_body(7, 11, UP, &[])));
     known.hear(&message(RTM_DELLINK, 0, &link_body(7, 11, UP, &[])));
     known.hear(&message(RTM_NEWLINK, 0, &link_body(AF_UNSPEC, 21, 0, &[attribute(IFLA_WIRELESS, &[0; 8])])));
-    assert_eq!(known.0, before);
+    assert_eq!(known.by_index, before);
     known.hear(&message(RTM_DELLINK, 0, &link_body(AF_UNSPEC, 11, 0, &[])));
-    assert_eq!(known.0.len(), before.len() - 1);
+    assert_eq!(known.by_index.len(), before.len() - 1);
 }
 
 #[test]
@@ -148,7 +179,11 @@ fn there_is_a_bound_to_what_is_known() {
     for index in 0..2 * u32::try_from(MAX_INTERFACES).unwrap() {
         known.hear(&link(index, "veth", 0, UP));
     }
-    assert_eq!(known.0.len(), MAX_INTERFACES);
+    assert_eq!(known.by_index.len(), MAX_INTERFACES);
+    for number in 0..2 * u32::try_from(MAX_ADDRESSES).unwrap() {
+        known.hear(&address_of(RTM_NEWADDR, 1, 0, 0, &attribute(IFA_LOCAL, &number.to_be_bytes())));
+    }
+    assert_eq!(known.addresses.len(), MAX_ADDRESSES);
 }
 
 #[test]
@@ -171,12 +206,12 @@ proptest! {
     #[test]
     fn garbage_says_nothing_and_never_panics(
         body in proptest::collection::vec(any::<u8>(), 0..200),
-        kind in prop::sample::select(vec![RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_NEWROUTE]),
+        kind in prop::sample::select(vec![RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE]),
     ) {
         let mut known = interfaces();
         known.hear(&body);
         known.hear(&message(kind, 0, &body));
-        prop_assert!(known.0.len() <= 7);
+        prop_assert!(known.by_index.len() <= 7);
     }
 }
 
