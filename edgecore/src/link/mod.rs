@@ -39,8 +39,8 @@ pub const NODE_NOTES: &str = "node";
 /// Key of the note that says that the Node was deleted in the cloud; its value is a [`Deleted`] as JSON.
 pub const DELETED_NOTE: &str = "deleted";
 
-/// The first wait after a failure, at most.
-const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// The first wait after a failure, at most; half of it at least.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// The longest wait between attempts.
 const LAST_RETRY: Duration = Duration::from_secs(30);
 /// A session that lasted so long was a good one: what ends it is not the same trouble again.
