@@ -17,6 +17,7 @@ use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::http::Response;
 use tracing::debug;
 
+use super::MAX_TOLD;
 use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial_any, each, resolve, tls_error};
 use crate::clock;
 
@@ -77,9 +78,9 @@ pub(super) enum ConnectError {
     /// No connection.
     #[error(transparent)]
     Dial(#[from] DialError),
-    /// The server said no, and why.
+    /// The server said no, and why, and perhaps how long it is not to be asked again.
     #[error("the cloud refuses this node: {}", .0.message)]
-    Refused(Refusal),
+    Refused(Refusal, Option<Duration>),
     /// The server said no.
     #[error("{server} answered {status} instead of opening a session; check that this is cloudcore's port")]
     Status {
@@ -87,6 +88,8 @@ pub(super) enum ConnectError {
         server: Server,
         /// HTTP status.
         status: u16,
+        /// How long it is not to be asked again.
+        retry_after: Option<Duration>,
     },
     /// The server closed the connection and said why.
     #[error("the cloud closed the connection: {0}")]
@@ -101,8 +104,16 @@ impl ConnectError {
     fn is_answer(&self) -> bool {
         match self {
             Self::Dial(error) => error.is_answer(),
-            Self::Refused(_) | Self::Status { .. } | Self::Closed(_) => true,
+            Self::Refused(..) | Self::Status { .. } | Self::Closed(_) => true,
             Self::Ended(_) => false,
+        }
+    }
+
+    /// How long the server is not to be asked again, if it said so.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused(_, retry_after) | Self::Status { retry_after, .. } => *retry_after,
+            Self::Dial(_) | Self::Closed(_) | Self::Ended(_) => None,
         }
     }
 }
@@ -257,10 +268,12 @@ fn quic_error(server: &Server, error: ConnectionError) -> ConnectError {
 
 fn refusal(server: &Server, response: Response<Option<Vec<u8>>>) -> ConnectError {
     let status = response.status().as_u16();
+    let seconds = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let retry_after = seconds.map(|seconds| Duration::from_secs(seconds).min(MAX_TOLD));
     let refusal = response.into_body().and_then(|body| serde_json::from_slice(&body).ok());
     match refusal {
-        Some(refusal) => ConnectError::Refused(refusal),
-        None => ConnectError::Status { server: server.clone(), status },
+        Some(refusal) => ConnectError::Refused(refusal, retry_after),
+        None => ConnectError::Status { server: server.clone(), status, retry_after },
     }
 }
 
@@ -300,6 +313,21 @@ mod tests {
         assert_eq!(choice.plan(minutes(42)), with);
         choice.quic_ended(Duration::ZERO, true, minutes(43));
         assert_eq!((choice.plan(minutes(52)), choice.plan(minutes(53))), (without, with));
+    }
+
+    #[test]
+    fn how_long_a_server_is_not_to_be_asked_is_read_and_bounded() {
+        let server = Server { host: "cloud".to_owned(), port: 1 };
+        let retry_after = |value: &str, body: &[u8]| {
+            let response = Response::builder().status(503).header("Retry-After", value);
+            refusal(&server, response.body(Some(body.to_vec())).unwrap()).retry_after()
+        };
+        let said = br#"{"reason":"busy","message":"too much is going on"}"#;
+        for body in [said.as_slice(), b"no JSON"] {
+            assert_eq!(retry_after("5", body), Some(Duration::from_secs(5)));
+            assert_eq!(retry_after("999999999999", body), Some(MAX_TOLD));
+            assert_eq!(retry_after("Wed, 21 Oct 2026 07:28:00 GMT", body), None);
+        }
     }
 
     #[test]

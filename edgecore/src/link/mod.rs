@@ -45,6 +45,8 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 /// A session that lasted so long was a good one: what ends it is not the same trouble again.
 const STEADY: Duration = Duration::from_secs(30);
+/// The longest wait that a cloud may ask for.
+const MAX_TOLD: Duration = Duration::from_secs(300);
 /// Between attempts of a node that was deleted in the cloud.
 const DELETED_RETRY: Duration = Duration::from_secs(300);
 
@@ -203,7 +205,9 @@ impl Link {
     ) -> (Outcome, Option<Edge>) {
         let config = match identity.client_config() {
             Ok(config) => config,
-            Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
+            Err(failed) => {
+                return (Outcome::Failed { cause: failed.to_string(), retry_after: None }, Some(machine));
+            }
         };
         let connected = tokio::select! {
             connected = connect(&self.server, config, choice) => connected,
@@ -215,10 +219,13 @@ impl Link {
         };
         let wire = match connected {
             Ok(wire) => wire,
-            Err(ConnectError::Refused(refusal)) if refusal.reason == "node_deleted" => {
+            Err(ConnectError::Refused(refusal, _)) if refusal.reason == "node_deleted" => {
                 return (Outcome::Deleted(refusal.message), Some(machine));
             }
-            Err(failed) => return (Outcome::Failed(failed.to_string()), Some(machine)),
+            Err(failed) => {
+                let (cause, retry_after) = (failed.to_string(), failed.retry_after());
+                return (Outcome::Failed { cause, retry_after }, Some(machine));
+            }
         };
         let is_quic = wire.is_quic();
         let begun = clock::monotonic();
@@ -276,19 +283,29 @@ impl Link {
                 backoff.reset();
                 Wait::Told(DELETED_RETRY)
             }
-            Outcome::Failed(cause) | Outcome::Expired(cause) => {
+            Outcome::Failed { cause, retry_after } => {
                 self.lost(&cause);
-                if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
-                    Wait::Told(DELETED_RETRY)
-                } else {
-                    Wait::Own(backoff.wait())
-                }
+                self.after_failure(backoff, retry_after)
+            }
+            Outcome::Expired(cause) => {
+                self.lost(&cause);
+                self.after_failure(backoff, None)
             }
             Outcome::Ended { stood, cause, retry_after } => {
                 self.lost(&cause);
                 after_session(backoff, stood, retry_after)
             }
         }
+    }
+
+    /// How long to wait where there was no session.
+    fn after_failure(&self, backoff: &mut Backoff, retry_after: Option<Duration>) -> Wait {
+        if matches!(*self.state.borrow(), LinkState::Deleted { .. }) {
+            return Wait::Told(DELETED_RETRY);
+        }
+        let own = backoff.wait();
+        // Everybody is told the same: each waits a little longer, and not all alike.
+        retry_after.map_or(Wait::Own(own), |told| Wait::Told(told + own))
     }
 
     fn lost(&self, cause: &str) {
@@ -417,7 +434,7 @@ fn after_session(backoff: &mut Backoff, stood: Duration, retry_after: Option<Dur
         backoff.reset();
     }
     let own = backoff.wait();
-    retry_after.map_or(Wait::Own(own), Wait::Told)
+    retry_after.map_or(Wait::Own(own), |told| Wait::Told(told.min(MAX_TOLD)))
 }
 
 /// A pause before the next attempt.
@@ -434,7 +451,11 @@ enum Outcome {
     /// The network changed while it was dialled.
     Restart,
     /// There was no session.
-    Failed(String),
+    Failed {
+        cause: String,
+        /// How long the cloud is not to be asked again.
+        retry_after: Option<Duration>,
+    },
     /// There was none, and there will be none with this certificate.
     Expired(String),
     Deleted(String),

@@ -492,9 +492,10 @@ fn a_session_that_stood_starts_the_back_off_over() {
     assert!((FIRST_RETRY / 2..=FIRST_RETRY).contains(&steady), "{steady:?}");
     let again = own(after_session(&mut backoff, Duration::ZERO, None));
     assert!((FIRST_RETRY..=2 * FIRST_RETRY).contains(&again), "{again:?}");
-    // What the cloud says goes, and nothing ends it before.
+    // What the cloud says goes, within bounds, and nothing ends it before.
     let told = Duration::from_secs(77);
     assert_eq!(after_session(&mut backoff, STEADY, Some(told)), Wait::Told(told));
+    assert_eq!(after_session(&mut backoff, STEADY, Some(100 * told)), Wait::Told(MAX_TOLD));
 }
 
 #[tokio::test]
