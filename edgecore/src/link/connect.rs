@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use super::MAX_TOLD;
 use super::dial::{CONNECT_TIMEOUT, DialError, Server, dial_any, each, resolve, tls_error};
 use crate::clock;
 
-/// How long QUIC is tried where there is another way; twice that where the name has several addresses.
+/// How long QUIC is tried alone where there is another way. Where the name has several addresses it is tried twice as long in all.
 const QUIC_PATIENCE: Duration = Duration::from_secs(2);
 /// How long QUIC is left alone after the first time that only a WebSocket came through; twice as long each time after that.
 const FIRST_AVOIDANCE: Duration = Duration::from_secs(600);
@@ -166,27 +167,53 @@ pub(super) async fn connect(
     let (quic, websocket) = choice.plan(clock::monotonic());
     // The name's time is not QUIC's: servers of names that are slow say nothing about UDP.
     let addresses = resolve(server).await?;
-    let mut failed = false;
-    if quic {
-        let patience = match addresses.len() {
-            _ if !websocket => CONNECT_TIMEOUT,
-            0 | 1 => QUIC_PATIENCE,
-            _ => 2 * QUIC_PATIENCE,
-        };
-        match over_quic(server, &addresses, &tls, patience).await {
-            Ok(wire) => return Ok(wire),
-            // A cloud that is busy, or does not want this node, is so on both ways.
-            Err(error @ ConnectError::Closed(_)) => return Err(error),
-            Err(error) if !websocket => return Err(error),
-            Err(error) => debug!(%error, "no QUIC, a WebSocket is tried"),
-        }
-        failed = true;
+    let over_websocket = over_websocket(server, &addresses, tls.clone());
+    if !quic {
+        return over_websocket.await;
     }
-    let wire = over_websocket(server, &addresses, tls).await?;
-    if failed {
+    if !websocket {
+        return over_quic(server, &addresses, &tls, CONNECT_TIMEOUT).await;
+    }
+    let alone = tokio::time::sleep(QUIC_PATIENCE);
+    let patience = if addresses.len() > 1 { 2 * QUIC_PATIENCE } else { QUIC_PATIENCE };
+    let (wire, has_quic) = either(over_quic(server, &addresses, &tls, patience), over_websocket, alone).await?;
+    if !has_quic {
         choice.avoid_quic(clock::monotonic());
     }
     Ok(wire)
+}
+
+/// What QUIC brings, or once that has failed or had its time alone, what either of both brings first; says whether it was QUIC.
+async fn either<T>(
+    quic: impl Future<Output = Result<T, ConnectError>>,
+    websocket: impl Future<Output = Result<T, ConnectError>>,
+    alone: impl Future<Output = ()>,
+) -> Result<(T, bool), ConnectError> {
+    let (mut quic, mut websocket, mut alone) = (pin!(quic), pin!(websocket), pin!(alone));
+    let (mut tried, mut quic_failed, mut websocket_failed) = (false, false, None);
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut quic, if !quic_failed => match done {
+                Ok(wire) => return Ok((wire, true)),
+                // A cloud that is busy, or does not want this node, is so on both ways.
+                Err(error @ ConnectError::Closed(_)) => return Err(error),
+                Err(error) => {
+                    if let Some(error) = websocket_failed {
+                        return Err(error);
+                    }
+                    debug!(%error, "no QUIC, a WebSocket is tried");
+                    (quic_failed, tried) = (true, true);
+                }
+            },
+            done = &mut websocket, if tried && websocket_failed.is_none() => match done {
+                Ok(wire) => return Ok((wire, false)),
+                Err(error) if quic_failed => return Err(error),
+                Err(error) => websocket_failed = Some(error),
+            },
+            () = &mut alone, if !tried => tried = true,
+        }
+    }
 }
 
 async fn over_quic(
@@ -313,6 +340,39 @@ mod tests {
         assert_eq!(choice.plan(minutes(42)), with);
         choice.quic_ended(Duration::ZERO, true, minutes(43));
         assert_eq!((choice.plan(minutes(52)), choice.plan(minutes(53))), (without, with));
+    }
+
+    /// What brings this after so many turns.
+    async fn after<T>(turns: u32, brings: T) -> T {
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+        brings
+    }
+
+    #[tokio::test]
+    async fn a_websocket_is_tried_when_quic_has_had_its_time_whatever_quic_does() {
+        let broken = |word: &str| ConnectError::Ended(word.to_owned());
+        let alone = || after(9, ());
+        let never = || std::future::pending::<Result<&str, ConnectError>>();
+        let websocket = || async { Ok("websocket") };
+        assert_eq!(either(never(), websocket(), alone()).await.unwrap(), ("websocket", false));
+        assert_eq!(
+            either(after(1, Err(broken("udp"))), websocket(), std::future::pending()).await.unwrap().0,
+            "websocket"
+        );
+        // What is late is not given up because the other has begun, or has failed.
+        assert_eq!(either(after(20, Ok("quic")), never(), alone()).await.unwrap(), ("quic", true));
+        assert_eq!(either(after(20, Ok("quic")), after(1, Err(broken("tcp"))), alone()).await.unwrap(), ("quic", true));
+        // Before that nothing of it begins.
+        let none = async { panic!("too early") };
+        assert_eq!(either(after(5, Ok("quic")), none, alone()).await.unwrap(), ("quic", true));
+        for (quic, websocket) in [(1, 1), (20, 1), (20, 30)] {
+            let (quic, websocket) = (after(quic, Err(broken("udp"))), after(websocket, Err(broken("tcp"))));
+            assert_eq!(either::<()>(quic, websocket, alone()).await.unwrap_err().to_string(), "tcp");
+        }
+        let busy = ConnectError::Closed("busy".to_owned());
+        assert!(either(after(20, Err(busy)), never(), alone()).await.unwrap_err().to_string().contains("busy"));
     }
 
     #[test]
