@@ -2,6 +2,8 @@
 //!
 //! Objects are dynamic: fields this version does not know pass through unharmed.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::TokenReview;
@@ -20,6 +22,7 @@ use prometheus_client::registry::Registry;
 use serde_json::Value;
 use skerry_proto::device;
 
+use crate::clock;
 use crate::retry::pause;
 
 /// What cloudcore deals with.
@@ -155,7 +158,7 @@ impl Metrics {
         self.requests.get_or_create(&RequestLabels { verb, resource, code }).inc();
     }
 
-    /// A report that ended: `taken`, `unchanged`, `refused`, `superseded`.
+    /// A report that ended: `taken`, `unchanged`, `gone`, `refused`, `superseded`; or that its edge has back: `later`.
     pub(crate) fn report(&self, kind: &'static str, result: &'static str) {
         self.reports.get_or_create(&ReportLabels { kind, result }).inc();
     }
@@ -231,16 +234,27 @@ pub(crate) fn backoff(attempt: u32, spread: f64) -> Duration {
 /// What a request may take. Watches are not made here.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// An apiserver that has taken nothing for so long is out of order: leases alone are written more often.
+const OUT_OF_ORDER: Duration = Duration::from_secs(30);
+
 /// A client that counts.
 #[derive(Clone)]
 pub(crate) struct Apiserver {
     client: kube::Client,
     metrics: Metrics,
+    /// When it last took a write, milliseconds of [`clock::monotonic`]; 0: never.
+    taken: Arc<AtomicU64>,
 }
 
 impl Apiserver {
-    pub(crate) const fn new(client: kube::Client, metrics: Metrics) -> Self {
-        Self { client, metrics }
+    pub(crate) fn new(client: kube::Client, metrics: Metrics) -> Self {
+        Self { client, metrics, taken: Arc::default() }
+    }
+
+    /// Whether it has taken anything of late, of whomever: what it does not take then has the fault itself.
+    pub(crate) fn takes_writes(&self) -> bool {
+        let last = self.taken.load(Relaxed);
+        last > 0 && clock::monotonic().saturating_sub(Duration::from_millis(last)) < OUT_OF_ORDER
     }
 
     pub(crate) const fn metrics(&self) -> &Metrics {
@@ -376,6 +390,11 @@ impl Apiserver {
             Err(kube::Error::Api(status)) => status.code,
             Err(_) => 0,
         };
+        // Reviews are answered and not kept.
+        if answer.is_ok() && !matches!(verb, "get" | "list") && !resource.ends_with("reviews") {
+            let now = u64::try_from(clock::monotonic().as_millis()).unwrap_or(u64::MAX);
+            self.taken.store(now.max(1), Relaxed);
+        }
         self.metrics.request(verb, resource, code);
         answer
     }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use skerry_proto::sync::{Collection, Entry, Object, Report, ReportKind};
 use skerry_proto::wire::Revision;
@@ -54,6 +55,13 @@ pub enum FeedEvent {
     ReportWanted(ReportKind, String),
     /// Another replica has a newer session of this node: this one is over.
     Superseded,
+    /// A report given to [`Feed::report`] cannot be taken for now: the edge is to send the newest about the same after this long.
+    ReportLater {
+        /// The report's id.
+        id: u64,
+        /// How long.
+        after: Duration,
+    },
     /// A report given to [`Feed::report`] came to its end.
     Reported {
         /// The report's id.
@@ -103,7 +111,8 @@ pub trait Feed: Send + 'static {
     /// What the edge said it holds.
     fn inventory(&mut self, collection: Collection, entries: Vec<Entry>);
 
-    /// Takes a report. Its end comes out of [`Feed::next`] as a [`FeedEvent::Reported`], so that a session waits in one place.
+    /// Takes a report. Its end comes out of [`Feed::next`] as a [`FeedEvent::Reported`] or a
+    /// [`FeedEvent::ReportLater`], so that a session waits in one place.
     fn report(&mut self, report: Report);
 }
 

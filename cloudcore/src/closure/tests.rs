@@ -88,7 +88,7 @@ fn told(events: &[FeedEvent]) -> Vec<String> {
             FeedEvent::Ask(collection) => format!("ask {}", name(collection)),
             FeedEvent::ReportWanted(kind, uid) => format!("wanted {kind:?} {uid}"),
             FeedEvent::Superseded => "superseded".to_owned(),
-            FeedEvent::Reported { id, .. } => format!("reported {id}"),
+            FeedEvent::ReportLater { id, .. } | FeedEvent::Reported { id, .. } => format!("reported {id}"),
         })
         .collect()
 }
@@ -518,6 +518,7 @@ fn hear(edge: &mut Held, events: Vec<FeedEvent>) {
             FeedEvent::Keep(..)
             | FeedEvent::Ask(_)
             | FeedEvent::ReportWanted(..)
+            | FeedEvent::ReportLater { .. }
             | FeedEvent::Reported { .. }
             | FeedEvent::Superseded => {
                 panic!("there are neither tokens nor reports here")

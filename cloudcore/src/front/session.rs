@@ -273,6 +273,7 @@ where
                     FeedEvent::Complete(collection) => hub.step(now, HubInput::Complete(collection)),
                     FeedEvent::Ask(collection) => hub.ask(collection),
                     FeedEvent::ReportWanted(kind, uid) => hub.ask_report(kind, uid),
+                    FeedEvent::ReportLater { id, after } => hub.step(now, HubInput::ReportLater { id, after }),
                     FeedEvent::Reported { id, refused } => hub.step(now, HubInput::Reported { id, refused }),
                 });
             },

@@ -2,7 +2,7 @@
 //!
 //! One queue a session, bounded and coalesced by what is reported; one request at a time for a node, a bounded number for all, first come
 //! first served, so that no node starves another. A report ends when the apiserver took it or refused it for good; anything else is tried
-//! again for as long as the session lives, and holds nothing else up. A node may report for itself, for its own pods and its own devices: everything else is refused, logged and counted.
+//! again. Where the apiserver takes others meanwhile, the edge has it back for a while after some tries, so that it holds nothing else up. A node may report for itself, for its own pods and its own devices: everything else is refused, logged and counted.
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -20,7 +20,7 @@ use tracing::{error, warn};
 
 use self::event::About;
 use self::pod::StatusFacts;
-use self::queue::{Next, State, Waiting};
+use self::queue::{End, Next, State, Waiting};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend::{FeedEvent, NodeCheck, NodeIdentity};
 use crate::backend_k8s::Shared;
@@ -42,6 +42,10 @@ mod tests;
 /// A report that meets only doubtful answers is tried this often, which takes two minutes, so that it does not hold its place in the edge's
 /// window for ever.
 const DOUBTFUL_ATTEMPTS: u32 = 10;
+/// A report that is not taken, though others are, is tried this often, which takes four seconds, before the edge has it back.
+const ATTEMPTS: u32 = 5;
+/// So long at least, and twice as long at most: of what is never taken, much can wait so beside what is.
+const GIVEN_BACK: Duration = Duration::from_secs(120);
 /// Requests for reports under way at once, of all nodes.
 const AT_ONCE: usize = 32;
 /// Takes the reports of all sessions.
@@ -170,8 +174,9 @@ impl Upstream {
                 Next::Now(waiting) => {
                     let Report { namespace, name, .. } = &waiting.report;
                     let pod = (waiting.report.kind == ReportKind::PodStatus).then(|| format!("{namespace}/{name}"));
-                    if let Some((id, refused)) = self.carry_out(&queue, waiting).await {
-                        queue.end(id, refused);
+                    let id = waiting.report.id;
+                    if let Some(how) = self.carry_out(&queue, waiting).await {
+                        queue.end(id, how);
                     }
                     lock(&queue.state).tried();
                     let known = pod.and_then(|key| self.shared.closures().pod(&key).map(|(_, facts)| facts.clone()));
@@ -223,11 +228,10 @@ impl Upstream {
         }
     }
 
-    /// Tries once. Answers a report that came to its end, and why it was refused or nothing; what is to be tried again waits for it, and
-    /// the others go on.
-    async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<(u64, String)> {
+    /// Tries once. Answers what the edge is to be told; what is to be tried again waits for it, and the others go on.
+    async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<End> {
         let report = &waiting.report;
-        let (id, kind) = (report.id, kind_name(report.kind));
+        let kind = kind_name(report.kind);
         let outcome = match self.permits.acquire().await {
             Ok(_permit) => {
                 self.leases.on_time().await;
@@ -245,7 +249,11 @@ impl Upstream {
         };
         let outcome = match outcome {
             Outcome::Doubtful(reason) if waiting.attempt + 1 >= DOUBTFUL_ATTEMPTS => Outcome::Refused(reason),
-            Outcome::Doubtful(_) => Outcome::Later(None),
+            Outcome::Later(after) if waiting.attempt + 1 >= ATTEMPTS && self.api.takes_writes() => {
+                self.api.metrics().report(kind, "later");
+                let after = GIVEN_BACK.mul_f64(rand::random_range(1.0..2.0)).max(after.unwrap_or_default());
+                return Some(End::Later(after));
+            }
             other => other,
         };
         let refused = match outcome {
@@ -278,7 +286,7 @@ impl Upstream {
                 String::new()
             }
         };
-        Some((id, refused))
+        Some(End::Done(refused))
     }
 
     async fn attempt(&self, queue: &Queue, report: &Report) -> Outcome {
@@ -531,8 +539,8 @@ impl Upstream {
 }
 
 impl Queue {
-    fn end(&self, id: u64, refused: String) {
-        lock(&self.state).end(id, refused);
+    fn end(&self, id: u64, how: End) {
+        lock(&self.state).end(id, how);
         self.news.notify_one();
     }
 }
@@ -547,7 +555,7 @@ impl Reports {
         if let Some((kind, id, refused)) = ended {
             let result = if refused.is_empty() { "superseded" } else { "refused" };
             self.upstream.api.metrics().report(kind_name(kind), result);
-            self.queue.end(id, refused);
+            self.queue.end(id, End::Done(refused));
         }
         if is_driven {
             self.queue.wake.notify_one();
@@ -556,16 +564,18 @@ impl Reports {
         }
     }
 
-    /// A report that came to its end, or is wanted once more, if there is any.
+    /// A report that is answered, or wanted once more, if there is any.
     pub(crate) fn try_next(&mut self) -> Option<FeedEvent> {
         let mut state = lock(&self.queue.state);
-        if let Some((id, refused)) = state.ended() {
-            return Some(FeedEvent::Reported { id, refused });
+        match state.ended() {
+            Some((id, End::Done(refused))) => return Some(FeedEvent::Reported { id, refused }),
+            Some((id, End::Later(after))) => return Some(FeedEvent::ReportLater { id, after }),
+            None => {}
         }
         state.wanted().map(|(kind, uid)| FeedEvent::ReportWanted(kind, uid))
     }
 
-    /// The next report that came to its end, or is wanted once more. Cancel safe.
+    /// The next report that is answered, or wanted once more. Cancel safe.
     pub(crate) async fn next(&mut self) -> FeedEvent {
         loop {
             if let Some(event) = self.try_next() {

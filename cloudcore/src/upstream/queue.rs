@@ -37,10 +37,19 @@ pub(super) struct State {
     devices: Duration,
     /// What the edge is to report once more; each at most once, so no more than its pods, its devices and itself.
     wanted: VecDeque<(ReportKind, String)>,
-    /// Reports that came to their end, and why they were refused, if they were: no more than the edge may have on their way at once.
-    ended: VecDeque<(u64, String)>,
+    /// Reports that are answered, and how: no more than the edge may have on their way at once.
+    ended: VecDeque<(u64, End)>,
     /// Somebody asks for what is next until there is nothing.
     is_driven: bool,
+}
+
+/// What the edge is told of a report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// It is over; why it was refused, or nothing if it was taken.
+    Done(String),
+    /// It is the edge's again, for so long.
+    Later(Duration),
 }
 
 /// A report to bring to the apiserver, and when its next try is.
@@ -84,13 +93,13 @@ impl State {
         std::mem::replace(&mut self.is_driven, true)
     }
 
-    /// A report came to its end.
-    pub(super) fn end(&mut self, id: u64, refused: String) {
-        self.ended.push_back((id, refused));
+    /// A report is answered.
+    pub(super) fn end(&mut self, id: u64, how: End) {
+        self.ended.push_back((id, how));
     }
 
-    /// The next one that did.
-    pub(super) fn ended(&mut self) -> Option<(u64, String)> {
+    /// The next one that is.
+    pub(super) fn ended(&mut self) -> Option<(u64, End)> {
         let first = self.ended.pop_front();
         if self.ended.is_empty() {
             // Sessions are many, and most report little: what is empty keeps no room.
@@ -135,14 +144,15 @@ impl State {
         self.devices = self.devices.max(now) + DEVICE_PACE;
     }
 
-    /// Queues a report. Answers one that ended by it.
+    /// Queues a report, which is tried at once; what was tried in vain of an older one counts for it. Answers one that ended by it.
     pub(super) fn push(&mut self, report: Report) -> Option<(ReportKind, u64, String)> {
         let same = self.waiting.iter().position(|other| is_about_the_same(&other.report, &report));
         let replaced = same.and_then(|at| self.waiting.remove(at));
         if self.waiting.len() >= WAITING {
             return Some((report.kind, report.id, "too many reports in flight".into()));
         }
-        self.waiting.push_back(Waiting { report, attempt: 0, due: Duration::ZERO });
+        let attempt = replaced.as_ref().map_or(0, |older| older.attempt);
+        self.waiting.push_back(Waiting { report, attempt, due: Duration::ZERO });
         replaced.map(|older| (older.report.kind, older.report.id, String::new()))
     }
 

@@ -16,6 +16,8 @@ struct World {
     node: Value,
     version: u64,
     asked: Vec<String>,
+    /// Of whose message no status is taken.
+    poison: &'static str,
 }
 
 type Shown = Arc<Mutex<World>>;
@@ -44,6 +46,9 @@ impl World {
                     );
                 }
                 let mut status = patch["status"].clone();
+                if status["message"] == self.poison {
+                    return (500, json!({"status": "Failure", "code": 500, "message": "a webhook failed"}));
+                }
                 for list in status.as_object_mut().unwrap().values_mut().filter_map(Value::as_array_mut) {
                     list.retain(|item| item["$patch"].is_null());
                 }
@@ -208,4 +213,28 @@ async fn what_an_older_session_wrote_late_is_reported_once_more() {
     new.queues.lock().unwrap().insert("e".to_owned(), second.clone());
     new.pod_seen("e", &PodFacts::of(&lock(&world).pod));
     assert_eq!(lock(&second.state).wanted(), Some((ReportKind::PodStatus, "u".to_owned())));
+}
+
+#[tokio::test]
+async fn what_is_not_taken_is_given_back_where_other_things_are() {
+    let world = world(&json!({"phase": "Pending"}));
+    let upstream = replica(&world);
+    let queue = open(&upstream, 1);
+    lock(&world).poison = "poison";
+    let waiting = |attempt: u32| {
+        let mut state = State::default();
+        state.push(report("poison"));
+        let Next::Now(mut waiting) = state.next(Duration::ZERO) else { panic!("it is due") };
+        waiting.attempt = attempt;
+        waiting
+    };
+    let forget = || while let Next::Now(_) = lock(&queue.state).next(Duration::MAX) {};
+    // Nothing is: it is kept and tried again.
+    assert_eq!(upstream.carry_out(&queue, waiting(99)).await, None);
+    forget();
+    assert!(matches!(tell(&world, &upstream, &queue, "fine").await.0, Outcome::Taken));
+    assert_eq!(upstream.carry_out(&queue, waiting(ATTEMPTS - 2)).await, None);
+    forget();
+    let Some(End::Later(after)) = upstream.carry_out(&queue, waiting(ATTEMPTS - 1)).await else { panic!("it is kept") };
+    assert!((GIVEN_BACK..=2 * GIVEN_BACK).contains(&after), "{after:?}");
 }

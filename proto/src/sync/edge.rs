@@ -2,7 +2,7 @@
 //!
 //! It knows of every row of the store its name and version, no more. It applies what the cloud sends in order, acknowledges what is
 //! durable, keeps a digest for each collection, and drains the outbox: reports are sent in order, kept until the cloud says what
-//! became of them, and sent again on the next session otherwise.
+//! became of them, and sent again on the next session otherwise. One that the cloud gives back holds up no other until its time comes.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -28,10 +28,12 @@ pub struct Edge {
     last_epoch: u64,
     collections: [Rows; COLLECTIONS.len()],
     revisions: Revisions,
-    /// Waiting to be sent, in order of id.
+    /// Waiting to be sent.
     queued: VecDeque<Report>,
-    /// Sent in this session, in order of id.
+    /// Sent in this session.
     sent: VecDeque<Report>,
+    /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
+    later: Vec<(Duration, Report)>,
     /// Names the next [`EdgeOutput::Apply`]; goes on over sessions, so that a commit that ends late acknowledges nothing of another.
     next_ticket: u64,
     session: Option<Session>,
@@ -160,6 +162,7 @@ impl Edge {
             revisions: Revisions::default(),
             queued: VecDeque::new(),
             sent: VecDeque::new(),
+            later: Vec::new(),
             next_ticket: 1,
             session: None,
         };
@@ -202,7 +205,7 @@ impl Edge {
             EdgeInput::Frame(frame) => {
                 let Some(session) = &mut self.session else { return out };
                 session.heard(now);
-                if let Err(violation) = self.frame(frame, &mut out) {
+                if let Err(violation) = self.frame(now, frame, &mut out) {
                     self.session = None;
                     let reason = Reason::Protocol.into();
                     out.push(EdgeOutput::Close(Some(wire::Goodbye { reason, message: violation, retry_after_ms: 0 })));
@@ -214,13 +217,14 @@ impl Edge {
                 }
             }
             EdgeInput::Committed { ticket } => self.committed(ticket, &mut out),
-            EdgeInput::Report(report) => {
-                // The newest of what is kept only once replaces an older one that has not been sent.
-                if super::is_coalesced(report.kind) {
-                    self.queued.retain(|old| old.kind != report.kind || old.uid != report.uid);
+            // The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays that one's.
+            EdgeInput::Report(report) => match self.later.iter_mut().find(|(_, old)| replaces(&report, old)) {
+                Some((_, old)) => *old = report,
+                None => {
+                    self.queued.retain(|old| !replaces(&report, old));
+                    self.queued.push_back(report);
                 }
-                self.queued.push_back(report);
-            }
+            },
             EdgeInput::Doubt => {
                 if let Some(session) = &mut self.session {
                     session.doubt(now, &mut out);
@@ -229,7 +233,7 @@ impl Edge {
             EdgeInput::Disconnected => self.session = None,
             EdgeInput::Timeout => self.timeout(now, &mut out),
         }
-        self.drain(&mut out);
+        self.drain(now, &mut out);
         if let Some(session) = &mut self.session
             && out.iter().any(|output| matches!(output, EdgeOutput::Send(_)))
         {
@@ -242,17 +246,21 @@ impl Edge {
     pub fn next_timeout(&self) -> Option<Duration> {
         self.session.as_ref().map(|session| {
             let dead = session.dead();
-            if session.established { session.ping_due().min(dead) } else { dead }
+            if !session.established {
+                return dead;
+            }
+            let again = self.later.iter().map(|(due, _)| *due).min();
+            session.ping_due().min(dead).min(again.unwrap_or(dead))
         })
     }
 
     fn connected(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
         // What was sent on the last session and not answered goes again, before what is newer, except what was replaced meanwhile.
+        // Another cloud may take what the last one gave back, but need not do so first.
+        self.queued.extend(self.later.drain(..).map(|(_, report)| report));
         let unanswered: Vec<Report> = self.sent.drain(..).collect();
         for report in unanswered.into_iter().rev() {
-            let replaced = super::is_coalesced(report.kind)
-                && self.queued.iter().any(|new| new.kind == report.kind && new.uid == report.uid);
-            if !replaced {
+            if !self.queued.iter().any(|new| replaces(new, &report)) {
                 self.queued.push_front(report);
             }
         }
@@ -297,7 +305,7 @@ impl Edge {
         }
     }
 
-    fn frame(&mut self, frame: Frame, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
+    fn frame(&mut self, now: Duration, frame: Frame, out: &mut Vec<EdgeOutput>) -> Result<(), String> {
         let Some(session) = &mut self.session else { return Ok(()) };
         match frame.body {
             Some(Body::Goodbye(goodbye)) => {
@@ -348,6 +356,19 @@ impl Edge {
                 };
                 self.sent.remove(at);
                 out.push(EdgeOutput::Reported { id: ack.id, refused: ack.refused });
+                Ok(())
+            }
+            Some(Body::ReportLater(later)) => {
+                let at = self.sent.iter().position(|report| report.id == later.id);
+                let Some(report) = at.and_then(|at| self.sent.remove(at)) else {
+                    return Err(format!("an answer to report {}, which was not sent", later.id));
+                };
+                // Of what counts only once the newest goes again, if it is not on its way already.
+                if !self.sent.iter().any(|new| replaces(new, &report)) {
+                    let newer = self.queued.iter().position(|new| replaces(new, &report));
+                    let newest = newer.and_then(|at| self.queued.remove(at)).unwrap_or(report);
+                    self.later.push((now + Duration::from_millis(later.after_ms.into()), newest));
+                }
                 Ok(())
             }
             Some(Body::ReportRequest(request)) => {
@@ -478,8 +499,11 @@ impl Edge {
     }
 
     /// Sends as many reports as may be on their way at once.
-    fn drain(&mut self, out: &mut Vec<EdgeOutput>) {
+    fn drain(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
         let Some(session) = self.session.as_ref().filter(|session| session.established) else { return };
+        while let Some(at) = self.later.iter().position(|(due, _)| *due <= now) {
+            self.queued.push_back(self.later.swap_remove(at).1);
+        }
         while self.sent.len() < REPORT_WINDOW
             && let Some(report) = self.queued.pop_front()
         {
@@ -559,6 +583,11 @@ impl Session {
     fn ping_due(&self) -> Duration {
         self.last_heard.min(self.last_sent).max(self.last_ping) + PING_AFTER
     }
+}
+
+/// Whether of both only the newer one counts, and both are about the same.
+fn replaces(new: &Report, old: &Report) -> bool {
+    super::is_coalesced(new.kind) && new.kind == old.kind && new.uid == old.uid
 }
 
 fn send(body: Body) -> EdgeOutput {

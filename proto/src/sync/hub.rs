@@ -75,6 +75,13 @@ pub enum HubInput {
         /// Why it was refused; empty if it was taken.
         refused: String,
     },
+    /// The apiserver cannot take the report of this id for now: the edge has it back.
+    ReportLater {
+        /// The report's id.
+        id: u64,
+        /// How long the edge is to keep it.
+        after: Duration,
+    },
     /// The time of [`Hub::next_timeout`] has come.
     Timeout,
 }
@@ -89,7 +96,7 @@ pub enum HubOutput {
     Inventory(Collection, Vec<Entry>),
     /// The edge acknowledged everything sent so far and its digests agree.
     InSync,
-    /// Hand this to the apiserver, then answer with [`HubInput::Reported`].
+    /// Hand this to the apiserver, then answer with [`HubInput::Reported`] or [`HubInput::ReportLater`].
     Report(Report),
     /// End the connection. If `Some`, send this Goodbye first.
     Close(Option<wire::Goodbye>),
@@ -230,6 +237,12 @@ impl Hub {
                     out.push(send(Body::ReportAck(wire::ReportAck { id, refused })));
                 }
             }
+            HubInput::ReportLater { id, after } => {
+                if self.forget_report(id) {
+                    let after_ms = u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
+                    out.push(send(Body::ReportLater(wire::ReportLater { id, after_ms })));
+                }
+            }
             HubInput::Timeout => {
                 if now >= self.next_timeout() {
                     self.closed = true;
@@ -307,7 +320,14 @@ impl Hub {
         }
         self.reports.push(report.id);
         let wire::Report { id, namespace, name, uid, .. } = report;
-        out.push(HubOutput::Report(Report { id, kind, namespace, name, uid, payload: payload.into_boxed_slice().into() }));
+        out.push(HubOutput::Report(Report {
+            id,
+            kind,
+            namespace,
+            name,
+            uid,
+            payload: payload.into_boxed_slice().into(),
+        }));
         Ok(())
     }
 
@@ -406,9 +426,11 @@ impl Hub {
             return Err(format!("an inventory with a name of more than {MAX_NAME} bytes"));
         }
         parts.names += part.entries.iter().map(|entry| entry.key.len() + entry.uid.len()).sum::<usize>();
-        parts
-            .entries
-            .extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry { key, uid, version }));
+        parts.entries.extend(part.entries.into_iter().map(|wire::Entry { key, uid, version }| Entry {
+            key,
+            uid,
+            version,
+        }));
         let (rows, bytes) = max_inventory(collection);
         if parts.entries.len() > rows {
             return Err(format!("an inventory of more than {rows} rows"));

@@ -5,7 +5,7 @@ use std::panic;
 use super::run;
 
 /// Schedules within which each is noticed.
-const SCHEDULES: u64 = 10_000;
+const SCHEDULES: u64 = 40_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mutation {
@@ -43,9 +43,11 @@ pub(super) enum Mutation {
     ReportTwice,
     /// A report is acknowledged before the apiserver has it.
     ReportAckedEarly,
+    /// The edge forgets what the cloud could not take.
+    GivenBackForgotten,
 }
 
-const ALL: [Mutation; 17] = [
+const ALL: [Mutation; 18] = [
     Mutation::AckBeforeCommit,
     Mutation::TicketOfLast,
     Mutation::BatchLost,
@@ -63,6 +65,7 @@ const ALL: [Mutation; 17] = [
     Mutation::ReportForgotten,
     Mutation::ReportTwice,
     Mutation::ReportAckedEarly,
+    Mutation::GivenBackForgotten,
 ];
 
 #[test]

@@ -391,6 +391,67 @@ fn a_report_that_does_not_say_its_size_is_held_to_the_bound() {
     }
 }
 
+/// A session's edge, and what of reports it sends at a step: ids.
+fn sent(edge: &mut Edge, now: u64, input: EdgeInput) -> Vec<u64> {
+    let out = edge.step(Duration::from_secs(now), input);
+    let reports = out.into_iter().filter_map(|output| match output {
+        EdgeOutput::Send(Frame { body: Some(Body::Report(report)) }) => Some(report.id),
+        _ => None,
+    });
+    reports.collect()
+}
+
+#[test]
+fn what_the_cloud_gives_back_holds_nothing_up_and_goes_again_in_its_time() {
+    let report = |id: u64, uid: &str| {
+        let (namespace, name, uid) = ("ns".to_owned(), uid.to_owned(), uid.to_owned());
+        EdgeInput::Report(Report { id, kind: ReportKind::PodStatus, namespace, name, uid, payload: Bytes::new() })
+    };
+    let later = |id: u64, seconds: u32| {
+        let later = wire::ReportLater { id, after_ms: 1000 * seconds };
+        EdgeInput::Frame(Frame { body: Some(Body::ReportLater(later)) })
+    };
+    let welcome = |epoch: u64| {
+        let welcome = wire::Welcome { protocol: 1, epoch, ..Default::default() };
+        EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) })
+    };
+    let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+    let window = u64::try_from(REPORT_WINDOW).unwrap();
+    for id in 1..=window + 2 {
+        assert!(sent(&mut edge, 0, report(id, &format!("p{id}"))).is_empty());
+    }
+    sent(&mut edge, 0, EdgeInput::Connected);
+    assert_eq!(sent(&mut edge, 0, welcome(1)), Vec::from_iter(1..=window));
+    // Each that comes back makes room.
+    assert_eq!(sent(&mut edge, 0, later(1, 10)), [window + 1]);
+    assert_eq!(sent(&mut edge, 0, later(2, 5)), [window + 2]);
+    assert!(sent(&mut edge, 0, later(3, 10)).is_empty());
+    // News about the same wait as long.
+    assert!(sent(&mut edge, 1, report(100, "p1")).is_empty());
+    assert_eq!(sent(&mut edge, 2, report(101, "other")), [101]);
+    assert!(sent(&mut edge, 2, later(4, 20)).is_empty());
+    assert_eq!(edge.next_timeout(), Some(Duration::from_secs(5)));
+    assert_eq!(sent(&mut edge, 5, EdgeInput::Timeout), [2]);
+    assert!(sent(&mut edge, 5, later(5, 20)).is_empty() && sent(&mut edge, 5, later(6, 20)).is_empty());
+    assert_eq!(sent(&mut edge, 10, EdgeInput::Timeout), [100, 3]);
+    // Of two about the same that are on their way, the older need not come again.
+    assert!(sent(&mut edge, 10, report(102, "p7")).is_empty());
+    assert_eq!(sent(&mut edge, 10, later(8, 20)), [102]);
+    assert!(sent(&mut edge, 10, later(7, 20)).is_empty());
+    // Another session begins with what had no answer.
+    sent(&mut edge, 11, EdgeInput::Disconnected);
+    sent(&mut edge, 11, EdgeInput::Connected);
+    let mut first = sent(&mut edge, 11, welcome(2));
+    assert_eq!(first.len(), REPORT_WINDOW);
+    while first.last() != Some(&8) {
+        let id = first.remove(0);
+        let ack = Frame { body: Some(Body::ReportAck(wire::ReportAck { id, refused: String::new() })) };
+        first.extend(sent(&mut edge, 11, EdgeInput::Frame(ack)));
+    }
+    let violation = edge.step(Duration::from_secs(12), later(7, 1));
+    assert!(matches!(violation.as_slice(), [EdgeOutput::Close(Some(_))]), "{violation:?}");
+}
+
 #[test]
 fn peers_that_break_the_protocol_are_dismissed() {
     let hello = |min, max| wire::Hello {

@@ -329,6 +329,14 @@ impl World {
         self.say(at, HubInput::Reported { id, refused: String::new() });
     }
 
+    /// The apiserver cannot take the next report for now, and the edge has it back.
+    fn give_back(&mut self, at: usize) {
+        let after = Duration::from_secs(self.dice.pick(&[1, 5, 20, 60]));
+        let Some(session) = &mut self.replicas[at].session else { return };
+        let Some(delivery) = session.reports.pop_front() else { return };
+        self.say(at, HubInput::ReportLater { id: delivery.report.id, after });
+    }
+
     /// The next frame on a connection reaches its replica, or the end of the connection does.
     pub(super) fn deliver_up(&mut self, which: usize) {
         let Some(connection) = self.connections.get_mut(which) else { return };
@@ -385,6 +393,11 @@ impl World {
                 Some(Body::Delete(delete)) => delete.revisions.retain(|said| said.collection == delete.collection),
                 _ => {}
             }
+        }
+        if self.is(Mutation::GivenBackForgotten)
+            && let Some(Body::ReportLater(wire::ReportLater { id, .. })) = frame.body
+        {
+            frame.body = Some(Body::ReportAck(wire::ReportAck { id, refused: String::new() }));
         }
         let seq = match &frame.body {
             Some(Body::Upsert(wire::Upsert { seq, .. }) | Body::Delete(wire::Delete { seq, .. })) => *seq,
@@ -447,7 +460,8 @@ impl World {
                 let marked = !self.is(Mutation::FetchUnmarked);
                 self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
             }
-            785..830 => {
+            785..793 => self.give_back(at),
+            793..830 => {
                 for _ in 0..self.dice.pick(&[1, 1, 2, 7]) {
                     self.deliver_report(at);
                 }
@@ -532,7 +546,11 @@ impl World {
                 && session.untold.is_empty()
                 && session.reports.is_empty()
             {
-                return;
+                if self.node.disk.outbox.is_empty() {
+                    return;
+                }
+                // What was given back waits for its time.
+                self.pass_time(Duration::from_secs(5));
             }
         }
         panic!("it does not come to rest");
