@@ -32,6 +32,8 @@ const CATCH_UP: Duration = Duration::from_secs(75);
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Bytes of control frames that wait, from which on no more is taken from whoever can wait, and the edge is not listened to.
 const FULL: usize = 512 << 10;
+/// How often an edge that is not listened to is looked at, whether it takes what is sent.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Why a session does not begin, for the metrics, and what the edge is told.
 type Refused = (&'static str, Option<Goodbye>);
@@ -215,6 +217,7 @@ where
 {
     let Driven { feed, hub, outputs } = &mut *driven;
     let catch_up = clock::monotonic() + CATCH_UP;
+    let mut pace = Pace::default();
     // Whoever opens a stream on it now is sent behind the Welcome.
     place.offer(wire.streams());
     loop {
@@ -230,8 +233,10 @@ where
                 HubOutput::Close(goodbye) => return goodbye,
             }
         }
-        let due = hub.next_timeout().saturating_sub(clock::monotonic());
         let keeps_up = !wire.is_full();
+        let due = hub.next_timeout().saturating_sub(clock::monotonic());
+        let due = if keeps_up { due } else { due.min(LOOK) };
+        pace.goes_on(keeps_up, wire.waiting().control);
         tokio::select! {
             biased;
             eviction = place.evicted() => return Some(match eviction {
@@ -258,7 +263,11 @@ where
                 let (_, said) = later("behind", "this replica of cloudcore has not seen what the node was told by another one");
                 return said;
             }
-            () = tokio::time::sleep(due) => *outputs = hub.step(clock::monotonic(), HubInput::Timeout),
+            () = tokio::time::sleep(due) => {
+                let lives = pace.look(wire.waiting().control);
+                let input = if lives { HubInput::Heard } else { HubInput::Timeout };
+                *outputs = hub.step(clock::monotonic(), input);
+            }
             events = feed.next(), if keeps_up => for event in events {
                 let now = clock::monotonic();
                 outputs.extend(match event {
@@ -278,6 +287,30 @@ where
                 });
             },
         }
+    }
+}
+
+/// Whether an edge that is not listened to, because it does not keep up, takes what is sent: on a slow line that lasts longer than one that
+/// is silent is taken for alive, and no silence.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Since the edge does not keep up: what waited at the last look.
+    waited: Option<usize>,
+}
+
+impl Pace {
+    /// The session goes on, with so many bytes that wait.
+    fn goes_on(&mut self, keeps_up: bool, waiting: usize) {
+        if keeps_up {
+            self.waited = None;
+        } else {
+            self.waited.get_or_insert(waiting);
+        }
+    }
+
+    /// Whether anything was taken since the last look.
+    fn look(&mut self, waiting: usize) -> bool {
+        self.waited.replace(waiting).is_some_and(|before| waiting < before)
     }
 }
 
@@ -310,4 +343,40 @@ fn later(result: &'static str, message: &str) -> Refused {
     let retry_after_ms = rand::rng().random_range(5_000..=15_000);
     let message = format!("{message}; nothing is lost, the node tries again by itself");
     (result, Some(Goodbye { retry_after_ms, ..goodbye(Reason::Overloaded, message) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The hub of an edge whose line takes so many bytes in each second, of those that wait: for how many seconds it lives. The edge itself
+    /// says nothing.
+    fn lives(mut waiting: usize, taken: impl Fn(u64) -> usize) -> u64 {
+        let hello = Hello { protocol_min: 1, protocol_max: 1, ..Hello::default() };
+        let (mut hub, _) = Hub::new(Duration::ZERO, &hello, 1, 0, "hub");
+        let mut pace = Pace::default();
+        for second in 1..600 {
+            let keeps_up = waiting < FULL;
+            pace.goes_on(keeps_up, waiting);
+            waiting = waiting.saturating_sub(taken(second));
+            let input = if !keeps_up && pace.look(waiting) { HubInput::Heard } else { HubInput::Timeout };
+            if hub.step(Duration::from_secs(second), input).iter().any(|output| matches!(output, HubOutput::Close(_))) {
+                return second;
+            }
+        }
+        600
+    }
+
+    #[test]
+    fn an_edge_that_takes_what_is_sent_lives_and_one_that_stops_does_not() {
+        let slow = 1000;
+        assert_eq!(
+            lives(FULL - 1 + 100 * slow, |_| slow),
+            100 + 28,
+            "as long as it is full, and then nothing is heard of it"
+        );
+        assert_eq!(lives(FULL + 1000 * slow, |second| if second <= 50 { slow } else { 0 }), 50 + 28);
+        assert_eq!(lives(FULL + slow, |_| 0), 28);
+        assert_eq!(lives(FULL - 1, |_| slow), 28, "whoever is listened to has to be heard");
+    }
 }
