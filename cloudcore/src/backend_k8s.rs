@@ -23,7 +23,7 @@ use crate::devices::{crds, lost, review};
 use crate::kubelet::{self, Kubelets, Ports};
 use crate::nodes::autonomy::Autonomy;
 use crate::nodes::leases::Leases;
-use crate::upstream::{Reports, Upstream};
+use crate::upstream::{Reports, Upstream, WaitingBytes};
 use crate::watch::{Watches, devices, fetch};
 use crate::{clock, nodes, sa_tokens, supervise};
 
@@ -138,6 +138,7 @@ pub async fn connect(
     metrics.register_collector(Box::new(Held(shared.clone())));
     let leases = Arc::new(Leases::default());
     let upstream = Upstream::new(api.clone(), shared.clone(), leases.clone(), ports.clone());
+    metrics.register_collector(Box::new(WaitingBytes(upstream.clone())));
     let autonomy = Arc::new(Autonomy::default());
     let (deletions, _) = broadcast::channel(DELETIONS);
     let watches = Watches {

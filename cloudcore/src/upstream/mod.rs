@@ -5,6 +5,7 @@
 //! again. Where the apiserver takes others meanwhile, the edge has it back for a while after some tries, so that it holds nothing else up. A node may report for itself, for its own pods and its own devices: everything else is refused, logged and counted.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +13,11 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use kube::api::Patch;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Unit;
 use skerry_proto::payload::{NodeReport, PodReport};
 use skerry_proto::sync::{Report, ReportKind};
 use tokio::sync::{Notify, Semaphore};
@@ -117,6 +123,11 @@ impl Upstream {
             queues: Mutex::default(),
             states_are_lost: AtomicBool::new(false),
         })
+    }
+
+    /// Bytes of reports that wait, of all nodes.
+    fn waiting_bytes(&self) -> usize {
+        lock(&self.queues).values().map(|queue| lock(&queue.state).waiting_bytes()).sum()
     }
 
     /// Begins a session. One that `claims` writes nothing before the Node says that it has it.
@@ -552,10 +563,14 @@ impl Reports {
             let mut state = lock(&self.queue.state);
             (state.push(report), state.begin())
         };
-        if let Some((kind, id, refused)) = ended {
-            let result = if refused.is_empty() { "superseded" } else { "refused" };
+        if let Some((kind, id, how)) = ended {
+            let result = match &how {
+                End::Done(refused) if refused.is_empty() => "superseded",
+                End::Done(_) => "refused",
+                End::Later(_) => "later",
+            };
             self.upstream.api.metrics().report(kind_name(kind), result);
-            self.queue.end(id, End::Done(refused));
+            self.queue.end(id, how);
         }
         if is_driven {
             self.queue.wake.notify_one();
@@ -600,6 +615,24 @@ impl Drop for Reports {
         if queues.get(&self.queue.node.name).is_some_and(|queue| Arc::ptr_eq(queue, &self.queue)) {
             queues.remove(&self.queue.node.name);
         }
+    }
+}
+
+/// Bytes of reports that wait, counted when asked.
+pub(crate) struct WaitingBytes(pub(crate) Arc<Upstream>);
+
+impl fmt::Debug for WaitingBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WaitingBytes")
+    }
+}
+
+impl Collector for WaitingBytes {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let gauge = ConstGauge::new(i64::try_from(self.0.waiting_bytes()).unwrap_or(i64::MAX));
+        let (what, unit) = ("Reports of edge nodes that wait for the apiserver", Some(&Unit::Bytes));
+        let metric = encoder.encode_descriptor("skerry_reports_waiting", what, unit, MetricType::Gauge)?;
+        gauge.encode(metric)
     }
 }
 

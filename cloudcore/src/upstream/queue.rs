@@ -13,6 +13,10 @@ use crate::closure::{PodFacts, version_less};
 
 /// Reports of different things that wait for one session; the edge's window is smaller.
 const WAITING: usize = 256;
+/// Bytes of reports that wait for one session, beyond what a first one has: an edge has a quarter of a megabyte on its way, and one more.
+const WAITING_BYTES: usize = 4 << 20;
+/// When an edge that sends more is to send it again.
+const CROWDED: Duration = Duration::from_secs(10);
 /// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
 const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
@@ -145,15 +149,23 @@ impl State {
     }
 
     /// Queues a report, which is tried at once; what was tried in vain of an older one counts for it. Answers one that ended by it.
-    pub(super) fn push(&mut self, report: Report) -> Option<(ReportKind, u64, String)> {
+    pub(super) fn push(&mut self, report: Report) -> Option<(ReportKind, u64, End)> {
         let same = self.waiting.iter().position(|other| is_about_the_same(&other.report, &report));
         let replaced = same.and_then(|at| self.waiting.remove(at));
         if self.waiting.len() >= WAITING {
-            return Some((report.kind, report.id, "too many reports in flight".into()));
+            return Some((report.kind, report.id, End::Done("too many reports in flight".into())));
+        }
+        if !self.waiting.is_empty() && self.waiting_bytes() + report.payload.len() > WAITING_BYTES {
+            return Some((report.kind, report.id, End::Later(CROWDED)));
         }
         let attempt = replaced.as_ref().map_or(0, |older| older.attempt);
         self.waiting.push_back(Waiting { report, attempt, due: Duration::ZERO });
-        replaced.map(|older| (older.report.kind, older.report.id, String::new()))
+        replaced.map(|older| (older.report.kind, older.report.id, End::Done(String::new())))
+    }
+
+    /// How much waits.
+    pub(super) fn waiting_bytes(&self) -> usize {
+        self.waiting.iter().map(|waiting| waiting.report.payload.len()).sum()
     }
 
     /// Queues a report again that was not taken. Answers whether it is queued: a newer one of the same thing makes it needless.
@@ -291,7 +303,7 @@ mod tests {
         let mut state = State::default();
         assert_eq!(state.push(report(1, "a")), None);
         assert_eq!(state.push(report(2, "b")), None);
-        assert_eq!(state.push(report(3, "a")), Some((ReportKind::PodStatus, 1, String::new())));
+        assert_eq!(state.push(report(3, "a")), Some((ReportKind::PodStatus, 1, End::Done(String::new()))));
         let order: Vec<u64> = state.waiting.iter().map(|waiting| waiting.report.id).collect();
         assert_eq!(order, [2, 3]);
     }
@@ -346,8 +358,20 @@ mod tests {
         for id in 0..WAITING as u64 {
             assert_eq!(state.push(report(id, &id.to_string())), None);
         }
-        let (_, id, refused) = state.push(report(999, "more")).unwrap();
-        assert_eq!((id, refused.as_str()), (999, "too many reports in flight"));
+        let (_, id, how) = state.push(report(999, "more")).unwrap();
+        assert_eq!((id, how), (999, End::Done("too many reports in flight".to_owned())));
+    }
+
+    #[test]
+    fn the_queue_is_bounded_in_bytes() {
+        let large =
+            |id: u64| Report { payload: vec![b'x'; WAITING_BYTES / 2 + 1].into(), ..report(id, &id.to_string()) };
+        let mut state = State::default();
+        assert_eq!(state.push(large(1)), None);
+        assert_eq!(state.push(report(2, "small")), None);
+        assert_eq!(state.push(large(3)), Some((ReportKind::PodStatus, 3, End::Later(CROWDED))), "it is not lost");
+        assert!(matches!(state.next(Duration::ZERO), Next::Now(Waiting { report, .. }) if report.id == 1));
+        assert_eq!(state.push(large(3)), None);
     }
 
     #[test]
