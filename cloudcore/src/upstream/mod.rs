@@ -18,19 +18,18 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
-use skerry_proto::payload::{NodeReport, PodReport};
+use skerry_proto::payload::NodeReport;
 use skerry_proto::sync::{Report, ReportKind};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
 use self::event::About;
-use self::pod::StatusFacts;
 use self::queue::{End, Next, State, Waiting};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
-use crate::backend::{FeedEvent, NodeCheck, NodeIdentity};
+use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
-use crate::closure::{PodFacts, Source};
+use crate::closure::PodFacts;
 use crate::kubelet::Ports;
 use crate::nodes::Claim;
 use crate::nodes::leases::Leases;
@@ -309,174 +308,6 @@ impl Upstream {
             ReportKind::Unspecified => {
                 Outcome::Refused("cloudcore does not know this kind of report: update it".into())
             }
-        }
-    }
-
-    async fn pod_status(&self, queue: &Queue, report: &Report) -> Outcome {
-        let content: PodReport = match serde_json::from_slice(&report.payload) {
-            Ok(content) => content,
-            Err(error) => return Outcome::Refused(format!("not a pod report: {error}")),
-        };
-        let key = format!("{}/{}", report.namespace, report.name);
-        let mut facts = match self.own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
-            Ok(facts) => facts,
-            Err(Outcome::Gone(_)) if content.finished && self.pod_is_gone(&key, &report.uid) => {
-                return Outcome::Unchanged;
-            }
-            Err(outcome) => return outcome,
-        };
-        let before = facts.resource_version.clone();
-        facts = match self.write_status(queue, report, &content, facts).await {
-            Ok(facts) => facts,
-            Err(outcome) => return outcome,
-        };
-        let unchanged = facts.resource_version == before;
-        lock(&queue.state).accept(&report.uid, facts.status.clone(), &facts.resource_version);
-        if !content.finished {
-            return if unchanged { Outcome::Unchanged } else { Outcome::Taken };
-        }
-        if !facts.deleting {
-            facts = match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
-                Ok(facts) => facts,
-                Err(outcome) => return outcome,
-            };
-            if !facts.deleting {
-                return Outcome::Refused("the pod is not being deleted".into());
-            }
-        }
-        match self.api.delete_now(Kind::Pod, &report.namespace, &report.name, &report.uid).await {
-            Ok(()) => Outcome::Taken,
-            Err(error) => match verdict(&error) {
-                Verdict::NotFound | Verdict::Conflict => Outcome::Taken,
-                verdict => Outcome::of(verdict),
-            },
-        }
-    }
-
-    /// Makes the pod show the status, if it does not. Answers the pod as it is then.
-    ///
-    /// A status is written only over the one that was looked at, and only by a session that had the node after that look: so none of an older
-    /// session takes the place of what a newer one wrote.
-    async fn write_status(
-        &self,
-        queue: &Queue,
-        report: &Report,
-        content: &PodReport,
-        mut facts: PodFacts,
-    ) -> Result<PodFacts, Outcome> {
-        let key = format!("{}/{}", report.namespace, report.name);
-        let status = StatusFacts::of(&content.status);
-        let mut is_second = false;
-        loop {
-            if facts.status.terminal() && status.phase != facts.status.phase {
-                return if content.finished {
-                    Ok(facts)
-                } else {
-                    Err(Outcome::Refused(format!("the pod's phase {} is final", facts.status.phase)))
-                };
-            }
-            if status.fingerprint == facts.status.fingerprint {
-                return Ok(facts);
-            }
-            if !self.has_node(queue, &facts).await? {
-                return Err(Outcome::Superseded);
-            }
-            let patch = pod::patch(&report.uid, &facts.resource_version, &content.status).map_err(Outcome::Refused)?;
-            let error = match self.api.patch_status(Kind::Pod, &report.namespace, &report.name, patch).await {
-                Ok(written) => {
-                    facts = PodFacts::of(&Kind::Pod.json(&written));
-                    self.shared.closures().pod_written(&key, facts.clone());
-                    return Ok(facts);
-                }
-                Err(error) => verdict(&error),
-            };
-            let otherwise = match error {
-                // The UID guard answers 422, which a status that cannot be does as well: the pod itself is asked.
-                Verdict::Refused(reason) => Some(Outcome::Refused(reason)),
-                Verdict::NotFound => Some(Outcome::Later(None)),
-                // Somebody wrote the pod meanwhile, or it is another one.
-                Verdict::Conflict => std::mem::replace(&mut is_second, true).then_some(Outcome::Later(None)),
-                verdict => return Err(Outcome::of(verdict)),
-            };
-            facts = match self.fetch_own_pod(&queue.node, &report.namespace, &report.name, &report.uid).await {
-                Ok(facts) => facts,
-                Err(Outcome::Gone(_)) if content.finished => return Err(Outcome::Taken),
-                Err(outcome) => return Err(outcome),
-            };
-            self.shared.closures().pod_written(&key, facts.clone());
-            if let Some(outcome) = otherwise {
-                return Err(outcome);
-            }
-        }
-    }
-
-    /// Whether this session has the node, looked at after this state of one of its pods. Whoever takes a node over says so on the Node before
-    /// writing anything: what the watch shows is enough if it is as new as the pod, or if nobody else has written the status.
-    async fn has_node(&self, queue: &Queue, pod: &PodFacts) -> Result<bool, Outcome> {
-        {
-            let closures = self.shared.closures();
-            if closures.is_superseded(&queue.node, queue.epoch) {
-                return Ok(false);
-            }
-            if !pod.status.begun || closures.has_reached(Source::Nodes, &pod.resource_version) {
-                return Ok(true);
-            }
-        }
-        if lock(&queue.state).wrote(&pod.uid, &pod.status) {
-            return Ok(true);
-        }
-        match nodes::check(&self.api, &queue.node).await {
-            Ok(NodeCheck::Live { epoch }) if epoch > queue.epoch => {
-                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(epoch));
-                Ok(false)
-            }
-            Ok(NodeCheck::Live { .. }) => Ok(true),
-            Ok(NodeCheck::Deleted | NodeCheck::OtherUid) => Err(Outcome::Gone("the Node is gone")),
-            Err(error) => Err(Outcome::of(verdict(&error.source))),
-        }
-    }
-
-    fn pod_is_gone(&self, key: &str, uid: &str) -> bool {
-        self.shared.closures().pod(key).is_none_or(|(_, facts)| facts.uid != uid)
-    }
-
-    /// A pod that this node may report for, from the cache if that agrees, else from the apiserver.
-    async fn own_pod(&self, node: &NodeIdentity, namespace: &str, name: &str, uid: &str) -> Result<PodFacts, Outcome> {
-        let known = self
-            .shared
-            .closures()
-            .pod(&format!("{namespace}/{name}"))
-            .map(|(on, facts)| (on == node.name, facts.clone()));
-        match known {
-            Some((true, facts)) if facts.uid == uid => Ok(facts),
-            _ => self.fetch_own_pod(node, namespace, name, uid).await,
-        }
-    }
-
-    async fn fetch_own_pod(
-        &self,
-        node: &NodeIdentity,
-        namespace: &str,
-        name: &str,
-        uid: &str,
-    ) -> Result<PodFacts, Outcome> {
-        if namespace.is_empty() || name.is_empty() {
-            return Err(Outcome::Refused("the report names no pod".into()));
-        }
-        match self.api.get(Kind::Pod, namespace, name).await {
-            Ok(None) => Err(Outcome::Gone("the pod is gone")),
-            Ok(Some(pod)) => {
-                let pod = Kind::Pod.json(&pod);
-                let facts = PodFacts::of(&pod);
-                if facts.uid != uid {
-                    Err(Outcome::Gone("the pod is gone: another one has its name"))
-                } else if pod["spec"]["nodeName"] != node.name.as_str() {
-                    Err(Outcome::Refused("the pod belongs to another node".into()))
-                } else {
-                    Ok(facts)
-                }
-            }
-            Err(error) => Err(Outcome::of(verdict(&error))),
         }
     }
 

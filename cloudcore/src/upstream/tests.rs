@@ -6,7 +6,7 @@ use kube::client::Body;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::closure::{Closures, NodeInput, PodInput};
+use crate::closure::{Closures, NodeInput, PodInput, Source};
 use crate::config::PortRange;
 use crate::nodes::EPOCH_ANNOTATION;
 
