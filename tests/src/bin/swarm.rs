@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use skerry_tests::swarm::{Command, Fleet, Options};
+use skerry_tests::swarm::{Command, Fleet, Options, Transport};
 
 #[derive(Parser)]
 struct Arguments {
@@ -19,15 +19,17 @@ struct Arguments {
     #[arg(long)]
     cloud: SocketAddr,
     #[arg(long)]
+    transport: Transport,
+    #[arg(long)]
     kubeconfig: PathBuf,
 }
 
 fn main() -> Result<()> {
-    let Arguments { dir: _, nodes, cloud, kubeconfig } = Arguments::parse();
+    let Arguments { dir: _, nodes, cloud, transport, kubeconfig } = Arguments::parse();
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let mut fleet = Fleet::new(Options { nodes, cloud, kubeconfig });
+    let mut fleet = Fleet::new(Options { nodes, cloud, transport, kubeconfig });
     for line in std::io::stdin().lines() {
         let command: Command = serde_json::from_str(&line?)?;
         println!("{}", runtime.block_on(fleet.obey(command))?);

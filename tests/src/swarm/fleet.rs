@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -13,6 +13,7 @@ use rustls::ClientConfig;
 use serde_json::json;
 use tokio::sync::watch;
 
+use super::dial::{Dialler, Transport};
 use super::node::{Node, Seen};
 use super::{Answer, Command, PODS, SHARED, Status, join, objects};
 use crate::api::{Api, CORE, Connection};
@@ -29,6 +30,8 @@ pub struct Options {
     pub nodes: usize,
     /// Where cloudcore is.
     pub cloud: SocketAddr,
+    /// What carries their sessions.
+    pub transport: Transport,
     /// The kubeconfig with all rights.
     pub kubeconfig: PathBuf,
 }
@@ -38,6 +41,7 @@ pub struct Fleet {
     options: Options,
     configs: Vec<Arc<ClientConfig>>,
     seen: Vec<Arc<Seen>>,
+    begun: Instant,
     generation: watch::Sender<u64>,
     troubles: Arc<Troubles>,
     round: u64,
@@ -61,6 +65,7 @@ impl Fleet {
             options,
             configs: Vec::new(),
             seen,
+            begun: Instant::now(),
             generation: watch::Sender::new(0),
             troubles: Arc::default(),
             round: 0,
@@ -122,17 +127,15 @@ impl Fleet {
         Api::of(&self.options.kubeconfig)?.connect().await?.merge(&format!("{CORE}/configmaps/{SHARED}"), &data).await
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as the other commands")]
     fn dial(&self) -> Result<()> {
-        let begun = Instant::now();
         for (index, (config, seen)) in self.configs.iter().zip(&self.seen).enumerate() {
             let node = Node {
                 index,
                 cloud: self.options.cloud,
-                config: config.clone(),
+                dialler: Dialler::new(self.options.transport, config).context("a node cannot dial")?,
                 seen: seen.clone(),
                 generation: self.generation.subscribe(),
-                begun,
+                begun: self.begun,
                 troubles: self.troubles.clone(),
             };
             tokio::spawn(node.run());
@@ -144,8 +147,13 @@ impl Fleet {
         let mut versions: BTreeMap<u64, usize> = BTreeMap::new();
         let mut status = Status::default();
         for seen in &self.seen {
-            status.established += usize::from(seen.established.load(Ordering::Relaxed));
+            if let since @ 1.. = seen.established.load(Ordering::Relaxed) {
+                status.established += 1;
+                let stood = self.begun.elapsed().saturating_sub(Duration::from_millis(since));
+                status.oldest = status.oldest.max(stood.as_secs_f64());
+            }
             status.in_sync += usize::from(seen.in_sync.load(Ordering::Relaxed));
+            status.reported += usize::from(seen.reported.load(Ordering::Relaxed));
             status.applied += seen.applied.load(Ordering::Relaxed);
             *versions.entry(seen.shared.load(Ordering::Relaxed)).or_default() += 1;
         }

@@ -1,18 +1,20 @@
-//! Thousands of edge sides in one process: the real machine of the edge over the real transport with a certificate each, and a store in memory.
+//! Thousands of edge sides in one process: the real machine of the edge over the product's transport, WebSocket or QUIC, with a certificate
+//! each, and a store in memory.
 //!
 //! `bin/swarm` runs [`Fleet`] and takes [`Command`]s on its standard input, one a line, each answered by one line of JSON; [`Swarm`] is the
 //! handle of such a process. What a node does not do: run pods. It says at once that they run.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+pub use self::dial::Transport;
 pub use self::fleet::{Fleet, Options};
 
+mod dial;
 mod fleet;
 mod join;
 mod node;
@@ -60,6 +62,10 @@ pub struct Status {
     pub established: usize,
     /// Nodes that hold all they should, and whose digests agreed in the session that stands.
     pub in_sync: usize,
+    /// For how many seconds the oldest session has stood.
+    pub oldest: f64,
+    /// Nodes of which cloudcore took a report in the session that stands.
+    pub reported: usize,
     /// Nodes that hold the newest state of the shared ConfigMap that any node holds.
     pub newest: usize,
     /// The version of that state.
@@ -80,15 +86,16 @@ pub struct Swarm {
 
 impl Swarm {
     /// Starts `program`, whose files lie in `dir`.
-    pub fn start(program: &Path, dir: &Path, nodes: usize, cloud: SocketAddr, kubeconfig: &Path) -> Result<Self> {
+    pub fn start(program: &Path, dir: &Path, options: &Options) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
         let log = std::fs::File::create(dir.join("swarm.log"))?;
         let mut child = std::process::Command::new(program)
             .arg("--dir")
             .arg(dir)
-            .args(["--nodes", &nodes.to_string(), "--cloud", &cloud.to_string()])
+            .args(["--nodes", &options.nodes.to_string(), "--cloud", &options.cloud.to_string()])
+            .args(["--transport", options.transport.name()])
             .arg("--kubeconfig")
-            .arg(kubeconfig)
+            .arg(&options.kubeconfig)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)

@@ -8,36 +8,31 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use futures_util::{SinkExt as _, StreamExt as _};
-use prost::Message as _;
 use rand::RngExt as _;
-use rustls::ClientConfig;
-use rustls::pki_types::ServerName;
 use skerry_proto::delta;
-use skerry_proto::sync::{Collection, Edge, EdgeInput, EdgeOutput, MAX_FRAME, Op, Report, ReportKind};
-use skerry_proto::wire::frame::Body;
-use skerry_proto::wire::{Frame, Goodbye};
-use tokio::net::TcpStream;
+use skerry_proto::sync::{Collection, Edge, EdgeInput, EdgeOutput, Op, Report, ReportKind};
+use skerry_proto::transport::Event;
+use skerry_proto::wire::Goodbye;
 use tokio::sync::watch;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
+use super::dial::Dialler;
 use super::{PODS, SHARED, objects};
 
 /// As edgecore's: an attempt and the upgrade may each take this long.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// As edgecore's: how long the last words may take.
+const FAREWELL: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(30);
-
-type Socket = WebSocketStream<TlsStream<TcpStream>>;
 
 /// What others may know of a node.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    pub(super) established: AtomicBool,
+    /// Since when the session stands, in milliseconds since all began; 0 if none does.
+    pub(super) established: AtomicU64,
     pub(super) in_sync: AtomicBool,
+    /// Whether cloudcore took a report in the session that stands.
+    pub(super) reported: AtomicBool,
     /// The version of the shared ConfigMap it holds.
     pub(super) shared: AtomicU64,
     pub(super) applied: AtomicU64,
@@ -47,7 +42,7 @@ pub(super) struct Seen {
 pub(super) struct Node {
     pub(super) index: usize,
     pub(super) cloud: SocketAddr,
-    pub(super) config: Arc<ClientConfig>,
+    pub(super) dialler: Dialler,
     pub(super) seen: Arc<Seen>,
     /// Changes when every connection is to be reset.
     pub(super) generation: watch::Receiver<u64>,
@@ -76,8 +71,9 @@ impl Node {
         let mut failures = 0;
         loop {
             let ended = self.attempt(&mut machine, &mut failures).await;
-            self.seen.established.store(false, Ordering::Relaxed);
+            self.seen.established.store(0, Ordering::Relaxed);
             self.seen.in_sync.store(false, Ordering::Relaxed);
+            self.seen.reported.store(false, Ordering::Relaxed);
             machine.agreed = false;
             machine.edge.step(self.begun.elapsed(), EdgeInput::Disconnected);
             let told = match ended {
@@ -97,23 +93,21 @@ impl Node {
     /// One session. When cloudcore ended it: after how long it wants to be dialled again.
     async fn attempt(&mut self, machine: &mut Machine, failures: &mut u32) -> Result<Option<Duration>> {
         self.generation.borrow_and_update();
-        let socket = tokio::time::timeout(PATIENCE, self.connect()).await.context("the connection took too long")??;
-        let mut socket = Box::new(socket);
+        // What it takes to connect is gone before the session begins, which lives long.
+        let connecting = Box::pin(tokio::time::timeout(PATIENCE, self.dialler.connect(self.cloud)));
+        let mut wire = connecting.await.context("the connection took too long")??;
         let mut goodbye = None;
         let mut inputs = VecDeque::from([EdgeInput::Connected]);
         loop {
             while let Some(input) = inputs.pop_front() {
                 let outputs = machine.edge.step(self.begun.elapsed(), input);
-                let mut unflushed = false;
                 for output in outputs {
                     match output {
-                        EdgeOutput::Send(frame) => {
-                            socket.feed(binary(&frame)).await?;
-                            unflushed = true;
-                        }
+                        EdgeOutput::Send(frame) => wire.push(frame),
                         EdgeOutput::Established { .. } => {
                             *failures = 0;
-                            self.seen.established.store(true, Ordering::Relaxed);
+                            let since = u64::try_from(self.begun.elapsed().as_millis())?;
+                            self.seen.established.store(since.max(1), Ordering::Relaxed);
                             inputs.push_back(EdgeInput::Report(machine.node_report(self.index)));
                         }
                         EdgeOutput::Apply { ops, ticket } => {
@@ -121,7 +115,9 @@ impl Node {
                             inputs.push_back(EdgeInput::Committed { ticket });
                             self.apply(machine, ops, &mut inputs);
                         }
-                        EdgeOutput::Reported { refused, .. } if refused.is_empty() => {}
+                        EdgeOutput::Reported { refused, .. } if refused.is_empty() => {
+                            self.seen.reported.store(true, Ordering::Relaxed);
+                        }
                         EdgeOutput::Reported { refused, .. } => self.troubles.note(&format!("refused: {refused}")),
                         EdgeOutput::ReportWanted { kind, uid } => inputs.extend(machine.again(kind, &uid, self.index)),
                         EdgeOutput::InSync(Collection::Pods) => machine.agreed = true,
@@ -130,7 +126,7 @@ impl Node {
                         EdgeOutput::Close(said) => {
                             if let Some(said) = said {
                                 let message = said.message.clone();
-                                socket.send(binary(&Frame { body: Some(Body::Goodbye(said)) })).await.ok();
+                                wire.finish(&message, Some(said), FAREWELL).await;
                                 bail!("the edge closed: {message}");
                             }
                             return match goodbye {
@@ -140,44 +136,22 @@ impl Node {
                         }
                     }
                 }
-                if unflushed {
-                    socket.flush().await?;
-                }
             }
             let whole =
                 machine.agreed && machine.holds(Collection::Pods) == PODS && machine.holds(Collection::Secrets) == 1;
             self.seen.in_sync.store(whole && machine.holds(Collection::ConfigMaps) == 2, Ordering::Relaxed);
             let due = machine.edge.next_timeout().map_or(LAST_RETRY, |due| due.saturating_sub(self.begun.elapsed()));
             tokio::select! {
-                message = socket.next() => match message {
-                    Some(Ok(Message::Binary(bytes))) => inputs.push_back(EdgeInput::Frame(Frame::decode(bytes)?)),
-                    Some(Ok(Message::Close(_))) | None => bail!("cloudcore closed the connection"),
-                    Some(Ok(_)) => {}
-                    Some(Err(error)) => bail!("the connection broke: {error}"),
+                event = wire.next(true) => match event? {
+                    Event::Frame(frame) => inputs.push_back(EdgeInput::Frame(frame)),
+                    // It serves no streams: one that was opened is over when it is let go.
+                    Event::Opened(_) | Event::Heard => inputs.push_back(EdgeInput::Heard),
+                    Event::Drained => {}
                 },
                 () = tokio::time::sleep(due) => inputs.push_back(EdgeInput::Timeout),
-                _ = self.generation.changed() => {
-                    socket.get_ref().get_ref().0.set_zero_linger()?;
-                    return Ok(None);
-                }
+                _ = self.generation.changed() => return Ok(None),
             }
         }
-    }
-
-    async fn connect(&self) -> Result<Socket> {
-        let stream = TcpStream::connect(self.cloud).await.context("connect")?;
-        stream.set_nodelay(true)?;
-        let name = ServerName::IpAddress(self.cloud.ip().into());
-        let stream = TlsConnector::from(self.config.clone()).connect(name, stream).await.context("TLS")?;
-        let config = WebSocketConfig::default()
-            .read_buffer_size(4 << 10)
-            .write_buffer_size(4 << 10)
-            .max_message_size(Some(MAX_FRAME))
-            .max_frame_size(Some(MAX_FRAME));
-        let url = format!("wss://{}/v1/session", self.cloud);
-        let (socket, _) =
-            tokio_tungstenite::client_async_with_config(url, stream, Some(config)).await.context("upgrade")?;
-        Ok(socket)
     }
 
     fn dismissed(&self, said: &Goodbye) -> Option<Duration> {
@@ -256,8 +230,4 @@ impl Machine {
         self.next_report += 1;
         Report { id, kind, namespace, name, uid: uid.to_owned(), payload: payload.into() }
     }
-}
-
-fn binary(frame: &Frame) -> Message {
-    Message::Binary(frame.encode_to_vec().into())
 }

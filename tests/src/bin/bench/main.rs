@@ -13,6 +13,7 @@ use clap::{Parser, ValueEnum};
 use skerry_tests::cleanup;
 use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::paths::RunDir;
+use skerry_tests::swarm::Transport;
 
 use crate::agents::Bench;
 
@@ -57,6 +58,9 @@ struct Arguments {
     /// How many nodes `scale` has.
     #[arg(long, default_value_t = 10_000)]
     nodes: usize,
+    /// What carries the sessions of `scale`.
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
     /// For how long `link` listens to an idle node.
     #[arg(long, default_value_t = 600)]
     idle_seconds: u64,
@@ -79,7 +83,7 @@ fn main() -> Result<()> {
     }
     let run = RunDir::temporary(&std::env::current_exe()?)?;
     match arguments.group {
-        Some(Group::Scale) => return scale::run(run.path(), arguments.nodes),
+        Some(Group::Scale) => return scale::run(run.path(), arguments.nodes, arguments.transport),
         Some(Group::Link) => return link::run(run.path(), Duration::from_secs(arguments.idle_seconds)),
         Some(Group::Devices) => return devices::run(run.path(), &arguments.devices),
         Some(Group::Weight | Group::Pods | Group::Ops) | None => {}

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use skerry_tests::cloudcore::Cloudcore;
 use skerry_tests::controlplane::ControlPlane;
-use skerry_tests::swarm::{Command, Status, Swarm};
+use skerry_tests::swarm::{Command, Options, Status, Swarm, Transport};
 use skerry_tests::{paths, procfs};
 
 use crate::figures::{rss, tell};
@@ -30,7 +30,7 @@ const CLOUD: &str = "cloudcore";
 /// Requests to the apiserver so far, by verb and resource.
 type Requests = BTreeMap<(String, String), f64>;
 
-pub(crate) fn run(dir: &Path, nodes: usize) -> Result<()> {
+pub(crate) fn run(dir: &Path, nodes: usize, transport: Transport) -> Result<()> {
     eprintln!("starting a control plane");
     let mut control = ControlPlane::start(&dir.join("control"))?;
     control.stop_controllers()?;
@@ -38,13 +38,9 @@ pub(crate) fn run(dir: &Path, nodes: usize) -> Result<()> {
     // What a cloudcore without nodes weighs.
     sleep(Duration::from_secs(5));
     let base = rss(cloud.pid().context("cloudcore does not run")?)?;
-    let mut swarm = Swarm::start(
-        &paths::product("swarm")?,
-        &dir.join("swarm"),
-        nodes,
-        cloud.address(),
-        control.admin_kubeconfig(),
-    )?;
+    let options =
+        Options { nodes, cloud: cloud.address(), transport, kubeconfig: control.admin_kubeconfig().to_owned() };
+    let mut swarm = Swarm::start(&paths::product("swarm")?, &dir.join("swarm"), &options)?;
     let token = cloud.new_token(&["--ttl", "2h"])?.token;
     eprintln!("{nodes} nodes join");
     let seconds = swarm.run(&Command::Join { token })?;
@@ -53,13 +49,13 @@ pub(crate) fn run(dir: &Path, nodes: usize) -> Result<()> {
     eprintln!("created in {seconds:.1} s");
     cloud.kill();
 
-    let mut scale = Scale { control, cloud, swarm, nodes, base, writes: 0.0, delivered: 0.0 };
+    let mut scale = Scale { control, cloud, swarm, nodes, transport, base, writes: 0.0, delivered: 0.0 };
     scale.sync()?;
     scale.idle()?;
     scale.change()?;
     scale.reconnect()?;
     scale.restart()?;
-    tell("cloud.api.writes", CLOUD, scale.writes / scale.delivered, "1");
+    scale.figure("cloud.api.writes", CLOUD, scale.writes / scale.delivered, "1");
     Ok(())
 }
 
@@ -68,6 +64,7 @@ struct Scale {
     cloud: Cloudcore,
     swarm: Swarm,
     nodes: usize,
+    transport: Transport,
     /// Memory of a cloudcore that serves nobody, in MB.
     base: f64,
     writes: f64,
@@ -101,8 +98,8 @@ impl Scale {
         sleep(IDLE);
         self.tell("idle", &mark)?;
         let rss = rss(self.pid()?)?;
-        tell("cloud.rss.nodes", CLOUD, rss, "MB");
-        tell("cloud.rss.pernode", CLOUD, 1e6 / 1024.0 * (rss - self.base) / count(self.nodes as u64), "KB");
+        self.figure("cloud.rss.nodes", CLOUD, rss, "MB");
+        self.figure("cloud.rss.pernode", CLOUD, 1e6 / 1024.0 * (rss - self.base) / count(self.nodes as u64), "KB");
         let standing = self.swarm.status()?.established;
         ensure!(standing == self.nodes, "only {standing} sessions stood through the idle time");
         Ok(())
@@ -132,13 +129,17 @@ impl Scale {
     /// cloudcore is killed and starts again; the nodes hold what they held.
     fn restart(&mut self) -> Result<()> {
         eprintln!("cloudcore is killed and started");
+        let killed = Instant::now();
         self.cloud.kill();
         self.cloud.spawn()?;
         let mark = self.mark()?;
-        // Until the last node knows that its session is over.
-        sleep(Duration::from_millis(500));
-        self.wait("in sync with the new one", &mark, |status, nodes| status.in_sync == nodes)?;
-        self.tell("restart", &mark)
+        // Over QUIC nodes hear nothing of the end of their sessions: those do not count.
+        let is_new = |status: &Status| status.oldest < killed.elapsed().as_secs_f64();
+        self.wait("in sync with the new one", &mark, |status, nodes| status.in_sync == nodes && is_new(status))?;
+        self.tell("restart", &mark)?;
+        self.wait("heard by the new one", &mark, |status, nodes| status.reported == nodes && is_new(status))?;
+        self.figure(&format!("cloud.restart.reports.{}.s", self.size()), CLOUD, mark.time.elapsed().as_secs_f64(), "s");
+        Ok(())
     }
 
     /// Waits until statuses and first leases have been written.
@@ -191,22 +192,33 @@ impl Scale {
     fn tell(&mut self, phase: &str, mark: &Mark) -> Result<()> {
         let seconds = mark.time.elapsed().as_secs_f64();
         if phase != "idle" {
-            let size = if self.nodes == 10_000 { "10k".to_owned() } else { self.nodes.to_string() };
-            tell(&format!("cloud.{phase}.{size}.s"), CLOUD, seconds, "s");
+            self.figure(&format!("cloud.{phase}.{}.s", self.size()), CLOUD, seconds, "s");
         }
         for ((name, used), (_, before)) in self.processors().iter().zip(&mark.processors) {
-            tell(&format!("cloud.cpu.{phase}"), name, used - before, "s");
+            self.figure(&format!("cloud.cpu.{phase}"), name, used - before, "s");
         }
         for (key, count) in self.requests()? {
             let more = count - mark.requests.get(&key).unwrap_or(&0.0);
             if more > 0.0 {
                 let (verb, resource) = key;
-                tell(&format!("cloud.api.{phase}.{verb}.{resource}"), CLOUD, more / seconds, "1/s");
+                self.figure(&format!("cloud.api.{phase}.{verb}.{resource}"), CLOUD, more / seconds, "1/s");
                 let is_read = matches!(verb.as_str(), "get" | "list" | "watch");
                 self.writes += if is_read || APART.contains(&resource.as_str()) { 0.0 } else { more };
             }
         }
         Ok(())
+    }
+
+    /// Tells a figure. Its subject says so where sessions are not WebSockets.
+    fn figure(&self, figure: &str, subject: &str, value: f64, unit: &str) {
+        match self.transport {
+            Transport::WebSocket => tell(figure, subject, value, unit),
+            Transport::Quic => tell(figure, &format!("{subject}/quic"), value, unit),
+        }
+    }
+
+    fn size(&self) -> String {
+        if self.nodes == 10_000 { "10k".to_owned() } else { self.nodes.to_string() }
     }
 
     fn requests(&self) -> Result<Requests> {
