@@ -129,6 +129,11 @@ async fn an_expired_certificate_needs_its_key_and_our_ca() {
     assert!(fails(config).await, "a certificate is no secret");
 }
 
+/// The chain with which the server proved itself.
+fn shown(connection: &quinn::Connection) -> Vec<CertificateDer<'static>> {
+    *connection.peer_identity().unwrap().downcast().unwrap()
+}
+
 #[tokio::test]
 async fn one_ca_follows_another_and_nobody_notices() {
     let now = clock::wall();
@@ -137,6 +142,12 @@ async fn one_ca_follows_another_and_nobody_notices() {
     let token = cloud.any_token().await;
     let first = cloud.node("box-1").await;
     let (mut standing, ..) = cloud.session(&first, "box-1", 0).await;
+    let on_quic = cloud.node("box-4").await;
+    let (_endpoint, connection) = cloud.connection(Some(&on_quic)).await;
+    let shown_first = shown(&connection);
+    let mut standing_on_quic = quic_sessions::Wire::over_quic(connection, Side::Edge, ()).await.unwrap();
+    standing_on_quic.push(Frame { body: Some(hello("box-4", 0)) });
+    assert!(matches!(quic_sessions::body(&mut standing_on_quic).await, Body::Welcome(_)));
     let roots = |pem: &str| pem.matches("BEGIN CERTIFICATE").count();
     let trusting = async |cloud: &Cloud, identity: Option<&Identity>, trusted: &CertificateAuthority| {
         let mut stream = cloud.try_tls(identity, trusted).await?;
@@ -164,6 +175,9 @@ async fn one_ca_follows_another_and_nobody_notices() {
         assert!(trusting(&cloud, Some(&first), trusted).await.unwrap());
         assert!(trusting(&cloud, None, trusted).await.unwrap());
     }
+    let (_endpoint, connection) = cloud.connection(None).await;
+    assert_eq!(shown(&connection), cloud.certificate.current().cert);
+    assert_ne!(shown(&connection), shown_first, "who connects anew is shown the new one");
     let third = Identity::new();
     let joined = cloud.join(&token.to_string(), &request("box-3", &third)).await.expect("an old token is good");
     let third = Identity { certificate: Some(joined.certificate), ..third };
@@ -173,7 +187,15 @@ async fn one_ca_follows_another_and_nobody_notices() {
     // A replica that has not looked again yet knows it already.
     assert!(told.verifies(third.certificate.as_ref().unwrap()));
 
-    // The session from before has seen nothing of all this.
+    // The sessions from before have seen nothing of all this.
+    standing_on_quic.push(Frame { body: Some(Body::Ping(Ping { token: 6 })) });
+    loop {
+        match quic_sessions::body(&mut standing_on_quic).await {
+            Body::Pong(pong) => break assert_eq!(pong.token, 6),
+            Body::Goodbye(said) => panic!("{said:?}"),
+            _ => {}
+        }
+    }
     standing.send(Body::Ping(Ping { token: 5 })).await;
     loop {
         match standing.body().await {
