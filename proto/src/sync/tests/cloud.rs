@@ -9,7 +9,7 @@ pub(super) type Id = (usize, String);
 
 pub(super) const CONFIG_MAPS: usize = 4;
 pub(super) const SECRETS: usize = 5;
-const TOKENS: usize = 6;
+pub(super) const TOKENS: usize = 6;
 pub(super) const PODS: usize = 7;
 
 #[derive(Default)]

@@ -37,6 +37,10 @@ pub(super) enum Mutation {
     EpochReadTooEarly,
     /// Frames of an older connection get to the machine.
     OldConnection,
+    /// Frames of an older connection get to the session of a newer one.
+    OldConnectionUp,
+    /// The edge leaves out some of what it is asked whether it holds.
+    InventoryCut,
     /// A new session does not send again what was not answered.
     ReportForgotten,
     /// What is sent again passes for new.
@@ -47,7 +51,7 @@ pub(super) enum Mutation {
     GivenBackForgotten,
 }
 
-const ALL: [Mutation; 18] = [
+const ALL: [Mutation; 20] = [
     Mutation::AckBeforeCommit,
     Mutation::TicketOfLast,
     Mutation::BatchLost,
@@ -62,6 +66,8 @@ const ALL: [Mutation; 18] = [
     Mutation::EpochUnread,
     Mutation::EpochReadTooEarly,
     Mutation::OldConnection,
+    Mutation::OldConnectionUp,
+    Mutation::InventoryCut,
     Mutation::ReportForgotten,
     Mutation::ReportTwice,
     Mutation::ReportAckedEarly,

@@ -43,6 +43,8 @@ pub(super) struct Node {
     pub(super) disk: Disk,
     pub(super) backup: Option<Disk>,
     pub(super) batches: VecDeque<Batch>,
+    /// Collections, by rank, of which the machine found on this connection that they are as the cloud has them.
+    pub(super) agreed: BTreeSet<usize>,
     /// Deltas that fitted.
     pub(super) deltas: u64,
     pub(super) mutation: Option<Mutation>,
@@ -51,7 +53,8 @@ pub(super) struct Node {
 impl Node {
     pub(super) fn new(mutation: Option<Mutation>) -> Self {
         let edge = Edge::new("n", "b", "s", "edge", 0, []);
-        Self { edge, disk: Disk::default(), backup: None, batches: VecDeque::new(), deltas: 0, mutation }
+        let (disk, batches, agreed) = (Disk::default(), VecDeque::new(), BTreeSet::new());
+        Self { edge, disk, backup: None, batches, agreed, deltas: 0, mutation }
     }
 
     /// A new machine of what the disk holds.

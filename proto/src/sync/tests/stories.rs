@@ -4,7 +4,7 @@ use prost::Message as _;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use super::cloud::{Apiserver, Id, PODS, Replica};
+use super::cloud::{Apiserver, Id, PODS, Replica, TOKENS};
 use super::world::Connection;
 use super::*;
 use crate::wire::{self, Frame, frame::Body};
@@ -58,6 +58,10 @@ fn is_change(frame: &Frame) -> bool {
     matches!(frame.body, Some(Body::Upsert(_) | Body::Delete(_)))
 }
 
+fn is_inventory_request(frame: &Frame) -> bool {
+    matches!(frame.body, Some(Body::InventoryRequest(_)))
+}
+
 #[test]
 fn reconnecting_with_nothing_changed_sends_no_object() {
     let mut world = in_sync();
@@ -72,6 +76,42 @@ fn reconnecting_with_nothing_changed_sends_no_object() {
         world.deliver_down();
     }
     assert!(bytes < 1024, "{bytes} bytes");
+}
+
+#[test]
+fn another_replica_resumes_in_one_round_trip() {
+    for seed in 0..20 {
+        let mut world = in_sync();
+        world.dice = Dice::new(seed);
+        for n in 0..3 {
+            world.apiserver.write(&mut world.dice, &(TOKENS, format!("token-{n}")), &format!("default/web-{n}"));
+        }
+        hear(&mut world, TOKENS);
+        world.settle_on();
+        world.assert_converged();
+        // One that has never seen the node, and has not minted the tokens that its pods have.
+        world.replicas = vec![Replica::new(&world.apiserver)];
+        world.connect();
+        let last = world.connections.len() - 1;
+        while !line(&world).up.is_empty() {
+            world.deliver_up(last);
+        }
+        for _ in 0..100 {
+            world.feed(0);
+        }
+        assert!(!line(&world).down.iter().any(|frame| is_change(frame) || is_inventory_request(frame)));
+        while !line(&world).down.is_empty() {
+            world.deliver_down();
+        }
+        // All that agrees is said of the pods alone.
+        assert!(world.node.agreed.contains(&PODS), "seed {seed}: in sync when the first answer is here");
+        world.assert_converged();
+        // What the edge says to that is the last word.
+        while !line(&world).up.is_empty() {
+            world.deliver_up(last);
+        }
+        assert!(line(&world).down.is_empty(), "seed {seed}: {:?}", line(&world).down);
+    }
 }
 
 #[test]

@@ -97,6 +97,7 @@ impl World {
             left_by_hub: false,
         });
         self.current = Some(id);
+        self.node.agreed.clear();
         if self.is(Mutation::ReportForgotten) {
             self.node.edge.forget_sent();
         }
@@ -158,6 +159,12 @@ impl World {
             let Some(session) = &mut self.replicas[at].session else { return };
             match output {
                 HubOutput::Send(frame) => {
+                    if let Some(Body::Delete(delete)) = &frame.body {
+                        let collection = delete.collection();
+                        let is_complete =
+                            |input: &HubInput| matches!(input, HubInput::Complete(of) if *of == collection);
+                        assert!(!session.untold.iter().any(is_complete), "deleted before all was said that is to stay");
+                    }
                     let connection = session.connection;
                     if let Some(connection) = self.connection(connection) {
                         connection.down.push_back(through_the_wire(&frame));
@@ -201,8 +208,14 @@ impl World {
                         let mut written = self.node.batches.iter().filter(|batch| batch.connection == id);
                         assert!(written.all(|batch| batch.seq > ack.seq), "acknowledged before it is durable");
                     }
+                    let mut frame = through_the_wire(&frame);
+                    if let Some(Body::Inventory(inventory)) = &mut frame.body
+                        && self.mutation == Some(Mutation::InventoryCut)
+                    {
+                        inventory.entries.pop();
+                    }
                     if let Some(connection) = self.connection(id) {
-                        connection.up.push_back(through_the_wire(&frame));
+                        connection.up.push_back(frame);
                     }
                 }
                 EdgeOutput::Established { epoch, .. } => {
@@ -227,7 +240,8 @@ impl World {
                     assert!(taken, "acknowledged, but the apiserver has not got it");
                     self.node.disk.outbox.remove(&id);
                 }
-                EdgeOutput::InSync(_) | EdgeOutput::ReportWanted { .. } => {}
+                EdgeOutput::InSync(collection) => drop(self.node.agreed.insert(rank(collection).unwrap())),
+                EdgeOutput::ReportWanted { .. } => {}
                 EdgeOutput::Close(goodbye) => {
                     assert_eq!(goodbye, None, "no machine breaks the protocol");
                     return self.disconnect();
@@ -350,7 +364,7 @@ impl World {
             }
             return;
         };
-        if connection.is_up_lost || connection.left_by_hub {
+        if connection.is_up_lost || connection.left_by_hub && self.mutation != Some(Mutation::OldConnectionUp) {
             return;
         }
         match frame.body {
@@ -361,7 +375,9 @@ impl World {
                 }
                 self.say(at, HubInput::Frame(Frame { body: Some(Body::Report(report)) }));
             }
-            body if self.session_on(at, id) => self.say(at, HubInput::Frame(Frame { body })),
+            body if self.session_on(at, id) || self.is(Mutation::OldConnectionUp) => {
+                self.say(at, HubInput::Frame(Frame { body }))
+            }
             _ => {}
         }
     }
