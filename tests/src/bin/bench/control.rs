@@ -1,7 +1,7 @@
 //! How long what is urgent takes while all else floods a narrow line.
 //!
-//! Both ends are the product's own transport on real sockets, with the relay between them at 256 kbit/s each way; what floods are streams of
-//! the classes ops and device in both directions, as much as they take. Control frames are pings of the cloud's, one every 100 ms; what is
+//! Both ends are the product's own transport on real sockets, in TLS as both programs set it up, with the relay between them at 256 kbit/s
+//! each way; what floods are streams of the classes ops and device in both directions, as much as they take. Control frames are pings of the cloud's, one every 100 ms; what is
 //! told is the time until the edge has them. A fake stands in for cloudcore and edgecore: neither opens streams of these classes by itself.
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,25 +11,29 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::{PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ServerConfig};
 use skerry_proto::mux::{Class, Side};
 use skerry_proto::streams::{Stream, Streams};
-use skerry_proto::transport::{self, Event, UNSENT, ws_config};
+use skerry_proto::transport::{self, Event, TLS_BUFFER, UNSENT, ws_config};
 use skerry_proto::wire::{Frame, Ping, frame::Body};
 use skerry_tests::relay::Relay;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Role;
 
 use crate::figures::tell;
 
-type Wire = transport::Wire<TcpStream, ()>;
+type Wire = transport::Wire<TlsStream<TcpStream>, ()>;
 
 /// 256 kbit/s, in bytes.
 const BANDWIDTH: u64 = 32_000;
 /// What a modem holds of a TCP connection, in bytes.
 const ROOM: usize = 4 << 10;
+/// Whom the certificate is for.
+const NAME: &str = "localhost";
 const EVERY: Duration = Duration::from_millis(100);
 const PINGS: usize = 600;
 /// What a stream has to come to its rate, and for how long that is counted then.
@@ -168,25 +172,37 @@ async fn websocket(listener: std::net::TcpListener, relay: &Relay) -> Result<(Wi
         stream.set_nodelay(true)?;
         socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
     }
-    let edge = WebSocketStream::from_raw_socket(near, Role::Client, Some(ws_config())).await;
-    let cloud = WebSocketStream::from_raw_socket(far, Role::Server, Some(ws_config())).await;
+    let (server, client) = tls()?;
+    let connecting = TlsConnector::from(Arc::new(client)).connect(ServerName::try_from(NAME)?, near);
+    let accepting = TlsAcceptor::from(Arc::new(server)).accept(far);
+    let (mut near, mut far) = tokio::try_join!(connecting, accepting)?;
+    near.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
+    far.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
+    let edge = WebSocketStream::from_raw_socket(near.into(), Role::Client, Some(ws_config())).await;
+    let cloud = WebSocketStream::from_raw_socket(far.into(), Role::Server, Some(ws_config())).await;
     Ok((Wire::over_websocket(cloud, Side::Cloud, ()), Wire::over_websocket(edge, Side::Edge, ())))
 }
 
-async fn quic(socket: std::net::UdpSocket, relay: &Relay) -> Result<(Wire, Wire, [quinn::Endpoint; 2])> {
+/// A server that proves itself, and a client that trusts it.
+fn tls() -> Result<(ServerConfig, ClientConfig)> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed([NAME.to_owned()])?;
     let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
-    let server = rustls::ServerConfig::builder_with_provider(provider.clone())
+    let server = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
         .with_single_cert(vec![cert.der().clone()], key)?;
     let mut roots = rustls::RootCertStore::empty();
     roots.add(cert.der().clone())?;
-    let client = rustls::ClientConfig::builder_with_provider(provider)
+    let client = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_root_certificates(roots)
         .with_no_client_auth();
+    Ok((server, client))
+}
+
+async fn quic(socket: std::net::UdpSocket, relay: &Relay) -> Result<(Wire, Wire, [quinn::Endpoint; 2])> {
+    let (server, client) = tls()?;
     let listening = quinn::Endpoint::new(
         quinn::EndpointConfig::default(),
         Some(transport::server_config(&server)?),
@@ -194,7 +210,7 @@ async fn quic(socket: std::net::UdpSocket, relay: &Relay) -> Result<(Wire, Wire,
         Arc::new(quinn::TokioRuntime),
     )?;
     let dialling = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-    let connecting = dialling.connect_with(transport::client_config(&client)?, relay.address(), "localhost")?;
+    let connecting = dialling.connect_with(transport::client_config(&client)?, relay.address(), NAME)?;
     let accepting = async { anyhow::Ok(listening.accept().await.context("the endpoint is closed")?.await?) };
     let (edge, cloud) = tokio::join!(connecting, accepting);
     let cloud = Wire::over_quic(cloud?, Side::Cloud, ()).await?;
