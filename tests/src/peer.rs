@@ -23,6 +23,10 @@ use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Message;
 
+pub use self::strangers::Strangers;
+
+mod strangers;
+
 /// Where sessions are opened.
 const SESSION_PATH: &str = "/v1/session";
 

@@ -85,6 +85,22 @@ pub fn rss_kb(pid: i32) -> Option<u32> {
     rollup.lines().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
 }
 
+/// The most resident memory that a process has had since [`forget_peak`], or ever, in kB.
+pub fn peak_rss_kb(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
+}
+
+/// Has [`peak_rss_kb`] begin anew (proc(5), `clear_refs`).
+pub fn forget_peak(pid: i32) -> std::io::Result<()> {
+    fs::write(format!("/proc/{pid}/clear_refs"), "5")
+}
+
+/// How many descriptors a process has open.
+pub fn descriptors(pid: i32) -> Option<usize> {
+    Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
+}
+
 /// Bytes that a process has caused to be written to disks so far.
 pub fn written_bytes(pid: i32) -> Option<u64> {
     let io = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;

@@ -44,6 +44,8 @@ pub struct Line {
     pub loss: f64,
     /// No datagrams pass.
     pub no_udp: bool,
+    /// Nothing listens.
+    closed: bool,
     /// Connections from before the last reset are gone.
     generation: u64,
     /// How often the NAT gave clients of UDP other ports.
@@ -87,19 +89,13 @@ impl Relay {
     fn launch(target: SocketAddr, room: Option<usize>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let port = crate::ports::free()?;
-        let listener = runtime.block_on(async {
-            let socket = TcpSocket::new_v4()?;
-            socket.set_reuseaddr(true)?;
-            narrow(&socket, room)?;
-            socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
-            socket.listen(1024)
-        })?;
-        let datagrams = runtime.block_on(UdpSocket::bind((Ipv4Addr::LOCALHOST, port)))?;
-        let address = listener.local_addr()?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let listener = runtime.block_on(async { listen(address, room) })?;
+        let datagrams = runtime.block_on(UdpSocket::bind(address))?;
         let (line, seen) = watch::channel(Line::default());
         let counters = Arc::new(Counters::default());
-        runtime.spawn(udp::relay(datagrams, target, seen.clone(), counters.clone()));
-        runtime.spawn(accept(listener, target, room, seen, counters.clone()));
+        runtime.spawn(udp::serve(datagrams, target, seen.clone(), counters.clone()));
+        runtime.spawn(serve(listener, target, room, seen, counters.clone()));
         Ok(Self { address, line, counters, _runtime: runtime })
     }
 
@@ -141,6 +137,16 @@ impl Relay {
         self.set(|line| line.generation += 1);
     }
 
+    /// It goes away with all that it carries: nothing listens, as on a machine that starts anew.
+    pub fn close(&self) {
+        self.set(|line| (line.generation, line.closed) = (line.generation + 1, true));
+    }
+
+    /// It listens again where it did, and knows no client.
+    pub fn open(&self) {
+        self.set(|line| line.closed = false);
+    }
+
     /// Bytes that went up and down since the start.
     pub fn bytes(&self) -> (u64, u64) {
         (self.counters.up.load(Ordering::Relaxed), self.counters.down.load(Ordering::Relaxed))
@@ -173,6 +179,39 @@ fn narrow(socket: &TcpSocket, room: Option<usize>) -> std::io::Result<()> {
     let Some(room) = room.and_then(|room| u32::try_from(room).ok()) else { return Ok(()) };
     socket.set_recv_buffer_size(room)?;
     socket.set_send_buffer_size(room)
+}
+
+fn listen(address: SocketAddr, room: Option<usize>) -> std::io::Result<TcpListener> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    narrow(&socket, room)?;
+    socket.bind(address)?;
+    socket.listen(1024)
+}
+
+/// Waits until the line is closed or open; an error when the relay is gone.
+async fn turned(line: &mut watch::Receiver<Line>, closed: bool) -> Result<(), watch::error::RecvError> {
+    line.wait_for(|line| line.closed == closed).await.map(drop)
+}
+
+/// Accepts while the line is open.
+async fn serve(
+    mut listener: TcpListener,
+    target: SocketAddr,
+    room: Option<usize>,
+    mut line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+) -> Result<()> {
+    let address = listener.local_addr()?;
+    loop {
+        let accepting = accept(listener, target, room, line.clone(), counters.clone());
+        tokio::select! {
+            () = accepting => {}
+            closed = turned(&mut line, true) => closed?,
+        }
+        turned(&mut line, false).await?;
+        listener = listen(address, room)?;
+    }
 }
 
 async fn accept(
@@ -337,6 +376,22 @@ mod tests {
         assert_eq!(say(&mut stream, "c"), None);
         relay.heal();
         assert_eq!(say(&mut stream, "d"), None, "a connection that lost bytes is dead");
+    }
+
+    #[test]
+    fn what_was_closed_refuses_and_carries_again_when_it_is_open() {
+        let (relay, mut stream) = echo();
+        assert_eq!(say(&mut stream, "a").as_deref(), Some("a"));
+        relay.close();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+        let wait = |open| while TcpStream::connect(relay.address()).is_ok() != open {};
+        wait(false);
+        relay.open();
+        wait(true);
+        let mut stream = TcpStream::connect(relay.address()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert_eq!(say(&mut stream, "b").as_deref(), Some("b"));
     }
 
     #[test]

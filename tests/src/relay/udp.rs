@@ -11,7 +11,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Counters, Direction, Flow, Line, flow};
+use super::{Counters, Direction, Flow, Line, flow, turned};
 
 /// The longest datagram.
 const LONGEST: usize = 64 << 10;
@@ -61,7 +61,34 @@ struct Nat {
     counters: Arc<Counters>,
 }
 
-pub(super) async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Receiver<Line>, counters: Arc<Counters>) {
+/// Passes datagrams while the line is open.
+pub(super) async fn serve(
+    mut near: UdpSocket,
+    target: SocketAddr,
+    mut line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+) -> anyhow::Result<()> {
+    let address = near.local_addr()?;
+    loop {
+        tokio::select! {
+            () = relay(near, target, line.clone(), counters.clone()) => {}
+            closed = turned(&mut line, true) => closed?,
+        }
+        turned(&mut line, false).await?;
+        near = loop {
+            match UdpSocket::bind(address).await {
+                Ok(near) => break near,
+                // What was on its way when it was closed still holds the old one.
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+    }
+}
+
+async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Receiver<Line>, counters: Arc<Counters>) {
     let near = Arc::new(near);
     let down = Arc::new(tokio::sync::Mutex::new(Lane::new(Direction::Down)));
     let nat = Nat { near: near.clone(), down, line: line.clone(), counters: counters.clone() };

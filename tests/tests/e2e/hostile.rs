@@ -2,13 +2,15 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 use skerry_proto::payload::{NodeReport, PodReport};
 use skerry_proto::sync::MAX_FRAME;
 use skerry_proto::wire::{self, frame::Body};
 use skerry_tests::manifests::sleeper;
-use skerry_tests::peer::{self, Identity, Session, hello};
+use skerry_tests::peer::{self, Identity, Session, Strangers, hello};
+use skerry_tests::procfs;
+use skerry_tests::wait::until;
 
 use crate::world::{World, story};
 
@@ -198,6 +200,40 @@ fn no_certificate_no_session() -> Result<()> {
         let (status, _) = peer::post(address, None, "/v1/renew", "", br#"{"csr": ""}"#)?;
         ensure!((400..500).contains(&status), "a renewal without a certificate got {status}");
         world.wait_connected()
+    })
+}
+
+#[test]
+fn a_thousand_strangers_are_in_nobody_s_way() -> Result<()> {
+    story("hostile-strangers", |world| {
+        let colour = |colour: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "colour"}, "data": {"colour": colour}});
+        world.kubectl.create(&colour("blue"))?;
+        let mut reader = sleeper("reader", world.edge.name(), true);
+        reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
+        reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
+        world.run_pods(&reader.to_string(), "app=sleeper", 1)?;
+        let (session, token) = (world.session()?, world.cloud.new_token(&[])?.token);
+        let pid = world.cloud.pid().context("cloudcore does not run")?;
+        let before = procfs::rss_kb(pid).context("no memory")?;
+        procfs::forget_peak(pid)?;
+
+        let strangers = Strangers::come(world.cloud.address(), 1000)?;
+        world.kubectl.apply(&colour("green").to_string())?;
+        until("the new ConfigMap in the mount", 30, || {
+            Ok(world.inside("reader", &["cat", "/config/colour"])? == "green")
+        })?;
+        // Who has a token is let in, and who has a certificate.
+        let address = world.cloud.address();
+        let Ok(identity) = peer::join(address, &token, NODE, "machine-of-the-hostile-one")? else {
+            bail!("nobody can join")
+        };
+        welcome(&mut Session::establish(address, &identity, NODE)?)?;
+        let grown = procfs::peak_rss_kb(pid).context("no memory")?.saturating_sub(before);
+        eprintln!("cloudcore had {before} kB, and up to {grown} kB more");
+        ensure!(grown < 64 << 10, "{grown} kB for strangers");
+        ensure!(world.session()? == session, "the node lost its session");
+        drop(strangers);
+        still_well(world)
     })
 }
 

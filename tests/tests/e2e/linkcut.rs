@@ -1,5 +1,7 @@
 //! The link fails; the node does not.
 
+use std::fs::File;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -10,11 +12,12 @@ use serde_json::{Value, json};
 use skerry_proto::AUTONOMY_ANNOTATION;
 use skerry_tests::kubectl::{container_ids, is_ready};
 use skerry_tests::manifests::{container, list, sleeper};
-use skerry_tests::mapper;
 use skerry_tests::process::Process;
 use skerry_tests::relay::Flow;
-use skerry_tests::wait::until;
+use skerry_tests::wait::{eventually, until};
+use skerry_tests::{mapper, procfs};
 
+use crate::replicas::sessions;
 use crate::world::{World, story};
 
 #[test]
@@ -31,6 +34,7 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         let before = world.running()?;
 
         let mapper = gauge(world)?;
+        let cut = Instant::now();
         world.relay.cut();
         world.wait_node_lost()?;
         ensure!(world.running()? == before, "the cut touched pods: {before:?} {:?}", world.running());
@@ -49,7 +53,13 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
             offline.text()
         );
 
+        std::thread::sleep(Duration::from_secs(60).saturating_sub(cut.elapsed()));
+        let healed = Instant::now();
         world.relay.heal();
+        world.wait_connected()?;
+        // The longest pause between two attempts, and an attempt that began in the cut.
+        let took = healed.elapsed();
+        ensure!(took < Duration::from_secs(45), "{took:?} until there was a session again");
         world.kubectl.wait_gone("pod", "goes", 60)?;
         until("the new ConfigMap in the mount", 60, || {
             Ok(world.inside("reader", &["cat", "/config/colour"])? == "green")
@@ -76,16 +86,22 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
 #[test]
 fn silence_is_noticed_within_thirty_seconds_in_any_direction() -> Result<()> {
     story("linkcut-one-way", |world| {
+        world.run_pods(&sleeper("box", world.edge.name(), true).to_string(), "app=sleeper", 1)?;
         for transport in ["websocket", "quic"] {
             world.carry_over(transport)?;
             for (name, up, down) in [("up", Flow::Swallow, Flow::Pass), ("down", Flow::Pass, Flow::Swallow)] {
                 world.wait_connected()?;
+                // An idle link is watched by the same clock; one that is never idle is the harder one.
+                world.relay.set(|line| line.bandwidth = 2 << 20);
+                let flood = Flood::over(world, "box")?;
                 let begin = Instant::now();
                 world.relay.set(|line| (line.up, line.down) = (up, down));
-                let what = format!("edgecore to notice that nothing goes {name} over {transport}");
-                until(&what, 35, || Ok(!world.is_connected()?))?;
+                let what = format!("both sides to notice that nothing goes {name} over {transport}");
+                until(&what, 35, || Ok(!world.is_connected()? && sessions(&world.cloud)? == 0.0))?;
                 let took = begin.elapsed();
+                eprintln!("{took:?} for {what}");
                 ensure!(took < Duration::from_secs(33), "{took:?} for {what}");
+                drop(flood);
                 world.relay.heal();
                 world.wait_connected()?;
             }
@@ -104,6 +120,8 @@ fn a_large_object_on_a_slow_line_does_not_look_like_a_dead_link() -> Result<()> 
         reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
         world.run_pods(&reader.to_string(), "app=sleeper", 1)?;
         let connections = world.relay.connections();
+        // What may wait does so, and does not look like a dead link either.
+        let flood = Flood::over(world, "reader")?;
 
         // What is random takes as long as it is long: 37 s in base64 squeezed again, more than a dead link is given.
         let mut content = vec![0; 900 << 10];
@@ -116,7 +134,7 @@ fn a_large_object_on_a_slow_line_does_not_look_like_a_dead_link() -> Result<()> 
         let mut large = sleeper("large", &node, false);
         large["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "large"}}]);
         large["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
-        let begin = Instant::now();
+        let (begin, (up, _)) = (Instant::now(), world.relay.bytes());
         world.kubectl.create(&large)?;
         std::thread::sleep(Duration::from_secs(2));
         world.kubectl.apply(&config("green"))?;
@@ -131,6 +149,9 @@ fn a_large_object_on_a_slow_line_does_not_look_like_a_dead_link() -> Result<()> 
         ensure!(world.inside("large", &["wc", "-c", "/config/blob"])?.trim().starts_with("921600 "), "it is not whole");
         until("the small change behind it", 60, || Ok(world.inside("reader", &["cat", "/config/colour"])? == "green"))?;
         ensure!(world.relay.connections() == connections, "there was another session");
+        let rate = (world.relay.bytes().0 - up) / begin.elapsed().as_secs();
+        ensure!(rate > 16 << 10, "{rate} bytes a second went up: the line was not full, the test tests nothing");
+        drop(flood);
         world.relay.heal();
         world.wait_ready("app=sleeper", 2).map(drop)
     })
@@ -144,18 +165,19 @@ fn a_flapping_link_rebuilds_nothing() -> Result<()> {
         let before = world.running()?;
         // QUIC does not hear of a reset.
         world.carry_over("websocket")?;
+        let pid = world.edge.pid().context("edgecore does not run")?;
+        let descriptors = procfs::descriptors(pid);
         for round in 0..20_u64 {
             world.relay.reset();
             std::thread::sleep(Duration::from_millis(100 + 37 * round));
         }
-        world.relay.set(|line| line.refuse = true);
-        world.relay.reset();
+        world.relay.close();
         std::thread::sleep(Duration::from_secs(3));
-        world.relay.heal();
+        world.relay.open();
         world.wait_connected()?;
         world.wait_ready("app=sleeper", 2)?;
         ensure!(world.running()? == before, "a flapping link touched containers: {before:?} {:?}", world.running());
-        Ok(())
+        until("edgecore's descriptors to be closed", 20, || Ok(procfs::descriptors(pid) <= descriptors))
     })
 }
 
@@ -251,6 +273,37 @@ fn pods_of_an_autonomous_node_are_not_evicted() -> Result<()> {
         world.relay.heal();
         world.wait_node_ready()
     })
+}
+
+/// Commands in a pod that send as much as the link takes, both ways, for as long as this is kept.
+struct Flood(Vec<Child>);
+
+impl Flood {
+    /// Waits until they do.
+    fn over(world: &World, pod: &str) -> Result<Self> {
+        let zeros = || File::open("/dev/zero").map(Stdio::from);
+        let mut this = Self(Vec::new());
+        for (command, input) in [("cat /dev/zero", Stdio::null()), ("cat > /dev/null", zeros()?)] {
+            let mut kubectl = world.kubectl.command();
+            kubectl.args(["exec", "-i", pod, "--", "sh", "-c", command]);
+            this.0.push(kubectl.stdin(input).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
+        }
+        let before = world.relay.bytes();
+        eventually("the link to be full both ways", 30, || {
+            let now = world.relay.bytes();
+            Ok((now.0 - before.0 > 256 << 10 && now.1 - before.1 > 256 << 10).then_some(()))
+        })?;
+        Ok(this)
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
 }
 
 /// A device, read, and its mapper.

@@ -153,6 +153,6 @@ fn is_operated(world: &World) -> Result<()> {
 }
 
 /// Sessions that stand at a cloudcore, by its own account.
-fn sessions(cloud: &Cloudcore) -> Result<f64> {
+pub(crate) fn sessions(cloud: &Cloudcore) -> Result<f64> {
     cloud.metric("skerry_sessions")
 }

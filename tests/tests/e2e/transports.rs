@@ -19,6 +19,11 @@ fn a_nat_that_gives_other_ports_ends_no_session() -> Result<()> {
             let name = format!("pod-{round}");
             world.run_pods(&sleeper(&name, &node, false).to_string(), "app=sleeper", round + 1)?;
         }
+        // And one that starts anew and knows nobody.
+        world.relay.close();
+        std::thread::sleep(Duration::from_secs(2));
+        world.relay.open();
+        world.run_pods(&sleeper("pod-5", &node, false).to_string(), "app=sleeper", 6)?;
         let after = world.session()?;
         ensure!(before == after && after.0 == "QUIC", "another session: {before:?}, {after:?}");
         Ok(())
