@@ -183,9 +183,24 @@ impl Bed {
         loop {
             let (stream, _) = self.listener.accept().await.unwrap();
             // The link may have been turned away by a test before.
-            if let Ok(stream) = tokio_rustls::TlsAcceptor::from(Arc::clone(&self.tls)).accept(stream).await {
-                let socket = tokio_tungstenite::accept_async(stream).await.unwrap();
-                return Peer { socket, carrier: Carrier::new(Side::Cloud) };
+            if let Some(peer) = self.upgrade(stream).await {
+                return peer;
+            }
+        }
+    }
+
+    async fn upgrade(&self, stream: TcpStream) -> Option<Peer> {
+        let stream = tokio_rustls::TlsAcceptor::from(Arc::clone(&self.tls)).accept(stream).await.ok()?;
+        let socket = tokio_tungstenite::accept_async(stream).await.ok()?;
+        Some(Peer { socket, carrier: Carrier::new(Side::Cloud) })
+    }
+
+    /// The link's next connection. The network is back until it comes, so that pauses between attempts are short.
+    async fn dialled(&self) -> TcpStream {
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept() => return accepted.unwrap().0,
+                () = tokio::time::sleep(Duration::from_millis(5)) => self.network.send_modify(|news| *news += 1),
             }
         }
     }
@@ -376,6 +391,48 @@ async fn what_is_no_frame_ends_the_session_and_the_next_one_stands() {
     }
     let mut peer = bed.accept().await;
     serve(&mut peer, &[object(Collection::Pods, "p", "1")], 0).await;
+    assert_eq!(bed.store.index().await.unwrap().len(), 1);
+    bed.end().await;
+}
+
+/// Tasks of this test's own runtime.
+fn tasks() -> usize {
+    tokio::runtime::Handle::current().metrics().num_alive_tasks()
+}
+
+#[tokio::test]
+async fn hundreds_of_broken_sessions_leave_one_and_nothing_else() {
+    let mut bed = Bed::new().await;
+    let wanted = [object(Collection::Pods, "p", "1")];
+    let mut peer = bed.accept().await;
+    let (mut last, _) = serve(&mut peer, &wanted, 0).await;
+    let before = tasks();
+    let mut held = Some((last, peer));
+    for round in 0..300 {
+        drop(held.take());
+        // As far as a connection, TLS with its upgrade, a Hello, a session in sync.
+        let stream = bed.dialled().await;
+        if round % 4 == 0 {
+            continue;
+        }
+        // One that was given up for news comes again.
+        let mut peer = bed.upgrade(stream).await;
+        while peer.is_none() {
+            peer = bed.upgrade(bed.dialled().await).await;
+        }
+        let mut peer = peer.unwrap();
+        match round % 4 {
+            2 => drop(hello(&mut peer).await),
+            3 => held = Some((serve(&mut peer, &wanted, 0).await.0, peer)),
+            _ => {}
+        }
+        if let Some((epoch, _)) = &held {
+            assert!(*epoch > last, "epochs only rise");
+            last = *epoch;
+        }
+    }
+    bed.state(|state| matches!(state, LinkState::Online { epoch, .. } if *epoch == last)).await;
+    assert!(tasks() <= before, "{} tasks, {before} before", tasks());
     assert_eq!(bed.store.index().await.unwrap().len(), 1);
     bed.end().await;
 }
