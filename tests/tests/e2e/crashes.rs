@@ -1,13 +1,14 @@
 //! Processes die at any moment; containers do not.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use serde_json::json;
-use skerry_tests::kubectl::is_ready;
+use serde_json::{Value, json};
+use skerry_tests::kubectl::{is_ready, restarts};
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::wait::until;
 
@@ -28,7 +29,7 @@ fn edgecore_is_killed_while_nothing_happens() -> Result<()> {
         world.wait_connected()?;
         world.nothing_changes(3, "containers after the last crash")?;
         ensure!(world.running()? == before, "containers changed: {before:?} {:?}", world.running());
-        world.wait_ready("app=sleeper", 3).map(drop)
+        never_restarted(&world.wait_ready("app=sleeper", 3)?)
     })
 }
 
@@ -37,25 +38,64 @@ fn edgecore_is_killed_while_pods_come_and_go() -> Result<()> {
     story("crash-edge-busy", |world| {
         let node = world.edge.name().to_owned();
         let mut random = seeded()?;
-        for round in 0..6 {
-            let name = format!("pod-{round}");
-            world.kubectl.apply(&sleeper(&name, &node, round % 2 == 0).to_string())?;
-            if round >= 2 {
-                world.kubectl.delete("pod", &format!("pod-{}", round - 2))?;
+        let mut lives = Lives::default();
+        for round in 0..5_u32 {
+            // In the middle of a pod's setup,
+            world.wait_connected()?;
+            world.kubectl.apply(&sleeper(&format!("pod-{round}"), &node, round % 2 == 0).to_string())?;
+            lives.kill_after(world, random.random_range(0..500))?;
+            // of edgecore's own start,
+            lives.kill_after(world, random.random_range(0..300))?;
+            // and of a pod's end, which takes its grace period of a second.
+            if let Some(last) = round.checked_sub(1) {
+                let name = format!("pod-{last}");
+                world.wait_ready("app=sleeper", 2)?;
+                lives.look(world)?;
+                lives.0.retain(|(pod, _), _| *pod != name);
+                world.kubectl.delete("pod", &name)?;
+                lives.kill_after(world, random.random_range(0..1200))?;
+                world.kubectl.wait_gone("pod", &name, 60)?;
             }
-            std::thread::sleep(Duration::from_millis(random.random_range(0..900)));
-            world.edge.kill();
-            world.running()?;
-            world.edge.start()?;
         }
-        for gone in 0..4 {
-            world.kubectl.wait_gone("pod", &format!("pod-{gone}"), 60)?;
-        }
-        world.wait_ready("app=sleeper", 2)?;
-        until("exactly the two pods to run", 30, || Ok(world.running()?.len() == 2))?;
-        let sandboxes = || Ok(world.runtime.cri().ready_sandboxes()?.len() == 2);
+        never_restarted(&world.wait_ready("app=sleeper", 1)?)?;
+        until("exactly the last pod to run", 30, || Ok(world.running()?.len() == 1))?;
+        lives.look(world)?;
+        let sandboxes = || Ok(world.runtime.cri().ready_sandboxes()?.len() == 1);
         until("no sandbox to be left over", 30, sandboxes)
     })
+}
+
+/// The containers that are to go on as they are, by pod and name.
+#[derive(Default)]
+struct Lives(BTreeMap<(String, String), String>);
+
+impl Lives {
+    /// Kills edgecore in a moment, and starts it.
+    fn kill_after(&mut self, world: &mut World, millis: u64) -> Result<()> {
+        std::thread::sleep(Duration::from_millis(millis));
+        world.edge.kill();
+        self.look(world).with_context(|| format!("edgecore was killed after {millis} ms"))?;
+        world.edge.start()
+    }
+
+    /// Each still runs, and is still the same one; whatever else runs is to go on from now on, unless it is being ended.
+    fn look(&mut self, world: &World) -> Result<()> {
+        let running = world.running()?;
+        let left = self.0.iter().find(|(name, id)| running.get(*name) != Some(id));
+        ensure!(left.is_none(), "{left:?} is not there any more; what runs: {running:?}");
+        let ends = world.kubectl.list("pods", "")?;
+        let ends = ends.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_string());
+        let ends: Vec<_> = ends.filter_map(|pod| pod["metadata"]["name"].as_str()).collect();
+        self.0.extend(running.into_iter().filter(|((pod, _), _)| !ends.contains(&pod.as_str())));
+        Ok(())
+    }
+}
+
+/// No container of these pods was ever started a second time.
+fn never_restarted(pods: &[Value]) -> Result<()> {
+    let restarted = pods.iter().find(|pod| restarts(pod) != 0);
+    ensure!(restarted.is_none(), "restarts are counted: {}", restarted.unwrap_or(&Value::Null)["status"]);
+    Ok(())
 }
 
 #[test]
@@ -229,7 +269,7 @@ fn three_pods(world: &World) -> Result<()> {
 }
 
 /// The edge is connected again, has the same containers, and follows the cloud.
-fn back_in_step(world: &World, before: &std::collections::BTreeMap<(String, String), String>) -> Result<()> {
+fn back_in_step(world: &World, before: &BTreeMap<(String, String), String>) -> Result<()> {
     world.wait_connected()?;
     world.nothing_changes(5, "containers after the resync")?;
     ensure!(&world.running()? == before, "containers changed: {before:?} {:?}", world.running());
