@@ -19,42 +19,44 @@ fn a_deployment_gets_its_settings_secrets_tokens_and_probes() -> Result<()> {
         settings(world, "blue")?;
         let pods = world.run_pods(&deployment(BUSYBOX).to_string(), "app=web", 3)?;
         ensure!(pods.iter().all(|pod| pod["spec"]["nodeName"] == world.edge.name()), "they run elsewhere");
-        let name = name_of(&pods[0]);
-        let environment = world.inside(&name, &["env"])?;
-        for line in [
-            "COLOUR=blue",
-            "PASSWORD=hunter2",
-            "FROM_size=large",
-            &format!("POD={name}"),
-            "KUBERNETES_SERVICE_HOST=10.96.0.1",
-        ] {
-            ensure!(environment.lines().any(|have| have == line), "no {line} in: {environment}");
-        }
-        ensure!(world.inside(&name, &["cat", "/config/colour"])? == "blue");
-        ensure!(world.inside(&name, &["cat", "/secret/password"])? == "hunter2");
-        let token = world.inside(&name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/token"])?;
-        let review =
-            json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token.trim()}});
-        let verdict = world.admin().create_and_get(&review)?;
-        ensure!(
-            verdict["status"]["authenticated"] == true,
-            "the apiserver does not know the token: {}",
-            verdict["status"]
-        );
-        let bound = &verdict["status"]["user"]["extra"]["authentication.kubernetes.io/pod-name"][0];
-        ensure!(bound == &json!(name), "the token is not bound to the pod: {}", verdict["status"]["user"]);
-        ensure!(
-            world
-                .inside(&name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"])?
-                .contains("BEGIN CERTIFICATE")
-        );
-        let namespace = world.inside(&name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/namespace"])?;
-        ensure!(namespace == world.kubectl.namespace(), "another namespace: {namespace}");
-        ensure!(world.inside(&name, &["hostname"])?.trim() == name, "another hostname");
-        let ip = pods[0]["status"]["podIP"].as_str().context("no pod IP")?;
-        ensure!(world.inside(&name, &["cat", "/etc/hosts"])?.contains(ip), "/etc/hosts lacks {ip}");
-        Ok(())
+        pods.iter().try_for_each(|pod| {
+            let name = name_of(pod);
+            has_its_due(world, &name, pod["status"]["podIP"].as_str().context("no pod IP")?).context(name)
+        })
     })
+}
+
+/// A pod of [`deployment`] sees what it was promised.
+fn has_its_due(world: &World, name: &str, ip: &str) -> Result<()> {
+    let environment = world.inside(name, &["env"])?;
+    for line in [
+        "COLOUR=blue",
+        "PASSWORD=hunter2",
+        "FROM_size=large",
+        &format!("POD={name}"),
+        "KUBERNETES_SERVICE_HOST=10.96.0.1",
+    ] {
+        ensure!(environment.lines().any(|have| have == line), "no {line} in: {environment}");
+    }
+    ensure!(world.inside(name, &["cat", "/config/colour"])? == "blue");
+    ensure!(world.inside(name, &["cat", "/secret/password"])? == "hunter2");
+    let token = world.inside(name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/token"])?;
+    let review =
+        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token.trim()}});
+    let verdict = world.admin().create_and_get(&review)?;
+    ensure!(verdict["status"]["authenticated"] == true, "the apiserver does not know the token: {}", verdict["status"]);
+    let bound = &verdict["status"]["user"]["extra"]["authentication.kubernetes.io/pod-name"][0];
+    ensure!(bound == &json!(name), "the token is not bound to the pod: {}", verdict["status"]["user"]);
+    ensure!(
+        world
+            .inside(name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"])?
+            .contains("BEGIN CERTIFICATE")
+    );
+    let namespace = world.inside(name, &["cat", "/var/run/secrets/kubernetes.io/serviceaccount/namespace"])?;
+    ensure!(namespace == world.kubectl.namespace(), "another namespace: {namespace}");
+    ensure!(world.inside(name, &["hostname"])?.trim() == name, "another hostname");
+    ensure!(world.inside(name, &["cat", "/etc/hosts"])?.contains(ip), "/etc/hosts lacks {ip}");
+    Ok(())
 }
 
 #[test]
@@ -62,19 +64,24 @@ fn a_changed_configmap_is_in_the_mount_within_two_seconds() -> Result<()> {
     story("work-configmap", |world| {
         settings(world, "blue")?;
         let pods = world.run_pods(&deployment(BUSYBOX).to_string(), "app=web", 3)?;
-        let name = name_of(&pods[0]);
+        let names: Vec<String> = pods.iter().map(name_of).collect();
         let mut slowest = Duration::ZERO;
         for colour in ["green", "red", "grey"] {
+            let begin = Instant::now();
             world.kubectl.patch("configmap", "settings", &json!({"data": {"colour": colour}}))?;
-            let written = Instant::now();
-            until("the new value in the mount", 20, || Ok(world.inside(&name, &["cat", "/config/colour"])? == colour))?;
-            slowest = slowest.max(written.elapsed());
+            for name in &names {
+                until("the new value in the mount", 20, || {
+                    Ok(world.inside(name, &["cat", "/config/colour"])? == colour)
+                })?;
+            }
+            slowest = slowest.max(begin.elapsed());
         }
+        eprintln!("a changed ConfigMap took {slowest:?} at most, kubectl included");
         ensure!(slowest < Duration::from_secs(2), "it took {slowest:?}");
-        ensure!(
-            world.inside(&name, &["sh", "-c", "echo $COLOUR"])?.trim() == "blue",
-            "a running process's environment changed"
-        );
+        for name in &names {
+            let colour = world.inside(name, &["sh", "-c", "echo $COLOUR"])?;
+            ensure!(colour.trim() == "blue", "a running process's environment changed");
+        }
         Ok(())
     })
 }
