@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 use skerry_proto::cri::runtime_service_client::RuntimeServiceClient;
 use skerry_proto::cri::{
     Container, ContainerState, ContainerStatus, ContainerStatusRequest, ExecSyncRequest, ListContainersRequest,
@@ -84,6 +85,16 @@ impl Cri {
         let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
         let answer = self.runtime.block_on(async { client.container_status(request).await })?;
         answer.into_inner().status.with_context(|| format!("the runtime has no status for {id}"))
+    }
+
+    /// The process id of a container's first process.
+    pub fn pid(&self, id: &str) -> Result<i32> {
+        let mut client = self.client.clone();
+        let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
+        let answer = self.runtime.block_on(async { client.container_status(request).await })?.into_inner();
+        let info: Value = serde_json::from_str(answer.info.get("info").map_or("{}", String::as_str))?;
+        let pid = info["pid"].as_i64().with_context(|| format!("the runtime tells no process of {id}"))?;
+        Ok(pid.try_into()?)
     }
 
     /// The id of a pod's running container.

@@ -107,6 +107,22 @@ pub fn written_bytes(pid: i32) -> Option<u64> {
     io.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.parse().ok())
 }
 
+/// Where a process is in the hierarchy of a controller, which may be that of all of them (cgroups v1 and v2).
+pub fn cgroup(pid: i32, controller: &str) -> Option<PathBuf> {
+    let lines = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path_of = |wanted: &str| {
+        lines.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            controllers.split(',').any(|name| name == wanted).then(|| path.trim_start_matches('/'))
+        })
+    };
+    let root = Path::new("/sys/fs/cgroup");
+    match path_of(controller) {
+        Some(path) => Some(root.join(controller).join(path)),
+        None => Some(root.join(path_of("")?)),
+    }
+}
+
 /// Mount points inside a directory, the latest first.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

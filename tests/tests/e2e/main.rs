@@ -9,6 +9,7 @@ mod badinput;
 mod crashes;
 mod devices;
 mod dmi;
+mod fence;
 mod hostile;
 mod join;
 mod linkcut;

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skerry_proto::EDGE_LABEL;
+use skerry_tests::cloudcore;
 use skerry_tests::cri::POD_NAME;
 use skerry_tests::images::{BUSYBOX, BUSYBOX_NEXT, SERVER};
 use skerry_tests::kubectl::{container_ids, is_ready, restarts};
 use skerry_tests::manifests::{container, sleeper};
+use skerry_tests::procfs;
 use skerry_tests::wait::{eventually, until};
 
 use crate::world::{World, story};
@@ -277,7 +279,7 @@ fn probes_take_pods_out_of_service_and_restart_them() -> Result<()> {
             world.kubectl.wait("pod", name, "Ready", 60, is_ready)?;
             let pod = world.kubectl.get("pod", name)?;
             let address = format!("{}:8080", pod["status"]["podIP"].as_str().unwrap_or_default()).parse()?;
-            skerry_tests::cloudcore::get(address, "/fail")?;
+            cloudcore::get(address, "/fail")?;
             world.kubectl.wait("pod", name, "not Ready", 20, |pod| !is_ready(pod))?;
             world.kubectl.wait("pod", name, "restarted and Ready", 60, |pod| restarts(pod) == 1 && is_ready(pod))?;
         }
@@ -292,8 +294,12 @@ fn init_containers_hooks_and_volumes_work_together() -> Result<()> {
     story("work-init", |world| {
         settings(world, "blue")?;
         let mounts = json!([{"name": "work", "mountPath": "/scratch"}]);
+        let resources = json!({"limits": {"memory": "32Mi", "cpu": "200m"}});
         let mut first = container("first", &["sh", "-c", "echo first >> /scratch/order"]);
         let mut second = container("second", &["sh", "-c", "echo second >> /scratch/order"]);
+        // Where one has no limits, its pod has none.
+        first["resources"] = resources.clone();
+        second["resources"] = resources.clone();
         first["volumeMounts"] = mounts.clone();
         second["volumeMounts"] = mounts;
         let mut pod = sleeper("whole", world.edge.name(), false);
@@ -312,7 +318,7 @@ fn init_containers_hooks_and_volumes_work_together() -> Result<()> {
         ]);
         let main = &mut pod["spec"]["containers"][0];
         main["lifecycle"] = json!({"postStart": {"exec": {"command": ["sh", "-c", "echo hook >> /scratch/order"]}}});
-        main["resources"] = json!({"limits": {"memory": "32Mi", "cpu": "200m"}});
+        main["resources"] = resources;
         main["env"] = json!([{"name": "LIMIT", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory"}}}]);
         main["volumeMounts"] = json!([
             {"name": "work", "mountPath": "/scratch"},
@@ -335,11 +341,34 @@ fn init_containers_hooks_and_volumes_work_together() -> Result<()> {
         ensure!(shown(&["id", "-u"])?.trim() == "1000" && shown(&["id", "-G"])?.contains("2000"));
         ensure!(shown(&["stat", "-c", "%g", "/scratch"])?.trim() == "2000", "the volume is not the group's");
         ensure!(shown(&["sh", "-c", "mount"])?.lines().any(|line| line.contains("/memory") && line.contains("tmpfs")));
-        let limit = world.runtime.cri().status(&world.runtime.cri().container("whole", "main")?)?;
-        let linux = limit.resources.and_then(|resources| resources.linux).unwrap_or_default();
+        let id = world.runtime.cri().container("whole", "main")?;
+        let linux =
+            world.runtime.cri().status(&id)?.resources.and_then(|resources| resources.linux).unwrap_or_default();
         ensure!(linux.memory_limit_in_bytes == 33_554_432 && linux.cpu_quota > 0, "limits: {linux:?}");
-        Ok(())
+        limits_are_the_kernel_s(world.runtime.cri().pid(&id)?)
     })
+}
+
+/// The kernel was told of 32 MiB and a fifth of a processor, for the process's container and for its pod, the one above that.
+fn limits_are_the_kernel_s(pid: i32) -> Result<()> {
+    let (memory, cpu) = (procfs::cgroup(pid, "memory"), procfs::cgroup(pid, "cpu"));
+    let (memory, cpu) = memory.zip(cpu).with_context(|| format!("process {pid} is in no cgroup"))?;
+    let mut limits = vec![
+        (&memory, "memory.limit_in_bytes", "33554432"),
+        (&cpu, "cpu.cfs_quota_us", "20000"),
+        (&cpu, "cpu.shares", "204"),
+    ];
+    if memory.join("memory.max").exists() {
+        limits = vec![(&memory, "memory.max", "33554432"), (&cpu, "cpu.max", "20000 100000")];
+    }
+    for (container, file, wanted) in limits {
+        for dir in [container.as_path(), container.parent().context("a container's cgroup is its pod's")?] {
+            let path = dir.join(file);
+            let limit = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            ensure!(limit.trim() == wanted, "{} is {}, not {wanted}", path.display(), limit.trim());
+        }
+    }
+    Ok(())
 }
 
 #[test]
