@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -78,6 +78,10 @@ impl Cloudcore {
             .arg(self.port.to_string())
             .arg("--admin-address")
             .arg(self.admin.to_string());
+        if !self.daemon {
+            // What a quickstart leaves running stays on loopback.
+            command.arg("--kubelet-address").arg(kubelet_address().to_string());
+        }
         let log = self.dir.join("cloudcore.log");
         let process = if self.daemon {
             Process::spawn_daemon("cloudcore", &command, &log)?
@@ -178,6 +182,17 @@ fn parse_join_line(text: &str) -> Result<JoinLine> {
     let address = after("join").with_context(|| format!("no `edgecore join HOST:PORT` in: {text}"))?;
     let token = after("--token").with_context(|| format!("no `--token` in: {text}"))?;
     Ok(JoinLine { address: (*address).to_owned(), token: (*token).to_owned() })
+}
+
+/// Where the cluster reaches this machine's nodes: an address that is not loopback, for the apiserver proxies to no such one; loopback on
+/// a machine that has no other.
+pub fn kubelet_address() -> IpAddr {
+    // The address that it would send from: nothing is sent.
+    let own = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
+        socket.connect((Ipv4Addr::new(198, 51, 100, 1), 9))?;
+        socket.local_addr()
+    });
+    own.map_or_else(|_| Ipv4Addr::LOCALHOST.into(), |own| own.ip())
 }
 
 /// A plain HTTP GET: status and body.

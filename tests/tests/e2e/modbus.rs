@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::images::BUSYBOX;
 use skerry_tests::kubectl::{Kubectl, restarts};
 use skerry_tests::mapper::{self, Modbus};
@@ -117,6 +118,12 @@ fn through_the_cloud(world: &World) -> Result<()> {
     let values = world.page("/devices/values?follow=false")?;
     let lines = values.lines().map(serde_json::from_str).collect::<serde_json::Result<Vec<Value>>>()?;
     ensure!(lines.iter().any(|line| line["value"] == "19.5"), "{values}");
+    if !kubelet_address().is_loopback() {
+        // As the apiserver proxies it.
+        let node = format!("/api/v1/nodes/{}/proxy", world.edge.name());
+        let proxied: Value = world.admin().run(&["get", "--raw", &format!("{node}{boiler}")])?.parse()?;
+        ensure!(proxied["properties"][0]["reported"]["value"] == "19.5", "{proxied}");
+    }
     let metrics = world.page("/metrics/devices")?;
     let labels = format!("namespace=\"{}\",device=\"boiler\",property=\"temperature\"", world.kubectl.namespace());
     ensure!(metrics.contains(&format!("device_property_value{{{labels}}} 19.5 ")), "{metrics}");

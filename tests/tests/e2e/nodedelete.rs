@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::peer::{self, Session};
 use skerry_tests::procfs;
@@ -21,7 +22,7 @@ fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
         let port = world.port()?;
         world.admin().delete("node", &node)?;
         until("its pods to be wound down", 60, || Ok(world.running()?.is_empty()))?;
-        until("its port to be closed", 30, || Ok(TcpStream::connect(("127.0.0.1", port)).is_err()))?;
+        until("its port to be closed", 30, || Ok(TcpStream::connect((kubelet_address(), port)).is_err()))?;
         until("edgecore to say what happened", 30, || {
             let said = world.edge.status()? + &world.edge.log_text();
             Ok(said.contains("deleted") && said.contains("join"))

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skerry_tests::cloudcore::Cloudcore;
+use skerry_tests::cloudcore::{Cloudcore, kubelet_address};
 use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::edge::Edge;
 use skerry_tests::fault::FaultProxy;
@@ -152,9 +152,14 @@ impl World {
         kubelet_port(&self.node()?).context("the Node names no port")
     }
 
-    /// kubectl straight at that port: through its proxy the apiserver refuses loopback addresses.
+    /// The URL of that port.
+    pub(crate) fn kubelet(&self) -> Result<String> {
+        Ok(format!("https://{}:{}", kubelet_address(), self.port()?))
+    }
+
+    /// kubectl straight at that port.
     pub(crate) fn straight(&self, kubectl: &Kubectl, arguments: &[&str]) -> Result<Output> {
-        let server = format!("--server=https://127.0.0.1:{}", self.port()?);
+        let server = format!("--server={}", self.kubelet()?);
         kubectl.output(&[&[&server, "--insecure-skip-tls-verify=true"], arguments].concat())
     }
 

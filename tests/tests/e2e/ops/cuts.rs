@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use skerry_proto::wire::{self, frame::Body};
+use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::kubectl::{Kubectl, kubelet_port};
 use skerry_tests::peer::{self, Session};
 use skerry_tests::ports;
@@ -208,7 +209,7 @@ fn a_hostile_edge_gets_at_no_session_of_another_node() -> Result<()> {
             .arg(&admin.certificate)
             .arg("--key")
             .arg(&admin.key)
-            .arg(format!("https://127.0.0.1:{port}/containerLogs/{namespace}/ops/talker"))
+            .arg(format!("https://{}:{port}/containerLogs/{namespace}/ops/talker", kubelet_address()))
             .stdout(Stdio::piped())
             .spawn()?;
         let opened = session.receive_opened(20)?;

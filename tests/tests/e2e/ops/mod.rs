@@ -12,11 +12,13 @@ use nix::pty::{OpenptyResult, Winsize, openpty};
 use rand::{RngExt as _, SeedableRng as _};
 use ring::digest::{SHA256, digest};
 use serde_json::json;
+use skerry_tests::cloudcore::{get as get_plain, kubelet_address};
 use skerry_tests::images::{BUSYBOX, SERVER};
 use skerry_tests::kubectl::Kubectl;
 use skerry_tests::manifests::{GRACE, container};
+use skerry_tests::pki::Authority;
 use skerry_tests::ports;
-use skerry_tests::process::Piped;
+use skerry_tests::process::{Piped, Process};
 use skerry_tests::wait::{eventually, until};
 
 use crate::world::{World, control, story};
@@ -340,8 +342,7 @@ fn pages(world: &World) -> Result<()> {
 fn only_who_may_reaches_a_node() -> Result<()> {
     story("ops-access", |world| {
         start_pod(world)?;
-        let port = world.port()?;
-        let url = format!("https://127.0.0.1:{port}/pods");
+        let url = format!("{}/pods", world.kubelet()?);
         let ask = |more: &[&str]| -> Result<String> {
             let answer = Command::new("curl")
                 .args(["-sk", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}"])
@@ -359,6 +360,57 @@ fn only_who_may_reaches_a_node() -> Result<()> {
         let exec =
             nobody.in_namespace(world.kubectl.namespace()).output(&["exec", "ops", "-c", "box", "--", "true"])?;
         ensure!(!exec.success && exec.stderr.contains("orbidden"), "{}", exec.stderr);
-        Ok(())
+        proxied(world, &nobody).context("through the apiserver's proxy")?;
+        believes(world, &ask).context("once the cluster has another CA of clients")
     })
+}
+
+/// The apiserver passes on what is asked of a node, for who may.
+fn proxied(world: &World, nobody: &Kubectl) -> Result<()> {
+    if kubelet_address().is_loopback() {
+        eprintln!("skipped: this machine has no address but loopback, which the apiserver does not proxy to");
+        return Ok(());
+    }
+    let node = format!("/api/v1/nodes/{}", world.edge.name());
+    let get = |path: &str| world.admin().run(&["get", "--raw", path]);
+    ensure!(get(&format!("{node}:{}/proxy/healthz", world.port()?))?.trim() == "ok");
+    ensure!(get(&format!("{node}/proxy/pods"))?.contains("\"ops\""), "the pod is not among the node's");
+    let log = format!("{node}/proxy/containerLogs/{}/ops/talker?tailLines=1", world.kubectl.namespace());
+    ensure!(get(&log)? == "last\n", "the log's end: {:?}", get(&log)?);
+    let refused = nobody.output(&["get", "--raw", &format!("{node}/proxy/pods")])?;
+    ensure!(!refused.success && refused.stderr.contains("orbidden"), "{}", refused.text());
+
+    let port = ports::free()?;
+    let mut command = world.admin().command();
+    command.arg("proxy").arg(format!("--port={port}"));
+    let proxy = Process::spawn("kubectl proxy", &mut command, &world.dir().join("proxy.log"))?;
+    until("kubectl proxy to listen", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok()))?;
+    let (status, summary) = get_plain(([127, 0, 0, 1], port).into(), &format!("{node}/proxy/stats/summary"))?;
+    ensure!(status == 200 && summary.contains(world.edge.name()), "{status}: {summary}");
+    proxy.kill();
+    Ok(())
+}
+
+/// Whoever signs the cluster's clients is read anew when it changes.
+fn believes(world: &World, ask: &dyn Fn(&[&str]) -> Result<String>) -> Result<()> {
+    if !control()?.is_ours() {
+        eprintln!("skipped: whom the cluster of $KUBECONFIG believes is not ours to say");
+        return Ok(());
+    }
+    let stranger = Authority::new(world.dir(), "stranger-ca")?;
+    let pair = stranger.client(world.dir(), "stranger", "stranger", &["system:masters"])?;
+    let files = [&pair.certificate, &pair.key].map(|path| path.display().to_string());
+    let ask = || ask(&["--cert", &files[0], "--key", &files[1]]);
+    ensure!(ask()? == "401", "a stranger is let in: {}", ask()?);
+    let system = world.admin().in_namespace("kube-system");
+    let known = system.get("configmap", "extension-apiserver-authentication")?["data"]["client-ca-file"].clone();
+    let believe = |pem: &str| {
+        system.patch("configmap", "extension-apiserver-authentication", &json!({"data": {"client-ca-file": pem}}))
+    };
+    let known = known.as_str().context("the cluster publishes no CA of clients")?;
+    believe(&format!("{known}{}", fs::read_to_string(&stranger.certificate)?))?;
+    let believed = until("the stranger to be let in", 60, || Ok(ask()? == "200"));
+    believe(known)?;
+    believed?;
+    until("the stranger to be kept out again", 60, || Ok(ask()? == "401"))
 }

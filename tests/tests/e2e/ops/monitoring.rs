@@ -75,7 +75,7 @@ fn tops(world: &World) -> Result<()> {
 fn signs(world: &World) -> Result<()> {
     let ca = world.dir().join("cluster-ca.crt");
     fs::write(&ca, control()?.ca_pem()?)?;
-    let url = format!("https://127.0.0.1:{}/healthz", world.port()?);
+    let url = format!("{}/healthz", world.kubelet()?);
     let verified = || {
         let answer = run(
             Command::new("curl").args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert"]).arg(&ca).arg(&url),

@@ -1,5 +1,6 @@
 //! A thousand devices of ten properties, each read once a second, over a narrow line; then faster and faster.
 
+use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::kubectl::kubelet_port;
 
 use super::local::between;
@@ -115,7 +116,7 @@ fn stream(bed: &Bed, desire: &mut objects::Desire, undisturbed: Vec<f64>) -> Res
     let scraper = bed.control.authority()?.client(&bed.dir, "scraper", "admin", &["system:masters"])?;
     let mut command = Command::new("curl");
     command.args(["-sSfk", "-o", "/dev/null", "--cert"]).arg(&scraper.certificate).arg("--key").arg(&scraper.key);
-    let mut reader = command.arg(format!("https://127.0.0.1:{port}/devices/values")).spawn()?;
+    let mut reader = command.arg(format!("https://{}:{port}/devices/values", kubelet_address())).spawn()?;
     sleep(REST);
     let begin = Instant::now();
     let mut disturbed = Vec::new();
