@@ -42,19 +42,33 @@ pub struct Identity {
 /// Joins with a token as `node` on the box `machine_id`; the inner error is what cloudcore refused it with.
 pub fn join(address: SocketAddr, token: &str, node: &str, machine_id: &str) -> Result<Result<Identity, Refusal>> {
     let key = KeyPair::generate()?;
-    let mut params = CertificateParams::new(Vec::new())?;
-    // More than is its due: cloudcore must write the subject itself.
-    params.distinguished_name.push(DnType::CommonName, "system:node:somebody-else");
-    params.distinguished_name.push(DnType::OrganizationName, "system:masters");
     let request = JoinRequest {
         node: node.to_owned(),
-        csr: params.serialize_request(&key)?.pem()?,
+        csr: signing_request(&key)?,
         machine_id: machine_id.to_owned(),
         labels: std::collections::BTreeMap::new(),
         time: time::OffsetDateTime::now_utc().unix_timestamp(),
     };
     let body = serde_json::to_vec(&request)?;
-    let (status, answer) = post(address, None, "/v1/join", &format!("Authorization: Bearer {token}\r\n"), &body)?;
+    certified(&key, post(address, None, "/v1/join", &format!("Authorization: Bearer {token}\r\n"), &body)?)
+}
+
+/// Asks for a new certificate in place of this one; the inner error is what cloudcore refused it with.
+pub fn renew(address: SocketAddr, identity: &Identity) -> Result<Result<Identity, Refusal>> {
+    let key = KeyPair::generate()?;
+    let body = serde_json::to_vec(&serde_json::json!({"csr": signing_request(&key)?}))?;
+    certified(&key, post(address, Some(identity), "/v1/renew", "", &body)?)
+}
+
+fn signing_request(key: &KeyPair) -> Result<String> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    // More than is its due: cloudcore must write the subject itself.
+    params.distinguished_name.push(DnType::CommonName, "system:node:somebody-else");
+    params.distinguished_name.push(DnType::OrganizationName, "system:masters");
+    Ok(params.serialize_request(key)?.pem()?)
+}
+
+fn certified(key: &KeyPair, (status, answer): (u16, Vec<u8>)) -> Result<Result<Identity, Refusal>> {
     if status == 200 {
         let response: JoinResponse = serde_json::from_slice(&answer)?;
         return Ok(Ok(Identity { certificate: response.certificate, key: key.serialize_pem() }));

@@ -4,7 +4,9 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use skerry_proto::wire::{Goodbye, goodbye::Reason};
 use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::peer::{self, Session};
@@ -70,18 +72,38 @@ fn the_certificate_of_a_deleted_node_is_refused() -> Result<()> {
             matches!(body, skerry_proto::wire::frame::Body::Welcome(_)).then_some(())
         })?;
         world.admin().delete("node", "short-lived")?;
-        session.receive_end()?;
-        let again = Session::establish(address, &identity, "short-lived").and_then(|mut session| session.receive_end());
-        if let Ok(goodbye) = again {
-            let goodbye = goodbye.unwrap_or_default();
-            ensure!(
-                goodbye.message.contains("deleted") || goodbye.message.contains("join"),
-                "it does not say why: {goodbye:?}"
-            );
-        }
-        ensure!(world.admin().find("node", "short-lived")?.is_none(), "the old certificate brought the node back");
+        says_why(session.receive_end()?)?;
+        let refusals = || -> Result<()> {
+            says_why(Session::establish(address, &identity, "short-lived")?.receive_end()?)?;
+            let refusal = peer::renew(address, &identity)?.err().context("its certificate was renewed")?;
+            ensure!(refusal.reason == "node_deleted", "another refusal: {refusal:?}");
+            Ok(())
+        };
+        refusals().context("after the Node was deleted")?;
+        // One of that name, made by somebody, is another Node.
+        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "short-lived"}});
+        world.admin().create(&node)?;
+        refusals().context("after another Node of that name was made")?;
+        world.admin().delete("node", "short-lived")?;
+        stays("the node's absence", Duration::from_secs(2), || {
+            Ok(world.admin().find("node", "short-lived")?.is_none())
+        })?;
+        ensure!(world.cloud.is_running(), "cloudcore is gone");
+        // Whoever joins anew is let in.
+        let token = world.cloud.new_token(&[])?.token;
+        let again = peer::join(address, &token, "short-lived", "machine-short-lived")?;
+        ensure!(again.is_ok(), "it may not come back: {again:?}");
         Ok(())
     })
+}
+
+/// The session was ended because there is no such Node, with the remedy.
+fn says_why(goodbye: Option<Goodbye>) -> Result<()> {
+    let goodbye = goodbye.context("no Goodbye")?;
+    ensure!(goodbye.reason() == Reason::NodeDeleted, "another reason: {goodbye:?}");
+    let says = |word| goodbye.message.contains(word);
+    ensure!(says("deleted") && says("edgecore reset") && says("join"), "it does not say why: {goodbye:?}");
+    Ok(())
 }
 
 #[test]
