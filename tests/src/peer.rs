@@ -18,6 +18,7 @@ use skerry_proto::wire::{self, Frame, frame::Body};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
+use tokio::time::error::Elapsed;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -203,6 +204,15 @@ impl Session {
                 Some(_) => {}
                 None => return Ok(None),
             }
+        }
+    }
+
+    /// The next frame, `None` after `seconds` of silence; an error when the session is over.
+    pub fn receive_unless_quiet(&mut self, seconds: u64) -> Result<Option<Body>> {
+        match self.receive(seconds) {
+            Ok(None) => bail!("cloudcore ended the session"),
+            Err(error) if error.is::<Elapsed>() => Ok(None),
+            received => received,
         }
     }
 

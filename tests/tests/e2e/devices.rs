@@ -8,7 +8,7 @@ use skerry_tests::paths;
 use skerry_tests::peer::Session;
 use skerry_tests::wait::until;
 
-use crate::hostile::{NODE, answer_until_quiet, enter};
+use crate::hostile::{NODE, answer_until_quiet, enter, welcome};
 use crate::world::{World, story};
 
 /// Of the shapes of KubeEdge's samples.
@@ -58,7 +58,8 @@ fn devices_go_to_their_node_and_only_it_reports_them() -> Result<()> {
         let namespace = world.kubectl.namespace().to_owned();
         let (address, identity) = enter(world)?;
         let mut session = Session::establish(address, &identity, NODE)?;
-        let seen = answer_until_quiet(&mut session)?;
+        welcome(&mut session)?;
+        let seen = answer_until_quiet(&mut session, &[])?;
         let keys = |of: Collection| -> Vec<&str> {
             seen.iter().filter(|upsert| upsert.collection() == of).map(|upsert| upsert.key.as_str()).collect()
         };
@@ -135,7 +136,7 @@ fn report(session: &mut Session, id: u64, namespace: &str, name: &str, uid: &str
 /// What it is told of objects within so long.
 fn heard(session: &mut Session, seconds: u64) -> Result<Vec<String>> {
     let mut heard = Vec::new();
-    while let Ok(Some(body)) = session.receive(seconds) {
+    while let Some(body) = session.receive_unless_quiet(seconds)? {
         match body {
             Body::Upsert(upsert) => {
                 session.send(Body::Ack(wire::Ack { seq: upsert.seq }))?;

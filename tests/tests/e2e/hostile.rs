@@ -1,13 +1,15 @@
 //! A node's certificate in the wrong hands: it sees and says nothing that is not that node's.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use skerry_proto::payload::{NodeReport, PodReport};
 use skerry_proto::sync::MAX_FRAME;
-use skerry_proto::wire::{self, frame::Body};
-use skerry_tests::manifests::sleeper;
+use skerry_proto::wire::{self, Collection, frame::Body};
+use skerry_tests::kubectl::is_ready;
+use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::peer::{self, Identity, Session, Strangers, hello};
 use skerry_tests::procfs;
 use skerry_tests::wait::until;
@@ -20,25 +22,54 @@ pub(crate) const NODE: &str = "hostile";
 #[test]
 fn it_cannot_read_what_other_nodes_use() -> Result<()> {
     story("hostile-read", |world| {
-        let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "others"}, "stringData": {"key": "hunter2"}});
-        world.kubectl.apply(&secret.to_string())?;
-        let mut pod = sleeper("others", world.edge.name(), true);
-        pod["spec"]["volumes"] = json!([{"name": "s", "secret": {"secretName": "others"}}]);
-        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
+        let secret = |name: &str| json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"key": "hunter2"}});
+        let with_secret = |name: &str, node: &str, token| {
+            let mut pod = sleeper(name, node, token);
+            pod["spec"]["volumes"] = json!([{"name": "s", "secret": {"secretName": name}}]);
+            pod
+        };
+        world.kubectl.apply(&list(&[secret("others"), secret("own")]))?;
+        let others = with_secret("others", world.edge.name(), true);
+        world.run_pods(&others.to_string(), "app=sleeper", 1)?;
         let (address, identity) = enter(world)?;
-        let mut session = Session::establish(address, &identity, NODE)?;
-        let seen = answer_until_quiet(&mut session)?;
-        for upsert in &seen {
-            ensure!(
-                !upsert.key.contains("others") && !upsert.key.starts_with(world.kubectl.namespace()),
-                "it was sent {}",
-                upsert.key
-            );
+        world.kubectl.create(&with_secret("own", NODE, false))?;
+        // It asks for nothing, says that it holds what is another's, or says so unasked and behind everything.
+        let victim = [
+            entry(world, Collection::Pods, "pod", "others")?,
+            entry(world, Collection::Secrets, "secret", "others")?,
+            entry(world, Collection::ConfigMaps, "configmap", "kube-root-ca.crt")?,
+            (Collection::Node, named(world.edge.name(), &world.node()?)),
+        ];
+        for claimed in [&[][..], &victim] {
+            let mut session = Session::open(address, Some(&identity))?;
+            session.send(Body::Hello(claiming(claimed)))?;
+            welcome(&mut session)?;
+            let mut told = answer_until_quiet(&mut session, claimed)?;
+            for (collection, entry) in claimed {
+                let seq = told.last().map_or(0, |upsert| upsert.seq);
+                let (entries, collection) = (vec![entry.clone()], (*collection).into());
+                session.send(Body::Inventory(wire::Inventory { collection, entries, last: true, seq }))?;
+            }
+            if !claimed.is_empty() {
+                told.extend(answer_until_quiet(&mut session, claimed)?);
+            }
+            let own = format!("{}/own", world.kubectl.namespace());
+            for collection in [Collection::Pods, Collection::Secrets, Collection::ConfigMaps, Collection::Tokens] {
+                let of = told.iter().filter(|upsert| upsert.collection() == collection);
+                let keys: BTreeSet<&str> = of.map(|upsert| upsert.key.as_str()).collect();
+                let due = matches!(collection, Collection::Pods | Collection::Secrets).then_some(own.as_str());
+                ensure!(keys == due.into_iter().collect(), "of {collection:?} it was sent {keys:?}");
+            }
+            let theirs = told.iter().find(|upsert| victim.iter().any(|(_, entry)| entry.uid == upsert.uid));
+            ensure!(theirs.is_none(), "it was sent {theirs:?}");
         }
         // Under another name, its certificate opens nothing.
         let mut session = Session::open(address, Some(&identity))?;
         session.send(Body::Hello(hello(world.edge.name())))?;
         expect_refusal(&mut session)?;
+        let pod = world.kubectl.get("pod", "others")?;
+        ensure!(is_ready(&pod) && pod["metadata"].get("deletionTimestamp").is_none(), "the victim: {pod}");
+        world.kubectl.run(&["delete", "pod", "own", "--force", "--grace-period=0"])?;
         world.wait_connected()
     })
 }
@@ -51,7 +82,8 @@ fn it_cannot_report_for_others() -> Result<()> {
         let node_uid = world.node()?["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
         let (address, identity) = enter(world)?;
         let mut session = Session::establish(address, &identity, NODE)?;
-        answer_until_quiet(&mut session)?;
+        welcome(&mut session)?;
+        answer_until_quiet(&mut session, &[])?;
         let failed = PodReport { status: json!({"phase": "Failed", "reason": "Hacked"}), finished: true };
         let not_ready = NodeReport {
             status: json!({"conditions": [{"type": "Ready", "status": "False", "reason": "Hacked"}]}),
@@ -246,33 +278,65 @@ pub(crate) fn enter(world: &World) -> Result<(SocketAddr, Identity)> {
     }
 }
 
-fn welcome(session: &mut Session) -> Result<()> {
+pub(crate) fn welcome(session: &mut Session) -> Result<()> {
     session.receive_until("Welcome", |body| matches!(body, Body::Welcome(_)).then_some(()))
 }
 
-/// Plays an edge with an empty store until the cloud has sent all; what it was sent.
-pub(crate) fn answer_until_quiet(session: &mut Session) -> Result<Vec<wire::Upsert>> {
+/// Answers as an edge that holds this and takes what it is sent, until the cloud has sent all; what it was sent.
+pub(crate) fn answer_until_quiet(session: &mut Session, held: &[Held]) -> Result<Vec<wire::Upsert>> {
     let mut seen = Vec::new();
-    welcome(session)?;
-    while let Ok(Some(body)) = session.receive(3) {
+    let mut applied = 0;
+    while let Some(body) = session.receive_unless_quiet(3)? {
         match body {
             Body::InventoryRequest(request) => {
+                let of = held.iter().filter(|(collection, _)| *collection == request.collection());
                 session.send(Body::Inventory(wire::Inventory {
                     collection: request.collection,
-                    entries: Vec::new(),
+                    entries: of.map(|(_, entry)| entry.clone()).collect(),
                     last: true,
-                    seq: seen.last().map_or(0, |upsert: &wire::Upsert| upsert.seq),
+                    seq: applied,
                 }))?;
             }
             Body::Upsert(upsert) => {
-                session.send(Body::Ack(wire::Ack { seq: upsert.seq }))?;
+                applied = upsert.seq;
+                session.send(Body::Ack(wire::Ack { seq: applied }))?;
                 seen.push(upsert);
+            }
+            Body::Delete(wire::Delete { seq, .. }) | Body::DigestCheck(wire::DigestCheck { seq, .. }) => {
+                applied = seq;
+                session.send(Body::Ack(wire::Ack { seq }))?;
             }
             Body::Ping(ping) => session.send(Body::Pong(wire::Pong { token: ping.token }))?,
             _ => {}
         }
     }
     Ok(seen)
+}
+
+/// An object that an edge holds.
+type Held = (Collection, wire::Entry);
+
+/// One that is there, as somebody who knows of it could claim to hold it.
+fn entry(world: &World, collection: Collection, kind: &str, name: &str) -> Result<Held> {
+    let key = format!("{}/{name}", world.kubectl.namespace());
+    Ok((collection, named(&key, &world.kubectl.get(kind, name)?)))
+}
+
+fn named(key: &str, object: &Value) -> wire::Entry {
+    let uid = object["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+    wire::Entry { key: key.to_owned(), uid, version: 1 }
+}
+
+/// The Hello of an edge that holds this, and of whose digests so much is true.
+fn claiming(held: &[Held]) -> wire::Hello {
+    let mut hello = hello(NODE);
+    for (collection, _) in held {
+        for digest in hello.digests.iter_mut().filter(|digest| digest.collection() == *collection) {
+            digest.count += 1;
+            digest.sum = vec![7; 16].into();
+        }
+    }
+    hello
 }
 
 /// The session ends, with a refusal if with anything, and without a Welcome.
