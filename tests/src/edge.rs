@@ -175,18 +175,16 @@ impl Edge {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// `edgecore VERB --data-dir …`, to be given arguments.
-    pub fn command(&self, verb: &str) -> Result<Command> {
+    /// `edgecore VERB… --data-dir …`, to be given arguments.
+    pub fn command(&self, verb: &[&str]) -> Result<Command> {
         let mut command = Command::new(paths::product("edgecore")?);
-        command.arg(verb).arg("--data-dir").arg(self.data());
+        command.args(verb).arg("--data-dir").arg(self.data());
         Ok(command)
     }
 
     /// Runs `edgecore COMMAND… --data-dir …` as the technician at the box does.
     pub fn cli(&self, arguments: &[&str]) -> Result<Output> {
-        let mut command = Command::new(paths::product("edgecore")?);
-        command.args(arguments).arg("--data-dir").arg(self.data());
-        process::run(&mut command, 120)
+        process::run(&mut self.command(arguments)?, 120)
     }
 
     /// `edgecore status`, whatever it says.

@@ -87,7 +87,21 @@ fn a_mapper_in_another_language_works_unchanged() -> Result<()> {
             ensure!(output.success, "edgecore device {arguments:?} failed: {}", output.text());
             Ok(output.stdout)
         };
+        let listed = cli(&["list"])?;
+        let row = listed.lines().find(|line| line.split_whitespace().nth(1) == Some("hall"));
+        let row: Vec<&str> =
+            row.with_context(|| format!("edgecore device list shows {listed:?}"))?.split_whitespace().collect();
+        ensure!(
+            row[2] == "thermostat" && row[4] == "online" && row.last() == Some(&"yes"),
+            "edgecore device list shows {row:?}"
+        );
+        let mut watch = world.edge.command(&["device", "watch"])?;
+        watch.args(["hall", "--property", "temperature", "-n", &namespace, "-o", "json"]);
+        let watch = Process::spawn("a watch", &mut watch, &world.dir().join("watch.log"))?;
+        until("the watch to show what is", 20, || Ok(watch.log_tail(20).contains("\"25\"")))?;
         cli(&["set", "hall", "temperature=30"])?;
+        until("the watch to show what comes", 20, || Ok(watch.log_tail(20).contains("\"30\"")))?;
+        watch.kill();
         mapper.wait("update", |said| said["desired"]["temperature"] == "30")?;
         until("the value at the box", 10, || Ok(cli(&["get", "hall"])?.contains("30°C")))?;
         ensure!(cli(&["call", "hall", "warm", "temperature=31"])? == "temperature=31\n");

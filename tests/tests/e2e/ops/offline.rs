@@ -33,7 +33,7 @@ fn the_box_is_operated_with_no_link_and_reached_again_where_it_was() -> Result<(
 fn at_the_box(world: &World) -> Result<()> {
     let namespace = world.kubectl.namespace();
     let run = |verb: &str, arguments: &[&str], input: &[u8]| -> Result<Piped> {
-        pipe(world.edge.command(verb)?.args(["-n", namespace]).args(arguments), input)
+        pipe(world.edge.command(&[verb])?.args(["-n", namespace]).args(arguments), input)
     };
     let log = run("logs", &["ops", "-c", "talker", "--tail=2"], b"")?;
     ensure!(log.code == Some(0) && log.output == b"line 1000\nlast\n", "{log:?}");
@@ -47,9 +47,9 @@ fn at_the_box(world: &World) -> Result<()> {
         back.output.len(),
         back.errors
     );
-    attach(world.edge.command("attach")?.args(["-n", namespace, "-i", "ops", "-c", "echo"]))?;
+    attach(world.edge.command(&["attach"])?.args(["-n", namespace, "-i", "ops", "-c", "echo"]))?;
     let local = ports::free()?;
-    forward(world.edge.command("port-forward")?.args(["-n", namespace, "ops", &format!("{local}:8080")]), local)?;
+    forward(world.edge.command(&["port-forward"])?.args(["-n", namespace, "ops", &format!("{local}:8080")]), local)?;
     for (arguments, words) in [
         (&["describe", "pod", "ops", "-n", namespace][..], &["talker", "Running"][..]),
         (&["get", "pods"], &["ops", "Running"]),
