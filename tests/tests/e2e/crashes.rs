@@ -134,6 +134,8 @@ fn cloudcore_is_killed() -> Result<()> {
 #[test]
 fn a_new_cloudcore_notices_what_was_marked_unready_before_it() -> Result<()> {
     story("crash-cloud-unready", |world| {
+        // Over QUIC nothing tells the edge at once that cloudcore is gone.
+        world.carry_over("websocket")?;
         world.run_pods(&sleeper("marked", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
         world.cloud.kill();
         // As the node lifecycle controller does when a lease runs out.

@@ -24,13 +24,23 @@ use crate::world::{World, story};
 fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Result<()> {
     story("linkcut-silent", |world| {
         let node = world.edge.name().to_owned();
+        ensure!(
+            world.node()?["metadata"]["annotations"].get(AUTONOMY_ANNOTATION).is_none_or(|value| value != "false"),
+            "autonomy is off"
+        );
         world.kubectl.apply(&config("blue"))?;
         let mut reader = sleeper("reader", &node, false);
         reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
         reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
-        let pods =
-            [reader, sleeper("goes", &node, false), sleeper("stays-1", &node, true), sleeper("stays-2", &node, false)];
-        world.run_pods(&list(&pods), "app=sleeper", 4)?;
+        let pods = [
+            reader,
+            falls(&node),
+            sleeper("goes", &node, false),
+            sleeper("stays-1", &node, true),
+            sleeper("stays-2", &node, false),
+        ];
+        let pods = world.run_pods(&list(&pods), "app=sleeper", 5)?;
+        until("the unlimited tolerations", 30, || Ok(world.kubectl.list("pods", "")?.iter().all(tolerates)))?;
         let before = world.running()?;
 
         let mapper = gauge(world)?;
@@ -38,6 +48,11 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         world.relay.cut();
         world.wait_node_lost()?;
         ensure!(world.running()? == before, "the cut touched pods: {before:?} {:?}", world.running());
+        taint(world)?;
+        let uids = |pods: &[Value]| pods.iter().map(|pod| pod["metadata"]["uid"].clone()).collect::<Vec<_>>();
+        let now = world.kubectl.list("pods", "app=sleeper")?;
+        let evicted = now.iter().any(|pod| pod["metadata"]["deletionTimestamp"].is_string());
+        ensure!(!evicted && uids(&now) == uids(&pods), "pods of an autonomous node are evicted: {now:?}");
         until("the device to be shown as unknown", 90, || {
             Ok(gauge_state(world)?.iter().all(|state| state == "unknown"))
         })?;
@@ -52,6 +67,7 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
             "edgecore get pods needs the cloud: {}",
             offline.text()
         );
+        let restarted = fall(world)?;
 
         std::thread::sleep(Duration::from_secs(60).saturating_sub(cut.elapsed()));
         let healed = Instant::now();
@@ -64,7 +80,13 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         until("the new ConfigMap in the mount", 60, || {
             Ok(world.inside("reader", &["cat", "/config/colour"])? == "green")
         })?;
-        world.wait_ready("app=sleeper", 4)?;
+        let told = world.kubectl.wait("pod", "falls", "the restart to be told", 60, |pod| {
+            container_ids(pod).get("main") == Some(&restarted)
+                && pod["status"]["containerStatuses"][0]["restartCount"] == 1
+        })?;
+        let last = &told["status"]["containerStatuses"][0]["lastState"]["terminated"];
+        ensure!(last["exitCode"] == 7, "the end of the first one is lost: {last}");
+        world.wait_ready("app=sleeper", 5)?;
         world.wait_node_ready()?;
         until("the device to be shown as it is", 60, || {
             Ok(gauge_state(world)?.iter().all(|state| state == "ok" || state == "online"))
@@ -73,6 +95,7 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         mapper.kill();
         let mut expected = before;
         expected.remove(&("goes".to_owned(), "main".to_owned()));
+        expected.insert(("falls".to_owned(), "main".to_owned()), restarted);
         let mut after = world.running()?;
         ensure!(
             after.remove(&("comes".to_owned(), "main".to_owned())).is_some(),
@@ -80,6 +103,50 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
         );
         ensure!(after == expected, "other containers changed too: {expected:?} {after:?}");
         Ok(())
+    })
+}
+
+/// A pod whose container ends once it is told to.
+fn falls(node: &str) -> Value {
+    let mut pod = sleeper("falls", node, false);
+    let script = "until test -e /flag/die; do sleep 0.2; done; rm /flag/die; exit 7";
+    pod["spec"]["containers"][0] = container("main", &["sh", "-c", script]);
+    pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "flag", "mountPath": "/flag"}]);
+    pod["spec"]["volumes"] = json!([{"name": "flag", "emptyDir": {}}]);
+    pod
+}
+
+/// Tells it to, and waits for the one that takes its place.
+fn fall(world: &World) -> Result<String> {
+    let first = world.runtime.cri().container("falls", "main")?;
+    world.inside("falls", &["touch", "/flag/die"])?;
+    eventually("the container to be restarted offline", 60, || {
+        Ok(Some(world.runtime.cri().container("falls", "main")?).filter(|id| *id != first))
+    })
+}
+
+/// Whether a pod may stay for ever on a node that is not there.
+fn tolerates(pod: &Value) -> bool {
+    let unlimited = |key: &str| {
+        pod["spec"]["tolerations"].as_array().into_iter().flatten().any(|toleration| {
+            toleration["key"] == key
+                && toleration["effect"] == "NoExecute"
+                && toleration.get("tolerationSeconds").is_none()
+        })
+    };
+    unlimited("node.kubernetes.io/unreachable") && unlimited("node.kubernetes.io/not-ready")
+}
+
+/// Waits until whatever does not tolerate it would be evicted.
+fn taint(world: &World) -> Result<()> {
+    // Nobody is while every node of a zone is lost, so there is one more, kept alive by hand.
+    let neighbour = world.neighbour()?;
+    until("the unreachable taint", 150, || {
+        neighbour.beat()?;
+        let taints = world.node()?["spec"]["taints"].as_array().cloned().unwrap_or_default();
+        Ok(taints
+            .iter()
+            .any(|taint| taint["key"] == "node.kubernetes.io/unreachable" && taint["effect"] == "NoExecute"))
     })
 }
 
@@ -198,80 +265,6 @@ fn a_deletion_under_way_ends_without_the_link() -> Result<()> {
         ensure!(world.kubectl.find("pod", "leaves")?.is_some(), "the link was not cut");
         world.relay.heal();
         world.kubectl.wait_gone("pod", "leaves", 90)
-    })
-}
-
-#[test]
-fn what_happens_offline_is_told_later() -> Result<()> {
-    story("linkcut-later", |world| {
-        let node = world.edge.name().to_owned();
-        let mut pod = sleeper("falls", &node, false);
-        let script = "until test -e /flag/die; do sleep 0.2; done; rm /flag/die; exit 7";
-        pod["spec"]["containers"][0] = container("main", &["sh", "-c", script]);
-        pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "flag", "mountPath": "/flag"}]);
-        pod["spec"]["volumes"] = json!([{"name": "flag", "emptyDir": {}}]);
-        world.run_pods(&pod.to_string(), "app=sleeper", 1)?;
-        world.relay.cut();
-        world.wait_node_lost()?;
-        let first = world.runtime.cri().container("falls", "main")?;
-        world.inside("falls", &["touch", "/flag/die"])?;
-        until("the container to be restarted offline", 60, || {
-            Ok(world.runtime.cri().container("falls", "main").is_ok_and(|id| id != first))
-        })?;
-        let second = world.runtime.cri().container("falls", "main")?;
-        world.relay.heal();
-        let told = world.kubectl.wait("pod", "falls", "the restart to be told", 60, |pod| {
-            container_ids(pod).get("main") == Some(&second)
-                && pod["status"]["containerStatuses"][0]["restartCount"] == 1
-        })?;
-        let last = &told["status"]["containerStatuses"][0]["lastState"]["terminated"];
-        ensure!(last["exitCode"] == 7, "the end of the first one is lost: {last}");
-        Ok(())
-    })
-}
-
-#[test]
-fn pods_of_an_autonomous_node_are_not_evicted() -> Result<()> {
-    story("linkcut-eviction", |world| {
-        let node = world.edge.name().to_owned();
-        ensure!(
-            world.node()?["metadata"]["annotations"].get(AUTONOMY_ANNOTATION).is_none_or(|value| value != "false"),
-            "autonomy is off"
-        );
-        world.run_pods(&sleeper("kept", &node, false).to_string(), "app=sleeper", 1)?;
-        let tolerates = |world: &World| -> Result<bool> {
-            let pod = world.kubectl.get("pod", "kept")?;
-            let all = pod["spec"]["tolerations"].as_array().cloned().unwrap_or_default();
-            let unlimited = |key: &str| {
-                all.iter().any(|toleration| {
-                    toleration["key"] == key
-                        && toleration["effect"] == "NoExecute"
-                        && toleration.get("tolerationSeconds").is_none()
-                })
-            };
-            Ok(unlimited("node.kubernetes.io/unreachable") && unlimited("node.kubernetes.io/not-ready"))
-        };
-        until("the unlimited tolerations", 30, || tolerates(world))?;
-        let uid = world.kubectl.get("pod", "kept")?["metadata"]["uid"].clone();
-        world.relay.cut();
-        world.wait_node_lost()?;
-        // Nobody is evicted while every node of a zone is lost, so there is one more, kept alive by hand.
-        let neighbour = world.neighbour()?;
-        until("the unreachable taint", 150, || {
-            neighbour.beat()?;
-            let taints = world.node()?["spec"]["taints"].as_array().cloned().unwrap_or_default();
-            Ok(taints
-                .iter()
-                .any(|taint| taint["key"] == "node.kubernetes.io/unreachable" && taint["effect"] == "NoExecute"))
-        })?;
-        let pod = world.kubectl.get("pod", "kept").context("it was evicted")?;
-        ensure!(
-            pod["metadata"]["uid"] == uid && pod["metadata"].get("deletionTimestamp").is_none(),
-            "it is being evicted: {}",
-            pod["metadata"]
-        );
-        world.relay.heal();
-        world.wait_node_ready()
     })
 }
 

@@ -47,8 +47,11 @@ fn a_node_deleted_while_it_was_away_hears_of_it() -> Result<()> {
     alone("nodedelete-away", Setup::default(), |world| {
         let node = world.edge.name().to_owned();
         world.run_pods(&sleeper("one", &node, true).to_string(), "app=sleeper", 1)?;
-        world.relay.cut();
-        world.wait_node_lost()?;
+        // A reset is heard of at once on both sides, and the edge comes to nothing.
+        world.carry_over("websocket")?;
+        world.relay.set(|line| line.refuse = true);
+        world.relay.reset();
+        until("cloudcore to miss it", 10, || Ok(world.cloud.metric("skerry_sessions")? == 0.0))?;
         world.admin().delete("node", &node)?;
         world.nothing_changes(5, "the pod of a node that cannot hear")?;
         world.relay.heal();

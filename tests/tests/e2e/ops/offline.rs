@@ -24,6 +24,8 @@ fn the_box_is_operated_with_no_link_and_reached_again_where_it_was() -> Result<(
         world.edge.start()?;
         is_reached_at(world, port).context("after the link was cut and edgecore killed")?;
         ensure!(world.session()?.1 > session, "it is the session that was");
+        // Over QUIC nothing tells the edge at once that cloudcore is gone.
+        world.carry_over("websocket")?;
         world.cloud.kill();
         world.cloud.boot()?;
         is_reached_at(world, port).context("after cloudcore was killed")
