@@ -5,19 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use bytes::{Buf as _, BytesMut};
 use futures_util::{SinkExt as _, StreamExt as _};
+use prost::Message as _;
 use rcgen::{CertificateParams, DnType, KeyPair};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
-use skerry_proto::mux::{Event, Mux, Side};
+use skerry_proto::mux::{Class, Event, Mux, Side, class_of};
 use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
 use skerry_proto::wire::{self, Frame, frame::Body};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
 use tokio::time::error::Elapsed;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -134,9 +137,7 @@ pub fn handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
 pub fn quic_handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-        let config = skerry_proto::transport::client_config(&client(Some(identity))?)?;
-        let connection = endpoint.connect_with(config, address, "localhost")?.await?;
+        let (endpoint, connection) = connect_quic(address, identity).await?;
         // Until the server has confirmed it.
         tokio::time::sleep(Duration::from_secs(1)).await;
         connection.close(quinn::VarInt::from_u32(0), b"");
@@ -149,25 +150,50 @@ pub fn quic_handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
 #[derive(Debug)]
 pub struct Session {
     runtime: Runtime,
-    socket: WebSocketStream<TlsStream<TcpStream>>,
+    line: Line,
     /// Puts large frames together.
     mux: Mux,
+}
+
+/// What carries its frames, whatever they are.
+#[derive(Debug)]
+enum Line {
+    WebSocket(Box<WebSocketStream<TlsStream<TcpStream>>>),
+    Quic(Quic),
+}
+
+/// Frames on QUIC, of one class in a stream, each behind its length.
+#[derive(Debug)]
+struct Quic {
+    _endpoint: quinn::Endpoint,
+    connection: quinn::Connection,
+    /// Control, then the classes.
+    lanes: Vec<quinn::SendStream>,
+    /// What comes in any of the other side's.
+    frames: mpsc::Receiver<Frame>,
 }
 
 impl Session {
     /// Opens a WebSocket with this identity; without a certificate where `identity` is `None`.
     pub fn open(address: SocketAddr, identity: Option<&Identity>) -> Result<Self> {
+        Self::over(async {
+            let stream = connect(address, identity).await?;
+            let (socket, _) = tokio_tungstenite::client_async(format!("wss://{address}{SESSION_PATH}"), stream).await?;
+            Ok(Line::WebSocket(Box::new(socket)))
+        })
+    }
+
+    /// Opens a QUIC connection with this identity.
+    pub fn open_quic(address: SocketAddr, identity: &Identity) -> Result<Self> {
+        Self::over(async { Ok(Line::Quic(Quic::open(address, identity).await?)) })
+    }
+
+    fn over(line: impl Future<Output = Result<Line>>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let socket = runtime.block_on(async {
-            let open = async {
-                let stream = connect(address, identity).await?;
-                let (socket, _) =
-                    tokio_tungstenite::client_async(format!("wss://{address}{SESSION_PATH}"), stream).await?;
-                Ok::<_, anyhow::Error>(socket)
-            };
-            tokio::time::timeout(Duration::from_secs(30), open).await.context("no session within 30 s")?
+        let line = runtime.block_on(async {
+            tokio::time::timeout(Duration::from_secs(30), line).await.context("no session within 30 s")?
         })?;
-        Ok(Self { runtime, socket, mux: Mux::new(Side::Edge) })
+        Ok(Self { runtime, line, mux: Mux::new(Side::Edge) })
     }
 
     /// Opens one and says Hello as `node`, whose store is empty.
@@ -179,21 +205,32 @@ impl Session {
 
     /// Sends a frame.
     pub fn send(&mut self, body: Body) -> Result<()> {
-        self.send_bytes(prost::Message::encode_to_vec(&Frame { body: Some(body) }))
+        let frame = Frame { body: Some(body) };
+        let lane = class_of(&frame).flatten().map_or(0, |class| 1 + class.index());
+        self.send_on(lane, frame.encode_to_vec())
     }
 
-    /// Sends a binary message, whatever it is.
+    /// Sends bytes as a frame, whatever they are.
     pub fn send_bytes(&mut self, bytes: Vec<u8>) -> Result<()> {
-        let sending = self.socket.send(Message::Binary(bytes.into()));
-        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), sending).await })??;
-        Ok(())
+        self.send_on(0, bytes)
+    }
+
+    fn send_on(&mut self, lane: usize, bytes: Vec<u8>) -> Result<()> {
+        match &mut self.line {
+            Line::WebSocket(socket) => within(&self.runtime, socket.send(Message::Binary(bytes.into()))),
+            Line::Quic(quic) => {
+                let mut delimited = Vec::new();
+                prost::encode_length_delimiter(bytes.len(), &mut delimited)?;
+                delimited.extend(bytes);
+                within(&self.runtime, quic.lanes[lane].write_all(&delimited))
+            }
+        }
     }
 
     /// Sends a text message, which the link has no use for.
     pub fn send_text(&mut self, text: &str) -> Result<()> {
-        let sending = self.socket.send(Message::Text(text.into()));
-        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), sending).await })??;
-        Ok(())
+        let Line::WebSocket(socket) = &mut self.line else { bail!("QUIC has no text messages") };
+        within(&self.runtime, socket.send(Message::Text(text.into())))
     }
 
     /// The next frame, `None` when the session is over; an error after `seconds` of silence.
@@ -228,22 +265,15 @@ impl Session {
     }
 
     fn next(&mut self, seconds: u64) -> Result<Option<Event>> {
-        let Self { runtime, socket, mux } = self;
+        let Self { runtime, line, mux } = self;
         runtime.block_on(async {
             let next = async {
                 loop {
                     if let Some(event) = mux.poll() {
                         return Ok(Some(event));
                     }
-                    match socket.next().await {
-                        Some(Ok(Message::Binary(bytes))) => {
-                            let frame: Frame =
-                                prost::Message::decode(bytes.as_ref()).context("cloudcore sent no frame")?;
-                            mux.receive(frame).context("cloudcore broke the protocol")?;
-                        }
-                        Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(None),
-                        Some(Ok(_)) => {}
-                    }
+                    let Some(frame) = line.receive().await? else { return Ok(None) };
+                    mux.receive(frame).context("cloudcore broke the protocol")?;
                 }
             };
             tokio::time::timeout(Duration::from_secs(seconds), next)
@@ -277,6 +307,78 @@ impl Session {
     }
 }
 
+impl Line {
+    async fn receive(&mut self) -> Result<Option<Frame>> {
+        let socket = match self {
+            Self::Quic(quic) => return Ok(quic.frames.recv().await),
+            Self::WebSocket(socket) => socket,
+        };
+        loop {
+            match socket.next().await {
+                Some(Ok(Message::Binary(bytes))) => {
+                    return Frame::decode(bytes.as_ref()).context("cloudcore sent no frame").map(Some);
+                }
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(None),
+                Some(Ok(_)) => {}
+            }
+        }
+    }
+}
+
+impl Quic {
+    async fn open(address: SocketAddr, identity: &Identity) -> Result<Self> {
+        let (endpoint, connection) = connect_quic(address, identity).await?;
+        let mut lanes = Vec::new();
+        for _ in 0..=Class::ALL.len() {
+            lanes.push(connection.open_uni().await?);
+        }
+        let (sender, frames) = mpsc::channel(64);
+        let incoming = connection.clone();
+        tokio::spawn(async move {
+            while let Ok(lane) = incoming.accept_uni().await {
+                tokio::spawn(read_frames(lane, sender.clone()));
+            }
+        });
+        Ok(Self { _endpoint: endpoint, connection, lanes, frames })
+    }
+}
+
+impl Drop for Quic {
+    fn drop(&mut self) {
+        self.connection.close(quinn::VarInt::from_u32(0), b"");
+    }
+}
+
+/// Hands on the frames of one stream, to its end or to what is none.
+async fn read_frames(mut lane: quinn::RecvStream, frames: mpsc::Sender<Frame>) {
+    let mut unread = BytesMut::new();
+    while let Ok(Some(chunk)) = lane.read_chunk(64 << 10, true).await {
+        unread.extend_from_slice(&chunk.bytes);
+        loop {
+            let mut rest = &unread[..];
+            let Ok(length) = prost::decode_length_delimiter(&mut rest) else { break };
+            if rest.len() < length {
+                break;
+            }
+            let Ok(frame) = Frame::decode(&rest[..length]) else { return };
+            let taken = unread.len() - rest.len() + length;
+            unread.advance(taken);
+            if frames.send(frame).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Sends, within half a minute.
+fn within<E: std::error::Error + Send + Sync + 'static>(
+    runtime: &Runtime,
+    sending: impl Future<Output = Result<(), E>>,
+) -> Result<()> {
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), sending).await })??;
+    Ok(())
+}
+
 /// The Hello of an edge with an empty store.
 pub fn hello(node: &str) -> wire::Hello {
     wire::Hello {
@@ -301,6 +403,13 @@ async fn connect(address: SocketAddr, identity: Option<&Identity>) -> Result<Tls
     let stream = TcpStream::connect(address).await?;
     let name = ServerName::IpAddress(address.ip().into());
     Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
+}
+
+async fn connect_quic(address: SocketAddr, identity: &Identity) -> Result<(quinn::Endpoint, quinn::Connection)> {
+    let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    let config = skerry_proto::transport::client_config(&client(Some(identity))?)?;
+    let connection = endpoint.connect_with(config, address, "localhost")?.await?;
+    Ok((endpoint, connection))
 }
 
 fn client(identity: Option<&Identity>) -> Result<ClientConfig> {

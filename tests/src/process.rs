@@ -37,15 +37,7 @@ impl Process {
 
     /// As [`Self::spawn`], in a session of its own, so that it outlives this process once [`Self::detach`]ed.
     pub fn spawn_daemon(name: &str, command: &Command, log: &Path) -> Result<Self> {
-        let mut session = Command::new("setsid");
-        session.arg(command.get_program()).args(command.get_args());
-        for (key, value) in command.get_envs() {
-            match value {
-                Some(value) => session.env(key, value),
-                None => session.env_remove(key),
-            };
-        }
-        Self::spawn(name, &mut session, log)
+        Self::spawn(name, &mut under(&["setsid"], command), log)
     }
 
     /// Its process id.
@@ -149,6 +141,19 @@ impl Drop for Process {
     }
 }
 
+/// A command as the last arguments of another that runs it, with its environment.
+pub fn under(runner: &[&str], command: &Command) -> Command {
+    let mut whole = Command::new(runner[0]);
+    whole.args(&runner[1..]).arg(command.get_program()).args(command.get_args());
+    for (key, value) in command.get_envs() {
+        match value {
+            Some(value) => whole.env(key, value),
+            None => whole.env_remove(key),
+        };
+    }
+    whole
+}
+
 /// What a finished command said.
 #[derive(Debug)]
 pub struct Output {
@@ -240,8 +245,8 @@ fn append(log: &Path) -> Result<File> {
     OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("cannot open {}", log.display()))
 }
 
-/// What came before an error is what there is.
-fn read_all(source: Option<impl std::io::Read>) -> Vec<u8> {
+/// All that comes of it. What came before an error is what there is.
+pub fn read_all(source: Option<impl std::io::Read>) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(mut source) = source {
         source.read_to_end(&mut bytes).ok();
