@@ -8,6 +8,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
 
 use crate::controlplane::ControlPlane;
 use crate::kubectl::Kubectl;
@@ -26,7 +29,14 @@ pub struct Cloudcore {
     admin: SocketAddr,
     process: Option<Process>,
     daemon: bool,
+    in_cluster: bool,
 }
+
+/// Has what a pod is given in its files, and runs a command there.
+const IN_CLUSTER: &str = r#"mount -t tmpfs none /var/run
+mkdir -p /var/run/secrets/kubernetes.io/serviceaccount
+mount --bind "$0" /var/run/secrets/kubernetes.io/serviceaccount
+exec "$@""#;
 
 /// What `cloudcore token create` prints, taken apart.
 #[derive(Clone, Debug)]
@@ -72,8 +82,6 @@ impl Cloudcore {
         let mut command = Command::new(paths::product("cloudcore")?);
         command
             .args(["run", "--advertise-address", "127.0.0.1", "--namespace", NAMESPACE, "--kubelet-csr"])
-            .arg("--kubeconfig")
-            .arg(&self.kubeconfig)
             .arg("--port")
             .arg(self.port.to_string())
             .arg("--admin-address")
@@ -81,6 +89,11 @@ impl Cloudcore {
         if !self.daemon {
             // What a quickstart leaves running stays on loopback.
             command.arg("--kubelet-address").arg(kubelet_address().to_string());
+        }
+        if self.in_cluster {
+            command = self.as_a_pod(command)?;
+        } else {
+            command.arg("--kubeconfig").arg(&self.kubeconfig);
         }
         let log = self.dir.join("cloudcore.log");
         let process = if self.daemon {
@@ -90,6 +103,30 @@ impl Cloudcore {
         };
         self.process = Some(process);
         Ok(())
+    }
+
+    /// When it is started next, it finds the apiserver as a pod does: by its environment, and the files of its service account.
+    pub fn move_into_cluster(&mut self) {
+        self.in_cluster = true;
+    }
+
+    fn as_a_pod(&self, mut command: Command) -> Result<Command> {
+        let config: Value = serde_json::from_slice(&fs::read(&self.kubeconfig)?)?;
+        let cluster = &config["clusters"][0]["cluster"];
+        let text = |value: &Value| value.as_str().map(str::to_owned).context("its kubeconfig lacks something");
+        let account = self.dir.join("serviceaccount");
+        fs::create_dir_all(&account)?;
+        fs::write(account.join("ca.crt"), STANDARD.decode(text(&cluster["certificate-authority-data"])?)?)?;
+        fs::write(account.join("token"), text(&config["users"][0]["user"]["token"])?)?;
+        fs::write(account.join("namespace"), NAMESPACE)?;
+        let server = text(&cluster["server"])?;
+        let (host, port) =
+            server.trim_start_matches("https://").rsplit_once(':').context("its apiserver has no port")?;
+        command.env("KUBERNETES_SERVICE_HOST", host).env("KUBERNETES_SERVICE_PORT", port);
+        // A path of this run among its arguments.
+        command.arg("--data-dir").arg(self.dir.join("data"));
+        let account = account.display().to_string();
+        Ok(process::under(&["unshare", "--mount", "sh", "-ec", IN_CLUSTER, &account], &command))
     }
 
     /// SIGKILL.
@@ -149,7 +186,15 @@ impl Cloudcore {
         let account = install_rights(control.kubectl())?;
         let kubeconfig = control.service_account_kubeconfig(NAMESPACE, &account, front)?;
         let admin = SocketAddr::from(([127, 0, 0, 1], ports::free()?));
-        let mut this = Self { dir: dir.to_owned(), kubeconfig, port: ports::free()?, admin, process: None, daemon };
+        let mut this = Self {
+            dir: dir.to_owned(),
+            kubeconfig,
+            port: ports::free()?,
+            admin,
+            process: None,
+            daemon,
+            in_cluster: false,
+        };
         this.boot()?;
         Ok(this)
     }

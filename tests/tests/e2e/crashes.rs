@@ -119,6 +119,8 @@ fn cloudcore_is_killed() -> Result<()> {
         world.cloud.kill();
         world.kubectl.delete("pod", "two")?;
         world.kubectl.apply(&sleeper("four", &node, true).to_string())?;
+        // It may come back as a pod.
+        world.cloud.move_into_cluster();
         world.cloud.boot()?;
         world.kubectl.wait_gone("pod", "two", 90)?;
         world.wait_ready("app=sleeper", 3)?;

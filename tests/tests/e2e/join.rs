@@ -41,6 +41,8 @@ fn a_joined_node_is_ready_and_says_what_it_is() -> Result<()> {
         ensure!(addresses.iter().any(|address| address["type"] == "InternalIP"), "no InternalIP: {addresses:?}");
         let boxes = node["metadata"]["annotations"][ADDRESSES_ANNOTATION].as_str().unwrap_or("");
         ensure!(!boxes.is_empty(), "the box's own addresses are not told: {}", node["metadata"]["annotations"]);
+        let manifest = paths::repository().join("deploy/cloudcore.yaml").display().to_string();
+        world.admin().run(&["apply", "--dry-run=server", "-f", &manifest])?;
         let table = world.admin().run(&["get", "node", world.edge.name()])?;
         ensure!(table.contains("edge") && table.contains(" Ready"), "kubectl shows: {table}");
         Ok(())
