@@ -76,10 +76,15 @@ impl Edge {
         self.dir.join("edgecore.log")
     }
 
-    /// Runs `edgecore join`; `options` take the place of the defaults of the same name. Tells how it ended.
+    /// Runs `edgecore join --no-start`; `options` take the place of the defaults of the same name. Tells how it ended.
     pub fn try_join(&self, address: &str, token: &str, options: &[&str]) -> Result<Output> {
+        process::run(self.join_command(address, token, options)?.arg("--no-start"), 60)
+    }
+
+    /// `edgecore join`, to be run.
+    pub fn join_command(&self, address: &str, token: &str, options: &[&str]) -> Result<Command> {
         let mut command = Command::new(paths::product("edgecore")?);
-        command.args(["join", address, "--token", token, "--no-start"]);
+        command.args(["join", address, "--token", token]);
         let defaults = [
             ("--runtime-endpoint", self.endpoint.clone()),
             ("--data-dir", self.data().display().to_string()),
@@ -93,7 +98,7 @@ impl Edge {
             }
         }
         command.args(options);
-        process::run(&mut command, 60)
+        Ok(command)
     }
 
     /// Runs `edgecore join`, which must succeed, and moves what would lie in system directories into this box's own.

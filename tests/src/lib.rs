@@ -30,5 +30,6 @@ pub mod procfs;
 pub mod relay;
 pub mod runtime;
 pub mod swarm;
+pub mod systemd;
 pub mod tar;
 pub mod wait;

@@ -1,6 +1,6 @@
 //! A box becomes a node.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -75,27 +75,8 @@ fn a_join_may_be_interrupted_anywhere() -> Result<()> {
         world.relay.set(|line| line.latency = Duration::from_millis(60));
         let token = world.cloud.new_token(&["--uses", "1"])?.token;
         for moment in 0..12_u64 {
-            let mut join = Command::new(paths::product("edgecore")?)
-                .args([
-                    "join",
-                    &world.address().to_string(),
-                    "--token",
-                    &token,
-                    "--no-start",
-                    "--node-name",
-                    world.edge.name(),
-                ])
-                .arg("--runtime-endpoint")
-                .arg(world.runtime.endpoint())
-                .arg("--data-dir")
-                .arg(world.edge.data())
-                .arg("--pods-dir")
-                .arg(world.edge.pods())
-                .arg("--cni-conf-dir")
-                .arg(world.runtime.cni_conf_dir())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()?;
+            let mut join = world.edge.join_command(&world.address().to_string(), &token, &["--no-start"])?;
+            let mut join = join.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
             std::thread::sleep(Duration::from_millis(40 * moment));
             join.kill()?;
             join.wait()?;

@@ -9,9 +9,11 @@ use serde_json::json;
 use skerry_proto::wire::{Goodbye, goodbye::Reason};
 use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::manifests::{list, sleeper};
+use skerry_tests::paths;
 use skerry_tests::peer::{self, Session};
 use skerry_tests::procfs;
 use skerry_tests::runtime::Cni;
+use skerry_tests::systemd::Systemd;
 use skerry_tests::wait::{stays, until};
 
 use crate::world::{Setup, World, alone};
@@ -22,6 +24,8 @@ fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
         let node = world.edge.name().to_owned();
         world.run_pods(&list(&[sleeper("one", &node, true), sleeper("two", &node, false)]), "app=sleeper", 2)?;
         let port = world.port()?;
+        let systemd = Systemd::new(&world.dir().join("systemd"))?;
+        becomes_a_service(world, &systemd)?;
         world.admin().delete("node", &node)?;
         until("its pods to be wound down", 60, || Ok(world.running()?.is_empty()))?;
         until("its port to be closed", 30, || Ok(TcpStream::connect((kubelet_address(), port)).is_err()))?;
@@ -32,8 +36,11 @@ fn a_deleted_node_winds_down_and_stays_out() -> Result<()> {
         world.restart_edge()?;
         stays("the node's absence", Duration::from_secs(10), || Ok(world.admin().find("node", &node)?.is_none()))?;
 
-        let output = world.edge.cli(&["reset", "--yes"])?;
+        // No mounts are left, of which it would see its own alone.
+        let (output, calls) = systemd.run(world.edge.command(&["reset"])?.arg("--yes"))?;
         ensure!(output.success, "edgecore reset failed: {}", output.text());
+        ensure!(calls == ["disable --now edgecore.service", "daemon-reload"], "systemctl was called with {calls:?}");
+        ensure!(systemd.unit("edgecore.service").is_none(), "the unit is left");
         until("edgecore to end", 30, || Ok(!world.edge.is_running()))?;
         nothing_is_left(world)?;
 
@@ -131,6 +138,23 @@ fn reset_leaves_nothing(name: &str, setup: Setup) -> Result<()> {
         }
         nothing_is_left(world)
     })
+}
+
+/// Where systemd runs, `edgecore join` leaves starting the agent to it.
+fn becomes_a_service(world: &World, systemd: &Systemd) -> Result<()> {
+    let start = ["enable edgecore.service", "start edgecore.service"];
+    for before in [&["daemon-reload"][..], &[]] {
+        let token = world.cloud.new_token(&[])?.token;
+        let mut join = world.edge.join_command(&world.address().to_string(), &token, &[])?;
+        let (output, calls) = systemd.run(&mut join)?;
+        ensure!(output.success && output.stdout.contains("starts at boot"), "edgecore join: {}", output.text());
+        ensure!(calls == [before, &start].concat(), "systemctl was called with {calls:?}");
+    }
+    let unit = systemd.unit("edgecore.service").context("no unit was installed")?;
+    let product = paths::product("edgecore")?.canonicalize()?;
+    let start = format!("ExecStart={} run --data-dir {}", product.display(), world.edge.data().display());
+    ensure!(unit.lines().any(|line| line == start), "no {start:?} in: {unit}");
+    Ok(())
 }
 
 /// Of what edgecore, and the runtime on its behalf, put on the box.
