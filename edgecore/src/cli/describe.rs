@@ -61,7 +61,7 @@ impl Describe {
             }
             Err(error) => return Err(error.into()),
         };
-        print(&describe(&find(pods, namespace.as_deref(), &name)?.object, clock::wall()));
+        print(&describe(&find(&pods, namespace.as_deref(), &name)?.object, clock::wall()));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -48,7 +48,7 @@ impl Node {
         let name = plain(name)?;
         let request = control::Request::Get { what: What::Pods, namespace: namespace.map(str::to_owned) };
         let pods: Vec<Value> = control::ask(&self.socket, &request).await?;
-        find(pods, namespace, name)
+        find(&pods, namespace, name)
     }
 
     /// Asks; what is not 2xx or 101 is an error with the agent's words.
@@ -119,7 +119,7 @@ fn plain(name: &str) -> anyhow::Result<&str> {
 }
 
 /// The pod of a name. Unless a namespace is said it is the one of `default`, or else the only one of its name.
-pub(super) fn find(pods: Vec<Value>, namespace: Option<&str>, name: &str) -> anyhow::Result<Pod> {
+pub(super) fn find(pods: &[Value], namespace: Option<&str>, name: &str) -> anyhow::Result<Pod> {
     let named = || pods.iter().filter(|pod| pod["metadata"]["name"] == name);
     let namespace_of = |pod: &Value| pod["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
     let namespace = match namespace {
@@ -195,21 +195,21 @@ mod tests {
             }
             pod
         };
-        let mut found = find(vec![pod("x", true), pod("x", false), pod("y", false)], Some("ns"), "x").unwrap();
+        let mut found = find(&[pod("x", true), pod("x", false), pod("y", false)], Some("ns"), "x").unwrap();
         assert!(found.object["metadata"]["deletionTimestamp"].is_null());
         assert_eq!((found.container(None).unwrap(), found.container(Some("i")).unwrap()), ("a".into(), "i".into()));
         assert!(found.container(Some("z")).unwrap_err().to_string().contains("which has: a, b, i"));
         found.object["metadata"]["annotations"] = json!({ "kubectl.kubernetes.io/default-container": "b" });
         assert_eq!(found.container(None).unwrap(), "b");
         assert_eq!(found.path("exec", Some("a")), "/exec/ns/x/a");
-        assert!(find(vec![], Some("ns"), "x").unwrap_err().to_string().contains("edgecore get pods"));
-        assert!(find(vec![], None, "x").unwrap_err().to_string().contains("namespace \"default\""));
+        assert!(find(&[], Some("ns"), "x").unwrap_err().to_string().contains("edgecore get pods"));
+        assert!(find(&[], None, "x").unwrap_err().to_string().contains("namespace \"default\""));
         // Without a namespace.
         let of = |namespace: &str| json!({ "metadata": { "name": "x", "namespace": namespace } });
-        let found = |pods| find(pods, None, "x").map(|pod| pod.namespace);
-        assert_eq!(found(vec![of("shop")]).unwrap(), "shop");
-        assert_eq!(found(vec![of("shop"), of("default"), of("bar")]).unwrap(), "default");
-        let several = found(vec![of("shop"), of("bar")]).unwrap_err().to_string();
+        let found = |pods: &[Value]| find(pods, None, "x").map(|pod| pod.namespace);
+        assert_eq!(found(&[of("shop")]).unwrap(), "shop");
+        assert_eq!(found(&[of("shop"), of("default"), of("bar")]).unwrap(), "default");
+        let several = found(&[of("shop"), of("bar")]).unwrap_err().to_string();
         assert!(several.contains("\"shop\" and \"bar\"; say with -n"), "{several}");
         assert_eq!(plain("pod/x").unwrap(), "x");
         assert!(plain("deploy/x").is_err());

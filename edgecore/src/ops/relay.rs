@@ -99,8 +99,8 @@ struct Telling {
 }
 
 /// Copies both ways. The end of one direction is passed on, and the other goes on; also when what is said to the process is not taken any
-/// more: how it ended is still to come, as long as that takes. Streams end one by one in what both sides speak; the end of the connection is a client that has
-/// hung up, and what has nothing to say to it then is left.
+/// more: how it ended is still to come, as long as that takes. Streams end one by one in what both sides speak; the end of the connection
+/// is a client that has hung up, and what has nothing to say to it then is left.
 async fn copy(client: impl AsyncRead + AsyncWrite, runtime: impl AsyncRead + AsyncWrite) -> io::Result<()> {
     let (from_client, to_client) = tokio::io::split(client);
     let (from_runtime, to_runtime) = tokio::io::split(runtime);

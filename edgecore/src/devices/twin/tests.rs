@@ -705,6 +705,7 @@ fn what_mappers_add_to_values_counts_too() {
     let mut twins = one();
     let mut said = values(&[("t", "21")]);
     let metadata = &mut said[0].reported.as_mut().unwrap().metadata;
+    metadata.insert("timestamp".to_owned(), START.wall.to_string());
     metadata.insert("quality".to_owned(), "x".repeat(500));
     for _ in 0..3 {
         twins.report_values("ns/d", &[], &said, START).unwrap();
