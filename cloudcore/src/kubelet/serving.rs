@@ -83,6 +83,8 @@ impl ServingCertificate {
         loop {
             let wait = match self.next(&requests, secrets, host).await {
                 Ok(wait) => wait,
+                // One at the same address, which asks for what is wanted here too.
+                Err(Unsigned::Unkept(SecretError::Conflict)) => LOOK,
                 Err(error) => {
                     warn!("the cluster's signer signs nothing for the ports of nodes: {}", chain(&error));
                     AGAIN
