@@ -16,8 +16,7 @@ fn reports_outlive_an_apiserver_that_refuses_them() -> Result<()> {
         for (number, fault) in
             [429, 500, 409, 403, 404].map(Fault::Status).into_iter().chain([Fault::Hangup, Fault::Silence]).enumerate()
         {
-            // Each makes it wait twice as long as the one before.
-            let mut left = 3;
+            let mut left = 5;
             inject(world, move |request| {
                 let status =
                     request.path.contains("/status") && request.method != "GET" && !request.path.contains("/leases/");
