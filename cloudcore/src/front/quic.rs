@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Endpoint, EndpointConfig, Incoming, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use skerry_proto::mux::Side;
@@ -18,7 +20,7 @@ use super::http;
 use super::places::Place;
 use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Stranger, Wire, session, shake};
 use crate::backend::Backend;
-use crate::pki::CaError;
+use crate::pki::{CaError, CertificateAuthority};
 use crate::secrets::SecretStore;
 use crate::supervise::Tasks;
 
@@ -29,6 +31,8 @@ const REFUSED: VarInt = VarInt::from_u32(1);
 const MAX_WAITERS: usize = MAX_HANDSHAKES / 2;
 /// Bytes that came for handshakes that wait to begin.
 const MAX_WAITING: u64 = 4 << 20;
+/// Between stateless resets, each smaller than what it answers: after a start there may be thousands of connections that are not known.
+const RESET_INTERVAL: Duration = Duration::from_millis(1);
 /// What the system is asked to hold of what came and what goes, in bytes: thousands of edges share one socket.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -50,13 +54,19 @@ pub fn bind(port: u16) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// QUIC with the TLS of the port.
-pub fn endpoint(socket: UdpSocket, tls: &ServerConfig) -> Result<Endpoint, CaError> {
+/// QUIC with the TLS of the port. Each cloudcore of a CA, also one that was started anew, can tell an edge that a connection is not known
+/// to it (a stateless reset, RFC 9000, 10.3): otherwise only silence would.
+pub fn endpoint(socket: UdpSocket, tls: &ServerConfig, authority: &CertificateAuthority) -> Result<Endpoint, CaError> {
     let broken = |error: &dyn std::fmt::Display| CaError::Damaged(error.to_string());
     let mut config = transport::server_config(tls).map_err(|error| broken(&error))?;
     config.max_incoming(MAX_HANDSHAKES).incoming_buffer_size_total(MAX_WAITING);
+    let [a, b, c, d, e, f, g, h, ..] = authority.secret_for("QUIC connection IDs");
+    let ids = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+    let resets = hmac::Key::new(hmac::HMAC_SHA256, &authority.secret_for("QUIC stateless resets"));
+    let mut own = EndpointConfig::new(Arc::new(resets));
+    own.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids))).min_reset_interval(RESET_INTERVAL);
     let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(EndpointConfig::default(), Some(config), socket, runtime).map_err(|error| broken(&error))
+    Endpoint::new(own, Some(config), socket, runtime).map_err(|error| broken(&error))
 }
 
 impl<B: Backend, S: SecretStore> Front<B, S> {

@@ -20,6 +20,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _,
     SerialNumber,
 };
+use ring::hmac;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -207,6 +208,14 @@ impl CertificateAuthority {
     /// When the signing certificate expires.
     pub fn expires(&self) -> Timestamp {
         self.held.expires
+    }
+
+    /// A secret for one purpose: the same for whoever holds the CA's key, also after a restart.
+    pub(crate) fn secret_for(&self, purpose: &str) -> [u8; 32] {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, self.issuer.key().serialized_der());
+        let mut secret = [0; 32];
+        secret.copy_from_slice(hmac::sign(&key, purpose.as_bytes()).as_ref());
+        secret
     }
 
     /// Whether a node's certificate is taken.

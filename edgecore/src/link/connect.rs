@@ -176,7 +176,8 @@ pub(super) async fn connect(
     }
     let alone = tokio::time::sleep(QUIC_PATIENCE);
     let patience = if addresses.len() > 1 { 2 * QUIC_PATIENCE } else { QUIC_PATIENCE };
-    let (wire, has_quic) = either(over_quic(server, &addresses, &tls, patience), over_websocket, alone).await?;
+    let over_quic = over_quic(server, &addresses, &tls, patience);
+    let (wire, has_quic) = Box::pin(either(over_quic, over_websocket, alone)).await?;
     if !has_quic {
         choice.avoid_quic(clock::monotonic());
     }

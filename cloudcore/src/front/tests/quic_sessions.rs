@@ -25,6 +25,41 @@ pub(super) async fn body(wire: &mut Wire) -> Body {
 }
 
 #[tokio::test]
+async fn an_edge_of_a_cloudcore_that_was_killed_hears_so_from_the_next() {
+    let cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let tls = tls(Arc::clone(&cloud.front.authority), Arc::clone(&cloud.certificate)).unwrap();
+    let authority = cloud.authority();
+    let start = |socket| quic::endpoint(socket, &tls, &authority).unwrap();
+    let killed = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let first = {
+        let _in = killed.enter();
+        start(socket)
+    };
+    let serving = killed.spawn(async move { (first.accept().await.unwrap().await.unwrap(), first) });
+    let config = transport::client_config(&client(Some(&identity), &authority)).unwrap();
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let connection = endpoint.connect_with(config, address, "localhost").unwrap().await.unwrap();
+    let known = serving.await.unwrap();
+    // Whoever knows the connection is gone, and could not say so.
+    killed.shutdown_background();
+    drop(known);
+    let socket = loop {
+        match std::net::UdpSocket::bind(address) {
+            Ok(socket) => break socket,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    let _next = start(socket);
+    let mut stream = connection.open_uni().await.unwrap();
+    stream.write_all(b"is anybody there, who knows me?").await.unwrap();
+    let end = tokio::time::timeout(PATIENCE, connection.closed()).await.expect("it is said");
+    assert!(matches!(end, quinn::ConnectionError::Reset), "{end:?}");
+}
+
+#[tokio::test]
 async fn a_session_on_quic_is_a_session() {
     let mut cloud = Cloud::start().await;
     let identity = cloud.node("box-1").await;
