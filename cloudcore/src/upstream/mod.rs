@@ -47,10 +47,12 @@ mod tests;
 /// A report that meets only doubtful answers is tried this often, which takes two minutes, so that it does not hold its place in the edge's
 /// window for ever.
 const DOUBTFUL_ATTEMPTS: u32 = 10;
-/// A report that is not taken, though others are, is tried this often, which takes four seconds, before the edge has it back.
-const ATTEMPTS: u32 = 5;
-/// So long at least, and twice as long at most: of what is never taken, much can wait so beside what is.
-const GIVEN_BACK: Duration = Duration::from_secs(120);
+/// A report that is not taken, though others are, is tried this often, which takes a quarter of a minute, before the edge has it back: most failures are
+/// over by then.
+const ATTEMPTS: u32 = 7;
+/// So long at least, and twice as long at most: what is never taken has no place most of the time, and what fails for a minute is not late
+/// by many.
+const GIVEN_BACK: Duration = Duration::from_secs(30);
 /// Requests for reports under way at once, of all nodes.
 const AT_ONCE: usize = 32;
 /// Takes the reports of all sessions.
