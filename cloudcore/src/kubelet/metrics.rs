@@ -18,9 +18,10 @@ struct RequestLabels {
 pub(crate) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     connections: Gauge,
+    streams: Gauge,
 }
 
-/// A connection that is counted.
+/// Something that is counted.
 #[derive(Debug)]
 pub(crate) struct Open(Gauge);
 
@@ -38,6 +39,11 @@ impl Metrics {
             "Connections to kubelets of nodes that are open",
             metrics.connections.clone(),
         );
+        registry.register(
+            "skerry_kubelet_streams",
+            "Requests to kubelets of nodes that are under way, sessions of exec and the like among them",
+            metrics.streams.clone(),
+        );
         metrics
     }
 
@@ -53,13 +59,24 @@ impl Metrics {
 
     /// A connection is open until what this answers is dropped.
     pub(crate) fn connection(&self) -> Open {
-        self.connections.inc();
-        Open(self.connections.clone())
+        Open::new(&self.connections)
+    }
+
+    /// The same for what a request is on.
+    pub(crate) fn stream(&self) -> Open {
+        Open::new(&self.streams)
     }
 
     #[cfg(test)]
     pub(super) fn open(&self) -> i64 {
         self.connections.get()
+    }
+}
+
+impl Open {
+    fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
     }
 }
 

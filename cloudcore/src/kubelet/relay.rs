@@ -30,6 +30,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Sleep;
 use tracing::debug;
 
+use super::metrics::Open;
 use super::spdy::{Frames, Kind};
 use crate::retry::chain;
 use crate::supervise::spawn;
@@ -75,7 +76,10 @@ pub(super) struct Upgrades {
 
 /// The task that drives a stream; it ends with this.
 #[derive(Debug)]
-pub(super) struct Exchange(JoinHandle<()>);
+pub(super) struct Exchange {
+    task: JoinHandle<()>,
+    _open: Open,
+}
 
 /// Why there is no answer of the node's.
 #[derive(Debug, thiserror::Error)]
@@ -106,17 +110,18 @@ impl Failed {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
 /// Asks the node, on a stream that whoever `watched` tells of it may watch. After a `101` both ends are to be copied into each other. The
-/// request is for this `route` of a kubelet's.
+/// request is for this `route` of a kubelet's, and counted as `open` while it goes on.
 pub(super) async fn forward(
     (node, route): (&str, &str),
     streams: &Streams,
     mut request: Request<Incoming>,
     watched: &watch::Sender<Option<Gone>>,
+    open: Open,
 ) -> Result<(Answer, Option<Upgrades>), Failed> {
     let stream =
         streams.open(class(request.uri().path()), Bytes::from_static(ops::KUBELET)).map_err(|error| match error {
@@ -134,12 +139,13 @@ pub(super) async fn forward(
         .await
         .map_err(|error| broken(&error))?;
     let (ended, cause) = oneshot::channel();
-    let exchange = Exchange(spawn("kubelet request", async move {
+    let task = spawn("kubelet request", async move {
         if let Err(error) = connection.with_upgrades().await {
             // Nobody listens any more once there was a head: the body says it then.
             let _ = ended.send(error);
         }
-    }));
+    });
+    let exchange = Exchange { task, _open: open };
     let answered = async {
         let answered = sender.send_request(outgoing(request, upgrade.as_ref()));
         match route {

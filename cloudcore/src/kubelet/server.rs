@@ -337,7 +337,7 @@ impl<R: Reviews> Server<R> {
         }
         peer.settle(&self.connections)?;
         let Some(streams) = (self.find)(node) else { return Err(self.offline(node)) };
-        match relay::forward((node, wanted.route), &streams, request, &peer.stream).await {
+        match relay::forward((node, wanted.route), &streams, request, &peer.stream, self.metrics.stream()).await {
             Ok((answer, upgrades)) => {
                 *peer.upgrades.lock().unwrap_or_else(PoisonError::into_inner) = upgrades;
                 Ok(answer)

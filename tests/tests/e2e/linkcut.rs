@@ -274,6 +274,8 @@ struct Flood(Vec<Child>);
 impl Flood {
     /// Waits until they do.
     fn over(world: &World, pod: &str) -> Result<Self> {
+        // edgecore may have just started, and not know its containers yet.
+        until("commands to be run", 20, || Ok(world.kubectl.pipe(&["exec", pod, "--", "true"], b"")?.code == Some(0)))?;
         let zeros = || File::open("/dev/zero").map(Stdio::from);
         let mut this = Self(Vec::new());
         for (command, input) in [("cat /dev/zero", Stdio::null()), ("cat > /dev/null", zeros()?)] {

@@ -97,7 +97,7 @@ fn killed(world: &World, dialect: &'static str, descriptors: usize) -> Result<()
         client.kill()?;
     }
     drop(through);
-    let_go(world, descriptors, 3)?;
+    let_go(world, descriptors)?;
     wait_over(world, 5, descriptors)?;
     ensure!(shims(world) == shims_before, "{} shims have become {}", shims_before, shims(world));
     Ok(())
@@ -116,8 +116,7 @@ fn ended(world: &World, descriptors: usize) -> Result<()> {
     through.set_read_timeout(Some(Duration::from_secs(5)))?;
     ensure!(has_ended(&mut through), "the forwarded connection goes on");
     forward.kill()?;
-    // A connection whose answer has ended waits for the apiserver's next question.
-    let_go(world, descriptors, 15)
+    let_go(world, descriptors)
 }
 
 /// A client of each kind with its session, and a connection through that which forwards a port, the last of them.
@@ -126,17 +125,17 @@ fn connected(world: &World, kubectl: &Kubectl) -> Result<(Vec<Client>, TcpStream
     let clients = clients(kubectl, port)?;
     let through = eventually("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
     let all = f64::from(u32::try_from(clients.len())?);
-    until("all to be connected", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? >= all))?;
+    until("all to be connected", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? >= all))?;
     std::thread::sleep(Duration::from_secs(1));
     Ok((clients, through))
 }
 
-/// Waits until nobody holds anything of sessions whose other ends are gone; `connections` may be idle ones.
-fn let_go(world: &World, descriptors: usize, connections: u64) -> Result<()> {
+/// Waits until nobody holds anything of sessions whose other ends are gone.
+fn let_go(world: &World, descriptors: usize) -> Result<()> {
     let begin = Instant::now();
     until("edgecore to let go", 3, || Ok(self::descriptors(world)? <= descriptors))?;
     let edge = begin.elapsed().as_secs_f64();
-    until("cloudcore to let go", connections, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))?;
+    until("cloudcore to let go", 3, || Ok(world.cloud.metric("skerry_kubelet_streams")? == 0.0))?;
     eprintln!("edgecore has let go after {edge:.1} s, cloudcore after {:.1} s", begin.elapsed().as_secs_f64());
     Ok(())
 }
@@ -227,14 +226,14 @@ fn has_ended(connection: &mut TcpStream) -> bool {
     connection.read_to_end(&mut Vec::new()).map_or_else(|error| error.kind() != ErrorKind::WouldBlock, |_| true)
 }
 
-/// Waits until nothing is left of what went before: no command, which has read the end of its input; no connection; no descriptor.
+/// Waits until nothing is left of what went before: no command, which has read the end of its input; no stream; no descriptor.
 fn wait_over(world: &World, seconds: u64, before: usize) -> Result<()> {
     until("the commands to be gone", seconds, || {
         let count = "pidof cat | wc -w; pidof tar | wc -w";
         let left = world.kubectl.pipe(&["exec", "ops", "-c", "box", "--", "sh", "-c", count], b"")?;
         Ok(left.output == b"0\n0\n")
     })?;
-    until("the connections to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))?;
+    until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? == 0.0))?;
     until("edgecore's descriptors to be closed", 20, || Ok(descriptors(world)? <= before))
 }
 

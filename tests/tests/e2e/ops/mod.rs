@@ -78,7 +78,7 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
         Ok((before.success && before.stdout == "before the crash\n").then_some(()))
     })?;
     // Nothing of it is left on either side.
-    until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))
+    until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? == 0.0))
 }
 
 /// A pod with a talker, a box to run things in, an echo that reads its input, and a server.

@@ -103,7 +103,7 @@ fn fifty_sessions_at_once_each_get_their_own() -> Result<()> {
                 ensure!(session.wait()?.success(), "a session ended badly");
             }
         }
-        until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))
+        until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? == 0.0))
     })
 }
 
@@ -174,7 +174,7 @@ fn a_flood_holds_up_neither_the_node_nor_its_objects() -> Result<()> {
             }
             world.relay.heal();
         }
-        until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_connections")? == 0.0))
+        until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? == 0.0))
     })
 }
 
