@@ -278,7 +278,8 @@ impl Flood {
         until("commands to be run", 20, || Ok(world.kubectl.pipe(&["exec", pod, "--", "true"], b"")?.code == Some(0)))?;
         let zeros = || File::open("/dev/zero").map(Stdio::from);
         let mut this = Self(Vec::new());
-        for (command, input) in [("cat /dev/zero", Stdio::null()), ("cat > /dev/null", zeros()?)] {
+        // BusyBox's `cat > /dev/null` ends as if its input did once that is empty for a moment.
+        for (command, input) in [("cat /dev/zero", Stdio::null()), ("wc -c", zeros()?)] {
             let mut kubectl = world.kubectl.command();
             kubectl.args(["exec", "-i", pod, "--", "sh", "-c", command]);
             this.0.push(kubectl.stdin(input).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
