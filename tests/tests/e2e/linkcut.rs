@@ -217,7 +217,8 @@ fn a_large_object_on_a_slow_line_does_not_look_like_a_dead_link() -> Result<()> 
         until("the small change behind it", 60, || Ok(world.inside("reader", &["cat", "/config/colour"])? == "green"))?;
         ensure!(world.relay.connections() == connections, "there was another session");
         let rate = (world.relay.bytes().0 - up) / begin.elapsed().as_secs();
-        ensure!(rate > 16 << 10, "{rate} bytes a second went up: the line was not full, the test tests nothing");
+        // What comes down is acknowledged on it too.
+        ensure!(rate > 8 << 10, "{rate} bytes a second went up: the line was not full, the test tests nothing");
         drop(flood);
         world.relay.heal();
         world.wait_ready("app=sleeper", 2).map(drop)
