@@ -47,7 +47,9 @@ fn clients_of_a_broker_on_the_box_speak_with_devices() -> Result<()> {
         let of =
             |end: &str| answers.iter().find(|said| said["topic"].as_str().is_some_and(|topic| topic.ends_with(end)));
         let answer = |end| of(end).map(|said| &said["answer"]).with_context(|| format!("no {end} in {answers:?}"));
-        ensure!(answer("membership/get/result")?["devices"][0]["name"] == "press", "{answers:?}");
+        // What the story before had may not be gone yet.
+        let members = answer("membership/get/result")?["devices"].as_array().cloned().unwrap_or_default();
+        ensure!(members.iter().any(|member| member["name"] == "press"), "{answers:?}");
         ensure!(answer("state/update/result")?["device"]["state"] == "online", "{answers:?}");
         for end in ["twin/update/result", "twin/get/result"] {
             let twin = &answer(end)?["twin"]["level"];
