@@ -44,7 +44,7 @@ async fn an_edge_of_a_cloudcore_that_was_killed_hears_so_from_the_next() {
     let connection = endpoint.connect_with(config, address, "localhost").unwrap().await.unwrap();
     let known = serving.await.unwrap();
     // Whoever knows the connection is gone, and could not say so.
-    killed.shutdown_background();
+    tokio::task::spawn_blocking(move || killed.shutdown_timeout(PATIENCE)).await.unwrap();
     drop(known);
     let socket = loop {
         match std::net::UdpSocket::bind(address) {
@@ -53,8 +53,10 @@ async fn an_edge_of_a_cloudcore_that_was_killed_hears_so_from_the_next() {
         }
     };
     let _next = start(socket);
-    let mut stream = connection.open_uni().await.unwrap();
-    stream.write_all(b"is anybody there, who knows me?").await.unwrap();
+    // It may have heard already, to something that it sent by itself.
+    if let Ok(mut stream) = connection.open_uni().await {
+        let _ = stream.write_all(b"is anybody there, who knows me?").await;
+    }
     let end = tokio::time::timeout(PATIENCE, connection.closed()).await.expect("it is said");
     assert!(matches!(end, quinn::ConnectionError::Reset), "{end:?}");
 }
