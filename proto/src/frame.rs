@@ -50,26 +50,26 @@ pub fn decode(bytes: Bytes) -> Result<Frame, FrameError> {
 /// Frames that follow each other, each behind its length as a varint.
 #[cfg(any(feature = "transport", test))]
 #[derive(Debug, Default)]
-pub(crate) struct Lane {
+pub struct Lane {
     unread: BytesMut,
 }
 
 #[cfg(any(feature = "transport", test))]
 impl Lane {
     /// This came.
-    pub(crate) fn hear(&mut self, bytes: &[u8]) {
+    pub fn hear(&mut self, bytes: &[u8]) {
         self.unread.extend_from_slice(bytes);
     }
 
     /// Nothing more has come for now: what is empty keeps no room.
-    pub(crate) fn rest(&mut self) {
+    pub fn rest(&mut self) {
         if self.unread.is_empty() {
             self.unread = BytesMut::new();
         }
     }
 
     /// The next frame that is complete, and how many bytes it took. No more than the `longest` one is waited for.
-    pub(crate) fn take(&mut self, longest: usize) -> Result<Option<(Frame, usize)>, FrameError> {
+    pub fn take(&mut self, longest: usize) -> Result<Option<(Frame, usize)>, FrameError> {
         let mut rest = &self.unread[..];
         let length = match prost::decode_length_delimiter(&mut rest) {
             Ok(length) => length,

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use bytes::{Buf as _, BytesMut};
 use futures_util::{SinkExt as _, StreamExt as _};
 use prost::Message as _;
 use rcgen::{CertificateParams, DnType, KeyPair};
@@ -14,8 +13,10 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use skerry_proto::frame::Lane;
 use skerry_proto::mux::{Class, Event, Mux, Side, class_of};
 use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
+use skerry_proto::sync::MAX_FRAME;
 use skerry_proto::wire::{self, Frame, frame::Body};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -351,18 +352,12 @@ impl Drop for Quic {
 
 /// Hands on the frames of one stream, to its end or to what is none.
 async fn read_frames(mut lane: quinn::RecvStream, frames: mpsc::Sender<Frame>) {
-    let mut unread = BytesMut::new();
+    let mut unread = Lane::default();
     while let Ok(Some(chunk)) = lane.read_chunk(64 << 10, true).await {
-        unread.extend_from_slice(&chunk.bytes);
+        unread.hear(&chunk.bytes);
         loop {
-            let mut rest = &unread[..];
-            let Ok(length) = prost::decode_length_delimiter(&mut rest) else { break };
-            if rest.len() < length {
-                break;
-            }
-            let Ok(frame) = Frame::decode(&rest[..length]) else { return };
-            let taken = unread.len() - rest.len() + length;
-            unread.advance(taken);
+            let Ok(frame) = unread.take(MAX_FRAME) else { return };
+            let Some((frame, _)) = frame else { break };
             if frames.send(frame).await.is_err() {
                 return;
             }

@@ -146,9 +146,9 @@ impl Upstream {
 
     /// The apiserver shows this state of a pod: if that hides what the pod's node says, the node is asked to report once more.
     pub(crate) fn pod_seen(&self, node: &str, facts: &PodFacts) {
-        let Some(queue) = lock(&self.queues).get(node).cloned() else { return };
-        if lock(&queue.state).see(facts, clock::monotonic()) {
-            queue.news.notify_one();
+        let queue = lock(&self.queues).get(node).cloned();
+        if let Some(queue) = queue {
+            queue.see(facts);
         }
     }
 
@@ -193,7 +193,7 @@ impl Upstream {
                     lock(&queue.state).tried();
                     let known = pod.and_then(|key| self.shared.closures().pod(&key).map(|(_, facts)| facts.clone()));
                     if let Some(facts) = known {
-                        self.pod_seen(&queue.node.name, &facts);
+                        queue.see(&facts);
                     }
                 }
                 // A new report may be due before.
@@ -383,6 +383,12 @@ impl Upstream {
 }
 
 impl Queue {
+    fn see(&self, facts: &PodFacts) {
+        if lock(&self.state).see(facts, clock::monotonic()) {
+            self.news.notify_one();
+        }
+    }
+
     fn end(&self, id: u64, how: End) {
         lock(&self.state).end(id, how);
         self.news.notify_one();

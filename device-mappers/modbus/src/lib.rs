@@ -193,10 +193,8 @@ impl Link for Unit {
                 self.gap = 0;
                 self.read_apart(points, &span, readings).await?;
             } else {
-                let place = (span.table, span.start);
-                self.alone.insert(place);
-                self.mute.insert(place, (clock::monotonic() + MUTE, why.clone()));
                 readings.extend(span.members.iter().map(|&member| Reading::failed(points[member].0, &why)));
+                self.is_silent((span.table, span.start), why);
             }
         }
         Ok(())
@@ -250,13 +248,18 @@ impl Unit {
                     readings.push(reading(index, register, register.address, outcome));
                 }
                 Answer::None(why) => {
-                    self.alone.insert(place);
                     readings.push(Reading::failed(index, &why));
-                    self.mute.insert(place, (clock::monotonic() + MUTE, why));
+                    self.is_silent(place, why);
                 }
             }
         }
         Ok(())
+    }
+
+    /// What is not answered is asked for by itself, and for a while not at all.
+    fn is_silent(&mut self, place: (Table, u16), why: String) {
+        self.alone.insert(place);
+        self.mute.insert(place, (clock::monotonic() + MUTE, why));
     }
 
     /// A device that answers to nothing is offline. Asks for what was answered last, or for some one of what was asked for together.

@@ -27,16 +27,6 @@ pub enum Transport {
     Quic,
 }
 
-impl Transport {
-    /// As it is called on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::WebSocket => "websocket",
-            Self::Quic => "quic",
-        }
-    }
-}
-
 /// Opens the sessions of one node.
 #[derive(Debug)]
 pub(super) enum Dialler {

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum as _;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use self::dial::Transport;
@@ -93,7 +94,7 @@ impl Swarm {
             .arg("--dir")
             .arg(dir)
             .args(["--nodes", &options.nodes.to_string(), "--cloud", &options.cloud.to_string()])
-            .args(["--transport", options.transport.name()])
+            .args(["--transport", options.transport.to_possible_value().context("a transport")?.get_name()])
             .arg("--kubeconfig")
             .arg(&options.kubeconfig)
             .stdin(Stdio::piped())

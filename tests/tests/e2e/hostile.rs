@@ -14,6 +14,7 @@ use skerry_tests::peer::{self, Identity, Session, Strangers, hello};
 use skerry_tests::procfs;
 use skerry_tests::wait::until;
 
+use crate::linkcut::{config, reader};
 use crate::world::{World, story};
 
 /// The hostile node's name.
@@ -238,19 +239,15 @@ fn no_certificate_no_session() -> Result<()> {
 #[test]
 fn a_thousand_strangers_are_in_nobody_s_way() -> Result<()> {
     story("hostile-strangers", |world| {
-        let colour = |colour: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "colour"}, "data": {"colour": colour}});
-        world.kubectl.create(&colour("blue"))?;
-        let mut reader = sleeper("reader", world.edge.name(), true);
-        reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
-        reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
-        world.run_pods(&reader.to_string(), "app=sleeper", 1)?;
+        world.kubectl.apply(&config("blue"))?;
+        world.run_pods(&reader(world.edge.name(), true).to_string(), "app=sleeper", 1)?;
         let (session, token) = (world.session()?, world.cloud.new_token(&[])?.token);
         let pid = world.cloud.pid().context("cloudcore does not run")?;
         let before = procfs::rss_kb(pid).context("no memory")?;
         procfs::forget_peak(pid)?;
 
         let strangers = Strangers::come(world.cloud.address(), 1000)?;
-        world.kubectl.apply(&colour("green").to_string())?;
+        world.kubectl.apply(&config("green"))?;
         until("the new ConfigMap in the mount", 30, || {
             Ok(world.inside("reader", &["cat", "/config/colour"])? == "green")
         })?;

@@ -29,11 +29,8 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
             "autonomy is off"
         );
         world.kubectl.apply(&config("blue"))?;
-        let mut reader = sleeper("reader", &node, false);
-        reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
-        reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
         let pods = [
-            reader,
+            reader(&node, false),
             falls(&node),
             sleeper("goes", &node, false),
             sleeper("stays-1", &node, true),
@@ -182,10 +179,7 @@ fn a_large_object_on_a_slow_line_does_not_look_like_a_dead_link() -> Result<()> 
     story("linkcut-slow", |world| {
         let node = world.edge.name().to_owned();
         world.kubectl.apply(&config("blue"))?;
-        let mut reader = sleeper("reader", &node, false);
-        reader["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
-        reader["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
-        world.run_pods(&reader.to_string(), "app=sleeper", 1)?;
+        world.run_pods(&reader(&node, false).to_string(), "app=sleeper", 1)?;
         let connections = world.relay.connections();
         // What may wait does so, and does not look like a dead link either.
         let flood = Flood::over(world, "reader")?;
@@ -330,7 +324,15 @@ fn gauge_state(world: &World) -> Result<[Value; 2]> {
     Ok([of("device")?, of("devicestatus")?])
 }
 
-fn config(colour: &str) -> String {
+pub(crate) fn config(colour: &str) -> String {
     json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "colour"}, "data": {"colour": colour}})
         .to_string()
+}
+
+/// A pod that sees [`config`] as `/config/colour`.
+pub(crate) fn reader(node: &str, token: bool) -> Value {
+    let mut pod = sleeper("reader", node, token);
+    pod["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "colour"}}]);
+    pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/config"}]);
+    pod
 }

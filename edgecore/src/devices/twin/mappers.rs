@@ -416,8 +416,7 @@ impl Twins {
             mapper.enqueue(slot);
         }
         for _ in 0..mapper.queue.len() {
-            let slot = turn(&mapper.queue, &mut mapper.next)?;
-            mapper.queue.remove(&slot);
+            let slot = turn(&mut mapper.queue, &mut mapper.next)?;
             let Some(device) = self.devices.get(slot as usize).and_then(Option::as_deref) else { continue };
             if device.owner != Some(id) || device.is_told() {
                 continue;

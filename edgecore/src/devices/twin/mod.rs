@@ -550,9 +550,10 @@ pub enum Refused {
     NotYours,
 }
 
-/// Whose turn it is: from `next` on, and from the beginning again.
-fn turn(of: &BTreeSet<u32>, next: &mut u32) -> Option<u32> {
+/// Takes out whose turn it is: from `next` on, and from the beginning again.
+fn turn(of: &mut BTreeSet<u32>, next: &mut u32) -> Option<u32> {
     let slot = of.range(*next..).next().or_else(|| of.first()).copied()?;
+    of.remove(&slot);
     *next = slot.wrapping_add(1);
     Some(slot)
 }

@@ -81,8 +81,7 @@ impl Twins {
     }
 
     fn next_report(&mut self, now: Now) -> Option<u32> {
-        while let Some(slot) = turn(&self.reports.urgent, &mut self.reports.next_urgent) {
-            self.reports.urgent.remove(&slot);
+        while let Some(slot) = turn(&mut self.reports.urgent, &mut self.reports.next_urgent) {
             if self.get(slot).is_some_and(|device| device.active.as_ref().is_some_and(|active| active.dirty)) {
                 return Some(slot);
             }

@@ -249,7 +249,7 @@ fn descriptors_at_rest(world: &World) -> Result<usize> {
 
 fn descriptors(world: &World) -> Result<usize> {
     let pid = world.edge.pid().context("edgecore does not run")?;
-    Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+    procfs::descriptors(pid).context("no descriptors")
 }
 
 #[test]
