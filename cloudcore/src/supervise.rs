@@ -20,12 +20,12 @@ pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    tokio::spawn(async move {
-        // What it was at is dropped with it.
-        if AssertUnwindSafe(future).catch_unwind().await.is_err() {
+    // What it was at is dropped with it. A block of its own would have room for it twice.
+    tokio::spawn(AssertUnwindSafe(future).catch_unwind().map(move |outcome| {
+        if outcome.is_err() {
             error!(task = name, "the task panicked");
         }
-    })
+    }))
 }
 
 /// Spawns something that should not end, and starts it again if it does.

@@ -8,14 +8,14 @@ use bytes::{Buf as _, BufMut, Bytes, BytesMut};
 #[cfg(test)]
 mod tests;
 
-/// Bytes that are taken at once.
-const CHUNK: usize = 4 << 10;
+/// Bytes that are taken at once, at least; a mapper has a connection for each of its devices, and each has as much.
+const CHUNK: usize = 1 << 10;
 /// The longest text there can be, in bytes.
 const MAX_TEXT: usize = u16::MAX as usize;
 /// The most that stands before the payload of a PUBLISH: topic and identifier, in bytes.
 const MAX_HEAD: usize = 2 + MAX_TEXT + 2;
 /// A buffer that is larger is given back once it is empty, in bytes.
-const KEPT: usize = 16 * CHUNK;
+const KEPT: usize = 64 << 10;
 
 /// CONNECT.
 #[derive(Clone, Copy, Debug, Default)]

@@ -1,5 +1,7 @@
 //! Tasks that have a name and do not die unseen.
 
+use std::panic::AssertUnwindSafe;
+
 use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 use tracing::error;
@@ -10,11 +12,12 @@ pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    tokio::spawn(async move {
-        if std::panic::AssertUnwindSafe(future).catch_unwind().await.is_err() {
+    // A block of its own would have room for it twice.
+    tokio::spawn(AssertUnwindSafe(future).catch_unwind().map(move |outcome| {
+        if outcome.is_err() {
             error!(task = name, "the task panicked");
         }
-    })
+    }))
 }
 
 /// Runs what blocks, files for the most part, off the one thread that everything waits on.

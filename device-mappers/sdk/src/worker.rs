@@ -474,9 +474,8 @@ fn written(desired: &Desired) -> Sample {
     Sample { value: desired.value.clone(), timestamp: desired.timestamp.parse().ok() }
 }
 
-async fn unstuck<T>(operation: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-    match tokio::time::timeout(STUCK, operation).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(Fault::Offline("no end of an operation within 30 s".to_owned())),
-    }
+fn unstuck<T>(operation: impl Future<Output = Result<T, Fault>>) -> impl Future<Output = Result<T, Fault>> {
+    // A driver's futures are kilobytes, and each device rests most of the time.
+    let operation = Box::pin(tokio::time::timeout(STUCK, operation));
+    async { operation.await.unwrap_or_else(|_| Err(Fault::Offline("no end of an operation within 30 s".to_owned()))) }
 }

@@ -1,24 +1,32 @@
-//! An HTTP/1.1 client that keeps its connection.
+//! An HTTP/1.1 client that keeps its connection, and nothing else between two requests: a mapper has one for each of its devices.
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use base64::Engine as _;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::client::conn::http1::handshake;
 use hyper::header::{AUTHORIZATION, HOST};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 
-use super::Address;
-use crate::task;
+use super::{Address, Stream};
 
 /// One server, one connection, one request at a time.
-#[derive(Debug)]
 pub struct HttpClient {
     address: Address,
     timeout: Duration,
-    sender: Option<SendRequest<Full<Bytes>>>,
+    /// The last answer on it was whole, and the server has not closed it then.
+    kept: Option<Box<dyn Stream>>,
+}
+
+impl std::fmt::Debug for HttpClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("HttpClient").field(&self.address).finish()
+    }
 }
 
 /// An answer whose body is whole.
@@ -46,13 +54,13 @@ impl HttpClient {
     ///
     /// When that is no URL.
     pub fn new(url: &str, timeout: Duration) -> Result<Self, String> {
-        Ok(Self { address: Address::parse(url, 80)?, timeout, sender: None })
+        Ok(Self::at(Address::parse(url, 80)?, timeout))
     }
 
     /// As [`HttpClient::new`].
     #[must_use]
     pub fn at(address: Address, timeout: Duration) -> Self {
-        Self { address, timeout, sender: None }
+        Self { address, timeout, kept: None }
     }
 
     /// Path and query of the URL.
@@ -76,32 +84,23 @@ impl HttpClient {
     ) -> Result<Answer, NoAnswer> {
         let limit = self.timeout;
         let exchange = async {
-            if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
-                match self.exchange(sender, method, path, headers, body.clone(), longest).await {
+            if let Some(stream) = self.kept.take() {
+                match self.exchange(stream, method, path, headers, body.clone(), longest).await {
                     Err(NoAnswer::Away(_)) => {}
                     answer => return answer,
                 }
             }
-            let sender = self.connect().await.map_err(NoAnswer::Away)?;
-            self.exchange(sender, method, path, headers, body, longest).await
+            let stream = self.address.connect().await.map_err(NoAnswer::Away)?;
+            self.exchange(stream, method, path, headers, body, longest).await
         };
         tokio::time::timeout(limit, exchange)
             .await
             .map_err(|_| NoAnswer::Away(format!("no answer within {limit:?}")))?
     }
 
-    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, String> {
-        let stream = self.address.connect().await?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
-        task::spawn("http connection", async move {
-            let _ = connection.await;
-        });
-        Ok(sender)
-    }
-
     async fn exchange(
         &mut self,
-        mut sender: SendRequest<Full<Bytes>>,
+        stream: Box<dyn Stream>,
         method: &Method,
         path: &str,
         headers: &[(&str, &str)],
@@ -119,15 +118,33 @@ impl HttpClient {
             request = request.header(*name, *value);
         }
         let request = request.body(Full::new(body)).map_err(|error| NoAnswer::Refused(error.to_string()))?;
-        let answer = sender.send_request(request).await.map_err(|error| NoAnswer::Away(error.to_string()))?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), longest).collect().await;
-        let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
-            Some(_) => NoAnswer::Refused(format!("the answer has more than {longest} bytes")),
-            None => NoAnswer::Away(format!("the answer is cut: {error}")),
-        })?;
-        let body = body.to_bytes();
-        self.sender = Some(sender);
-        Ok(Answer { status, body })
+        let away = |error: hyper::Error| NoAnswer::Away(error.to_string());
+        let (mut sender, mut connection) = handshake(TokioIo::new(stream)).await.map_err(away)?;
+        let answer = {
+            let mut asked = pin!(async {
+                let answer = sender.send_request(request).await.map_err(away)?;
+                let status = answer.status();
+                let body = Limited::new(answer.into_body(), longest).collect().await;
+                let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
+                    Some(_) => NoAnswer::Refused(format!("the answer has more than {longest} bytes")),
+                    None => NoAnswer::Away(format!("the answer is cut: {error}")),
+                })?;
+                Ok(Answer { status, body: body.to_bytes() })
+            });
+            let mut ended = false;
+            poll_fn(|context| {
+                // What ended it shows in the answer. It is not to be asked again then.
+                ended = ended || connection.poll_without_shutdown(context).is_ready();
+                let answer = std::task::ready!(asked.as_mut().poll(context));
+                ended = ended || connection.poll_without_shutdown(context).is_ready();
+                Poll::Ready(answer.map(|answer| (answer, !ended)))
+            })
+            .await
+        };
+        let (answer, stays) = answer?;
+        let parts = connection.into_parts();
+        // What a server says unasked answers nothing.
+        self.kept = Some(parts.io.into_inner()).filter(|_| stays && parts.read_buf.is_empty());
+        Ok(answer)
     }
 }
