@@ -37,6 +37,7 @@ mod spdy;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod websocket;
 
 /// What cloudcore's back has for the endpoint: the ports, and whom to ask.
 #[derive(Clone)]

@@ -31,7 +31,8 @@ use tokio::time::Sleep;
 use tracing::debug;
 
 use super::metrics::Open;
-use super::spdy::{Frames, Kind};
+use super::spdy::Kind;
+use super::{spdy, websocket};
 use crate::retry::chain;
 use crate::supervise::spawn;
 
@@ -69,9 +70,15 @@ pub(super) struct Relayed {
 pub(super) struct Upgrades {
     client: OnUpgrade,
     node: OnUpgrade,
-    /// In SPDY, what it is for.
-    spdy: Option<Kind>,
+    /// What is looked at of what the node says.
+    frames: Option<Frames>,
     _exchange: Exchange,
+}
+
+/// The frames of a session that is to be told when it breaks off.
+enum Frames {
+    Spdy(spdy::Frames),
+    WebSocket(websocket::Frames),
 }
 
 /// The task that drives a stream; it ends with this.
@@ -104,6 +111,15 @@ impl Failed {
             Self::Offline { .. } | Self::Busy { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken { .. } => StatusCode::BAD_GATEWAY,
             Self::Silent { .. } => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+}
+
+impl Frames {
+    fn broken(&self, message: &str) -> Option<Vec<u8>> {
+        match self {
+            Self::Spdy(frames) => frames.broken(message),
+            Self::WebSocket(frames) => frames.broken(message),
         }
     }
 }
@@ -185,14 +201,20 @@ pub(super) async fn forward(
     let switched = upgrade_of(response.headers());
     without_hop(response.headers_mut());
     with_upgrade(response.headers_mut(), switched.as_ref());
-    let is_spdy = switched.is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1"));
-    let spdy = match route {
+    let kind = match route {
         "exec" | "attach" => Some(Kind::Command),
         "portForward" => Some(Kind::PortForward),
         _ => None,
-    }
-    .filter(|_| is_spdy);
-    let upgrades = Upgrades { client, node, spdy, _exchange: exchange };
+    };
+    let frames = match switched.as_ref().map(|protocol| protocol.as_bytes().to_ascii_lowercase()).as_deref() {
+        Some(b"spdy/3.1") => kind.map(|kind| Frames::Spdy(spdy::Frames::new(kind))),
+        Some(b"websocket") => kind.map(|kind| {
+            let agreed = response.headers().get(SEC_WEBSOCKET_PROTOCOL).and_then(|agreed| agreed.to_str().ok());
+            Frames::WebSocket(websocket::Frames::new(kind, agreed.unwrap_or_default()))
+        }),
+        _ => None,
+    };
+    let upgrades = Upgrades { client, node, frames, _exchange: exchange };
     Ok((response.map(|_| Either::Left(Full::default())), Some(upgrades)))
 }
 
@@ -213,12 +235,11 @@ enum Broke {
 impl Upgrades {
     /// Copies both ways until the node has ended, or the client is gone. A client whose command or port-forward broke off is told so.
     pub(super) async fn copy(self, name: &str) {
-        let Self { client, node, spdy, _exchange } = self;
+        let Self { client, node, mut frames, _exchange } = self;
         let upgraded = tokio::time::timeout(UPGRADE_PATIENCE, async { tokio::try_join!(client, node) }).await;
         let Ok(Ok((client, node))) = upgraded else { return };
         let (from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
         let (from_node, mut to_node) = tokio::io::split(TokioIo::new(node));
-        let mut frames = spdy.map(Frames::new);
         let up = async {
             pump(from_client, &mut to_node, None).await?;
             to_node.shutdown().await.map_err(Broke::Writing)
@@ -268,10 +289,14 @@ async fn pump(
         let bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
         let data = match &mut frames {
             _ if bytes == 0 => return Ok(()),
-            Some(frames) => {
+            Some(Frames::Spdy(frames)) => {
                 framed.clear();
                 frames.step(&buffer[..bytes], &mut framed);
                 &framed[..]
+            }
+            Some(Frames::WebSocket(frames)) => {
+                frames.see(&buffer[..bytes]);
+                &buffer[..bytes]
             }
             None => &buffer[..bytes],
         };

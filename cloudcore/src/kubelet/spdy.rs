@@ -129,16 +129,20 @@ impl Frames {
         if self.kind == Kind::PortForward {
             return Some(GOING_AWAY.to_vec());
         }
-        // What remotecommand's v4 and v5 read there; older ones take any text for an error.
-        let status = json!({
-            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "InternalError",
-            "message": message, "code": 500,
-        });
-        let status = status.to_string();
+        let status = failure(message);
         let mut frame = head(ERROR_STREAM, FIN, status.len()).to_vec();
         frame.extend_from_slice(status.as_bytes());
         Some(frame)
     }
+}
+
+/// How a command failed, as remotecommand's v4 and v5 say it; older ones take any text for an error.
+pub(super) fn failure(message: &str) -> String {
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "InternalError",
+        "message": message, "code": 500,
+    });
+    status.to_string()
 }
 
 fn length(head: &[u8; HEAD]) -> usize {

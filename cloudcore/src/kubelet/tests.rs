@@ -414,7 +414,12 @@ async fn kubelet(
 ) -> Result<Response<Body>, hyper::Error> {
     let path = request.uri().path().to_owned();
     let protocol = request.headers().get("upgrade").cloned();
-    let is_spdy = protocol.as_ref().is_some_and(|protocol| protocol == "SPDY/3.1");
+    let broken: Option<&[u8]> = match protocol.as_ref().map(HeaderValue::as_bytes) {
+        // A frame of ten bytes of which five come.
+        Some(b"SPDY/3.1") => Some(b"\0\0\0\x03\0\0\0\x0ahello"),
+        Some(b"websocket") => Some(b"\x82\x06\x01hello"),
+        _ => None,
+    };
     Ok(match path.split('/').nth(1).unwrap_or_default() {
         // What came of the head.
         "pods" => {
@@ -460,12 +465,12 @@ async fn kubelet(
             response.headers_mut().insert("location", "https://elsewhere/".parse().unwrap());
             response
         }
-        // What says the first half of something, and no more: in SPDY, a frame of ten bytes of which five come.
-        "attach" | "portForward" if is_spdy => {
+        // What says the first half of something, and no more.
+        "attach" | "portForward" if let Some(said) = broken => {
             let upgraded = hyper::upgrade::on(&mut request);
             drop(supervise::spawn("test streams", async move {
                 let mut io = TokioIo::new(upgraded.await.unwrap());
-                io.write_all(&[0, 0, 0, 3, 0, 0, 0, 10, b'h', b'e', b'l', b'l', b'o']).await.unwrap();
+                io.write_all(said).await.unwrap();
                 std::future::pending::<()>().await;
             }));
             switching(protocol)

@@ -90,34 +90,46 @@ async fn an_upgrade_carries_bytes_until_both_halves_are_closed() {
     until("nothing is left", || edge.open() == 0 && bed.metrics.open() == 0).await;
 }
 
-/// What a client gets at the end of streams that were cut off in the middle of a frame.
-async fn cut_off(path: &str) -> Vec<u8> {
+/// What a client gets, behind what it had, at the end of streams that were cut off in the middle.
+async fn cut_off<const N: usize>(path: &str, protocol: &str, had: &[u8; N]) -> Vec<u8> {
     let bed = Bed::start().await;
     let (edge, admin) = (bed.connect("box-1", 1), bed.admin("box-1"));
     let mut client = bed.tls(bed.port("box-1"), &admin).await.unwrap();
-    upgrade(&mut client, path, "SPDY/3.1").await;
-    let mut frame = [0; 13];
-    client.read_exact(&mut frame).await.unwrap();
-    assert_eq!(&frame, b"\0\0\0\x03\0\0\0\x05hello", "a piece with a head of its own");
+    upgrade(&mut client, path, protocol).await;
+    let mut said = [0; N];
+    client.read_exact(&mut said).await.unwrap();
+    assert_eq!(&said, had);
     edge.cut();
     let mut rest = Vec::new();
     tokio::time::timeout(PATIENCE, client.read_to_end(&mut rest)).await.expect("it ends").unwrap();
     rest
 }
 
+/// A piece of the frame, with a head of its own.
+const SPDY: &[u8; 13] = b"\0\0\0\x03\0\0\0\x05hello";
+const WEBSOCKET: &[u8; 8] = b"\x82\x06\x01hello";
+
 #[tokio::test]
 async fn a_command_that_breaks_off_is_no_success() {
-    let rest = cut_off("/attach/ns/pod/c").await;
+    let rest = cut_off("/attach/ns/pod/c", "SPDY/3.1", SPDY).await;
     let (head, status) = rest.split_at(8);
     assert_eq!(head[..5], [0, 0, 0, 1, 1], "the error stream, and its end");
     let status: Value = serde_json::from_slice(status).unwrap();
     assert_eq!(status["status"], "Failure");
     assert!(status["message"].as_str().unwrap().contains("node box-1 broke off"), "{status}");
+
+    let rest = cut_off("/attach/ns/pod/c", "websocket", WEBSOCKET).await;
+    assert_eq!((rest[..2].to_vec(), rest[4]), (vec![0x82, 126], 3), "a message in the channel of errors");
+    let length = usize::from(u16::from_be_bytes([rest[2], rest[3]]));
+    let status: Value = serde_json::from_slice(&rest[5..4 + length]).unwrap();
+    assert_eq!(status["status"], "Failure");
+    assert_eq!(rest[4 + length], 0x88, "a Close frame");
 }
 
 #[tokio::test]
 async fn forwarded_ports_that_break_off_are_told_to_be_gone() {
-    assert_eq!(cut_off("/portForward/ns/pod").await[..8], [0x80, 3, 0, 7, 0, 0, 0, 8], "GOAWAY");
+    assert_eq!(cut_off("/portForward/ns/pod", "SPDY/3.1", SPDY).await[..8], [0x80, 3, 0, 7, 0, 0, 0, 8], "GOAWAY");
+    assert_eq!(cut_off("/portForward/ns/pod", "websocket", WEBSOCKET).await[0], 0x88, "a Close frame");
 }
 
 #[tokio::test]
