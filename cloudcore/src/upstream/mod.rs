@@ -44,9 +44,11 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
-/// A report that meets only doubtful answers is tried this often, which takes two minutes, so that it does not hold its place in the edge's
+/// A report that meets only doubtful answers is tried this often, which takes a minute or so, so that it does not hold its place in the edge's
 /// window for ever.
 const DOUBTFUL_ATTEMPTS: u32 = 10;
+/// So long at least, and twice as long at most, the edge then keeps a pod's status, which nobody says again: rights come back.
+const DOUBTED: Duration = Duration::from_secs(300);
 /// A report that is not taken, though others are, is tried this often, which takes a quarter of a minute, before the edge has it back: most failures are
 /// over by then.
 const ATTEMPTS: u32 = 7;
@@ -260,7 +262,15 @@ impl Upstream {
             Err(_) => Outcome::Later(None),
         };
         let outcome = match outcome {
-            Outcome::Doubtful(reason) if waiting.attempt + 1 >= DOUBTFUL_ATTEMPTS => Outcome::Refused(reason),
+            Outcome::Doubtful(reason) if waiting.attempt + 1 >= DOUBTFUL_ATTEMPTS => {
+                if report.kind == ReportKind::PodStatus {
+                    self.api.metrics().report(kind, "later");
+                    let Report { namespace, name, .. } = report;
+                    warn!(node = queue.node.name, %namespace, %name, %reason, "the apiserver refuses a pod's status; the edge keeps it, and says it again in minutes");
+                    return Some(End::Later(DOUBTED.mul_f64(rand::random_range(1.0..2.0))));
+                }
+                Outcome::Refused(reason)
+            }
             Outcome::Later(after) if waiting.attempt + 1 >= ATTEMPTS && self.api.takes_writes() => {
                 self.api.metrics().report(kind, "later");
                 let after = GIVEN_BACK.mul_f64(rand::random_range(1.0..2.0)).max(after.unwrap_or_default());
