@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -210,6 +211,7 @@ impl Worker {
             }
             published.is_ok()
         };
+        self.unpublished = false;
         let wake_at = plan.wake_at;
         // The end is the last thing to be said of a pod.
         let ends = plan.steps.iter().flat_map(|step| &step.actions).any(|action| *action == Action::ReportFinished);
@@ -219,12 +221,14 @@ impl Worker {
         } else {
             tokio::join!(self.act(desired, observed, plan, refresh, &status), publish)
         };
-        self.unpublished = !published;
+        self.unpublished |= !published;
         let wake_at = earliest(wake_at, self.refresh_at);
         match again {
             Again::AtOnce => {}
             Again::At(at) => self.wait(earliest(Some(at), wake_at)).await,
-            Again::WhenNeeded if !published => self.wait(earliest(Some(after(now, PUBLISH_RETRY)), wake_at)).await,
+            Again::WhenNeeded if self.unpublished => {
+                self.wait(earliest(Some(after(now, PUBLISH_RETRY)), wake_at)).await
+            }
             Again::WhenNeeded => self.wait(wake_at).await,
         }
         Turn::Again
@@ -347,11 +351,16 @@ impl Worker {
         for action in &step.actions {
             self.memory.before(action, now);
         }
-        let all = join_all(step.actions.iter().map(|action| execution.run(action)));
-        let mut news = self.desired.clone();
-        let results = tokio::select! {
-            results = all => results,
-            () = turned(&mut news, desired) => return Stepped::Abandoned,
+        let results = {
+            let mut all = pin!(join_all(step.actions.iter().map(|action| execution.run(action))));
+            let mut news = self.desired.clone();
+            loop {
+                tokio::select! {
+                    results = &mut all => break results,
+                    () = turned(&mut news, desired) => return Stepped::Abandoned,
+                    () = probed(&mut self.probes) => self.tell_probes(desired, &execution.observed).await,
+                }
+            }
         };
         let mut retry: Option<Timestamp> = None;
         for (action, result) in step.actions.iter().zip(results) {
@@ -387,18 +396,32 @@ impl Worker {
         }
     }
 
+    /// A probe has come to another result while something is done, which may take a pull or a grace period: whether the pod is ready does not
+    /// wait for that.
+    async fn tell_probes(&mut self, desired: &Desired, observed: &Observed) {
+        let Some(probes) = &self.probes else { return };
+        self.memory.probes = probes.results();
+        let Desired { pod, life, .. } = desired;
+        let status = status::status(pod, *life, observed, &self.memory, &self.context.node().host_ips, clock::wall());
+        if !matches!(life, Life::Wanted | Life::Deleting)
+            || self.memory.last_status.as_ref().is_some_and(|last| status::same(last, &status))
+        {
+            return;
+        }
+        // What this turn began with may be kept after it: the newest is said again.
+        self.unpublished = true;
+        self.memory.last_status = Some(status.clone());
+        if let Err(error) = self.context.publish(pod, &status, self.memory.finished).await {
+            warn!(pod = Spec::new(pod).uid(), %error, "a pod's status cannot be kept; it will be tried again");
+        }
+    }
+
     /// Waits for news, for a probe or hook, or for the time.
     async fn wait(&mut self, until: Option<Timestamp>) {
-        let probes = async {
-            match &mut self.probes {
-                Some(probes) => probes.changed().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             // An error means that edgecore is shutting down, which ends this task too.
             _ = self.desired.changed() => {}
-            () = probes => {}
+            () = probed(&mut self.probes) => {}
             Some(Ok(Hooked { id, name, hash, passed })) = self.hooks.join_next(), if !self.hooks.is_empty() => {
                 if passed {
                     self.memory.post_start.remove(&id);
@@ -430,6 +453,14 @@ enum Stepped {
     Done,
     Failed(Timestamp),
     Abandoned,
+}
+
+/// Waits until a probe has come to another result.
+async fn probed(probes: &mut Option<PodProbes>) {
+    match probes {
+        Some(probes) => probes.changed().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits until the pod begins to end, or its grace shrinks: the only news for which a step is abandoned.

@@ -272,6 +272,7 @@ fn probes_take_pods_out_of_service_and_restart_them() -> Result<()> {
         ))?;
         world.kubectl.apply(&server("grpc", json!({"grpc": {"port": 9090}}), json!({"grpc": {"port": 9090}})))?;
         let mut exec = sleeper("exec", world.edge.name(), false);
+        exec["spec"]["terminationGracePeriodSeconds"] = 60.into();
         exec["spec"]["containers"][0]["readinessProbe"] =
             probe(&json!({"exec": {"command": ["test", "-e", "/tmp/ready"]}}), 1);
         world.kubectl.apply(&exec.to_string())?;
@@ -285,7 +286,14 @@ fn probes_take_pods_out_of_service_and_restart_them() -> Result<()> {
         }
         ensure!(!is_ready(&world.kubectl.get("pod", "exec")?), "Ready although its probe fails");
         world.inside("exec", &["touch", "/tmp/ready"])?;
-        world.kubectl.wait("pod", "exec", "Ready", 20, is_ready).map(drop)
+        world.kubectl.wait("pod", "exec", "Ready", 20, is_ready)?;
+        // Its process does not care about SIGTERM: it runs to the end of its grace, and is no less asked whether it is ready.
+        world.kubectl.run(&["delete", "pod", "exec", "--wait=false"])?;
+        world.inside("exec", &["rm", "/tmp/ready"])?;
+        world.kubectl.wait("pod", "exec", "not Ready, but there", 20, |pod| {
+            !is_ready(pod) && pod["status"]["containerStatuses"][0]["state"]["running"].is_object()
+        })?;
+        world.kubectl.run(&["delete", "pod", "exec", "--grace-period=1"]).map(drop)
     })
 }
 
