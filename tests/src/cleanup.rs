@@ -20,7 +20,7 @@ use crate::process::run;
 use crate::{network, procfs};
 
 /// Programs that a run starts. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
-const PROGRAMS: [&str; 14] = [
+const PROGRAMS: [&str; 16] = [
     "cloudcore",
     "containerd",
     "containerd-shim-runc-v2",
@@ -31,6 +31,8 @@ const PROGRAMS: [&str; 14] = [
     "kube-scheduler",
     "kubectl",
     "kubelet",
+    "metrics-server",
+    "prometheus",
     "python",
     "python3",
     "skerry-mapper-modbus",
@@ -74,7 +76,20 @@ pub fn sweep(dir: &Path) -> Result<()> {
     remove_shim_sockets(dir);
     remove_brokers(dir);
     remove_links_into(dir, Path::new("/var/log/containers"));
+    remove_locks(dir);
     fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+/// Removes the locks that an edgecore took on runtimes whose sockets are here: their names are the sockets'.
+fn remove_locks(dir: &Path) {
+    let prefix = format!("edgecore{}-", dir.display()).replace('/', "-");
+    for entry in fs::read_dir("/run").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(&prefix) && name.ends_with(".lock") {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
 }
 
 /// Kills the processes of a run and what they started, by their ids.

@@ -88,7 +88,7 @@ impl ControlPlane {
         account: &str,
         front: Option<(&str, &str)>,
     ) -> Result<PathBuf> {
-        let token = self.kubectl.in_namespace(namespace).run(&["create", "token", account, "--duration=24h"])?;
+        let token = self.kubectl.in_namespace(namespace).run(&["create", "token", account, "--duration=8760h"])?;
         let (server, ca) = match front {
             Some((server, ca)) => (server.to_owned(), ca.to_owned()),
             None => (self.server()?, self.ca_pem()?),
