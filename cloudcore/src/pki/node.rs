@@ -133,7 +133,7 @@ impl NodeCertificate {
         let life = self.not_after.duration_since(self.not_before);
         if now <= self.not_after {
             Standing::Valid
-        } else if now.duration_since(self.not_after) <= life {
+        } else if now.duration_since(self.not_after) <= life * 2 {
             Standing::Expired
         } else {
             Standing::TooOld

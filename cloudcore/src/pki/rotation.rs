@@ -28,7 +28,7 @@ const AHEAD: Duration = Duration::from_secs(LIFE.as_secs() / 2);
 const TOLD: Duration = node::LIFE;
 /// The old one is trusted for so long after: its last certificates expire and are not renewed any more; and some days for a replica
 /// that was behind.
-const KEPT: Duration = Duration::from_secs(2 * node::LIFE.as_secs() + 30 * 86_400);
+const KEPT: Duration = Duration::from_secs(3 * node::LIFE.as_secs() + 30 * 86_400);
 /// Attempts while other replicas are faster.
 const TRIES: usize = 3;
 
@@ -65,7 +65,7 @@ pub(super) struct Replaced {
 impl Held {
     /// Whether tokens that are made now pin the one before.
     pub(super) fn pins_previous(&self, now: Timestamp) -> bool {
-        self.replaced.and_then(|replaced| replaced.at).is_some_and(|at| now < later(at, KEPT / 2))
+        self.replaced.and_then(|replaced| replaced.at).is_some_and(|at| now < later(at, TOLD))
     }
 }
 
