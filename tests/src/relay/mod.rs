@@ -69,6 +69,7 @@ struct Counters {
     down: AtomicU64,
     segments: AtomicU64,
     datagrams: AtomicU64,
+    tried: AtomicU64,
     connections: AtomicU64,
 }
 
@@ -161,6 +162,11 @@ impl Relay {
     /// Datagrams that passed since the start.
     pub fn datagrams(&self) -> u64 {
         self.counters.datagrams.load(Ordering::Relaxed)
+    }
+
+    /// Datagrams that went up since the start, with those that got no further than here.
+    pub fn datagrams_tried(&self) -> u64 {
+        self.counters.tried.load(Ordering::Relaxed)
     }
 
     /// TCP connections accepted, and clients of UDP seen, since the start.

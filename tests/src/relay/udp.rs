@@ -171,6 +171,9 @@ impl Lane {
         counters: &Counters,
     ) {
         let now = Instant::now();
+        if matches!(self.direction, Direction::Up) {
+            counters.tried.fetch_add(1, Ordering::Relaxed);
+        }
         if line.no_udp || flow(line, self.direction) != Flow::Pass || rand::rng().random_bool(line.loss) {
             return;
         }

@@ -54,8 +54,10 @@ pub(crate) fn run(dir: &Path, nodes: usize, transport: Transport) -> Result<()> 
     scale.idle()?;
     scale.change()?;
     scale.reconnect()?;
-    scale.restart()?;
     scale.figure("cloud.api.writes", CLOUD, scale.writes / scale.delivered, "1");
+    scale.writes = 0.0;
+    scale.restart()?;
+    scale.figure("cloud.restart.writes", CLOUD, scale.writes / scale.delivered, "1");
     Ok(())
 }
 
