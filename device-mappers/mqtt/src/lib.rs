@@ -1,7 +1,6 @@
 //! Devices that speak MQTT: values come on topics, and are set by publishing to others.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::Duration;
 
 use skerry_mapper::net::Address;
@@ -20,14 +19,14 @@ const MOST: usize = 4096;
 #[derive(Debug)]
 pub struct Mqtt;
 
-/// One property. Its device's connection has it too.
+/// One property.
 #[derive(Clone, Debug)]
 pub struct Topic {
     /// Where its values come; may have wildcards.
-    pub state: Option<Arc<str>>,
+    pub state: Option<String>,
     /// Where it is set.
-    pub command: Option<Arc<str>>,
-    form: Arc<Form>,
+    pub command: Option<String>,
+    form: Form,
     qos: u8,
     retain: bool,
     kind: Kind,
@@ -79,9 +78,9 @@ impl Driver for Mqtt {
             return Err(ConfigError(format!("`commandTopic` is {topic:?}, but cannot have wildcards")));
         }
         Ok(Topic {
-            state: state.map(Into::into),
-            command: command.map(Into::into),
-            form: Form::new(visitor)?.into(),
+            state,
+            command,
+            form: Form::new(visitor)?,
             qos: visitor.integer("qos", 0, 2)?.and_then(|qos| u8::try_from(qos).ok()).unwrap_or(0),
             retain: visitor.flag("retain")?,
             kind: property.kind,
@@ -131,8 +130,8 @@ impl Link for Device {
 
     async fn subscribe(&mut self, points: &[(usize, &Topic)]) -> Result<(), Fault> {
         let wanted: Vec<(usize, Topic)> = points.iter().map(|(index, topic)| (*index, (*topic).clone())).collect();
-        let topics = |routes: &[(usize, Topic)]| -> Vec<(Arc<str>, u8)> {
-            let mut topics: Vec<(Arc<str>, u8)> =
+        let topics = |routes: &[(usize, Topic)]| -> Vec<(String, u8)> {
+            let mut topics: Vec<(String, u8)> =
                 routes.iter().filter_map(|(_, topic)| Some((topic.state.clone()?, topic.qos))).collect();
             topics.sort_unstable();
             // Of two properties on one topic, the higher QoS.
