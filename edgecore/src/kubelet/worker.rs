@@ -201,16 +201,7 @@ impl Worker {
         }
         let reported = matches!(life, Life::Wanted | Life::Deleting) && (changed || resend || self.unpublished);
         let (context, finished) = (self.context.clone(), self.memory.finished);
-        let publish = async {
-            if !reported {
-                return true;
-            }
-            let published = context.publish(pod, &status, finished).await;
-            if let Err(error) = &published {
-                warn!(pod = Spec::new(pod).uid(), %error, "a pod's status cannot be kept; it will be tried again");
-            }
-            published.is_ok()
-        };
+        let publish = async { !reported || keep(&context, pod, &status, finished).await };
         self.unpublished = false;
         let wake_at = plan.wake_at;
         // The end is the last thing to be said of a pod.
@@ -411,9 +402,7 @@ impl Worker {
         // What this turn began with may be kept after it: the newest is said again.
         self.unpublished = true;
         self.memory.last_status = Some(status.clone());
-        if let Err(error) = self.context.publish(pod, &status, self.memory.finished).await {
-            warn!(pod = Spec::new(pod).uid(), %error, "a pod's status cannot be kept; it will be tried again");
-        }
+        keep(&self.context, pod, &status, self.memory.finished).await;
     }
 
     /// Waits for news, for a probe or hook, or for the time.
@@ -453,6 +442,15 @@ enum Stepped {
     Done,
     Failed(Timestamp),
     Abandoned,
+}
+
+/// Keeps a pod's status, to be reported; whether that worked.
+async fn keep(context: &Context, pod: &Pod, status: &PodStatus, finished: bool) -> bool {
+    let published = context.publish(pod, status, finished).await;
+    if let Err(error) = &published {
+        warn!(pod = Spec::new(pod).uid(), %error, "a pod's status cannot be kept; it will be tried again");
+    }
+    published.is_ok()
 }
 
 /// Waits until a probe has come to another result.
