@@ -46,7 +46,7 @@ impl Cloud {
 #[tokio::test]
 async fn an_expired_certificate_gets_a_new_one_and_nothing_else() {
     let mut cloud = Cloud::start().await;
-    let node = cloud.old_node("box-1", 700).await;
+    let node = cloud.old_node("box-1", 1094).await;
     let (reason, said) = cloud.sent_away(&node, "box-1").await;
     assert_eq!(reason, Reason::CertificateExpired);
     assert!(said.message.contains("expired at") && said.message.contains("renews it by itself"), "{}", said.message);
@@ -81,7 +81,7 @@ async fn deleting_the_node_revokes_an_expired_certificate_too() {
 #[tokio::test]
 async fn a_certificate_that_expired_long_ago_is_good_for_nothing() {
     let cloud = Cloud::start().await;
-    let node = cloud.old_node("box-1", 731).await;
+    let node = cloud.old_node("box-1", 1096).await;
     let (status, no) = cloud.renew(&node).await.unwrap_err();
     assert_eq!((status, no.reason.as_str()), (403, "certificate_too_old"));
     assert!(no.message.contains("`edgecore reset`") && no.message.contains("join again"), "{}", no.message);
@@ -137,7 +137,7 @@ fn shown(connection: &quinn::Connection) -> Vec<CertificateDer<'static>> {
 #[tokio::test]
 async fn one_ca_follows_another_and_nobody_notices() {
     let now = clock::wall();
-    let mut cloud = Cloud::with_ca_since(now - days(6 * 365)).await;
+    let mut cloud = Cloud::with_ca_since(now - days(5 * 365)).await;
     let old = cloud.authority();
     let token = cloud.any_token().await;
     let first = cloud.node("box-1").await;
@@ -206,8 +206,8 @@ async fn one_ca_follows_another_and_nobody_notices() {
     }
 
     // What the old one signed is good for nothing any more, and it goes.
-    assert_eq!(cloud.refresh(now + days(366 + 759)).await, None);
-    assert_eq!(cloud.refresh(now + days(366 + 760)).await, Some(Step::Drop));
+    assert_eq!(cloud.refresh(now + days(366 + 1124)).await, None);
+    assert_eq!(cloud.refresh(now + days(366 + 1125)).await, Some(Step::Drop));
     assert_eq!((cloud.certificate.current().cert.len(), roots(cloud.authority().pem())), (1, 1));
     assert!(trusting(&cloud, Some(&third), &new).await.unwrap());
     assert!(trusting(&cloud, Some(&first), &new).await.is_err());
