@@ -190,8 +190,8 @@ pub async fn connect(
             move || sa_tokens::run(api.clone(), shared.clone())
         }),
         supervise::keep("leases", {
-            let (api, leases) = (api.clone(), leases.clone());
-            move || leases.clone().run(api.clone())
+            let (api, leases, shared) = (api.clone(), leases.clone(), shared.clone());
+            move || leases.clone().run(api.clone(), shared.clone())
         }),
         supervise::keep("autonomy", {
             let api = api.clone();

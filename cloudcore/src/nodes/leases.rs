@@ -9,9 +9,10 @@
 //! A lease in which nothing is that others wrote is replaced as a whole, and nobody keeps count of whose its fields are
 //! (`metadata.managedFields`): that costs the apiserver less than half of what a patch does, and leases are most of what it is asked.
 //!
-//! [`Wheel`] decides who is due; [`Leases::run`] carries it out. A session only ends the renewals of its own epoch, and stops renewing when
-//! the lease shows that a session of a higher epoch, at another replica, has taken over. If it shows a lower one, whose last renewal came
-//! late, or none, the next renewal says again whose it is.
+//! [`Wheel`] decides who is due; [`Leases::run`] carries it out. A session only ends the renewals of its own epoch. When the lease shows a
+//! session of a higher epoch, at another replica, it stops renewing and is over: either that one has taken over, or it ended before the edge
+//! or the Node knew of it, at a replica whose clock is ahead, and then the edge's next session here gets an epoch that is higher yet. If the
+//! lease shows a lower epoch, whose last renewal came late, or none, the next renewal says again whose it is.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,8 +28,9 @@ use tracing::{debug, warn};
 
 use crate::apiserver::{Apiserver, Kind, Verdict, verdict};
 use crate::backend::NodeIdentity;
+use crate::backend_k8s::Shared;
 use crate::clock;
-use crate::nodes::{EPOCH_ANNOTATION, epoch_of};
+use crate::nodes::{Claim, EPOCH_ANNOTATION, epoch_of};
 use crate::retry::chain;
 
 /// Where node leases live.
@@ -124,21 +126,23 @@ impl Wheel {
         Some(Renewal { node, epoch: spoke.epoch, whole: !spoke.written, version: spoke.version.take() })
     }
 
-    /// `spread` in 0..1 keeps renewals apart. The renewal has the version that it made.
-    fn renewed(&mut self, renewal: &Renewal, how: Renewed, now: Duration, spread: f64) {
+    /// `spread` in 0..1 keeps renewals apart. The renewal has the version that it made. Answers the epoch of the session that has taken this
+    /// one's place.
+    fn renewed(&mut self, renewal: &Renewal, how: Renewed, now: Duration, spread: f64) -> Option<u64> {
         let period = self.period();
-        let Some(spoke) = self.nodes.get_mut(&renewal.node.name).filter(|spoke| spoke.epoch == renewal.epoch) else {
-            return;
-        };
+        let spoke = self.nodes.get_mut(&renewal.node.name).filter(|spoke| spoke.epoch == renewal.epoch)?;
         spoke.version.clone_from(&renewal.version);
         let wait = match how {
-            Renewed::Epoch(epoch) if epoch > spoke.epoch => return self.remove(&renewal.node.name),
+            Renewed::Epoch(epoch) if epoch > spoke.epoch => {
+                self.remove(&renewal.node.name);
+                return Some(epoch);
+            }
             Renewed::Failed if spoke.failures < 2 => {
                 let wait = if spoke.failures == 0 { Duration::ZERO } else { AGAIN.mul_f64(spread.mul_add(0.5, 0.5)) };
                 spoke.failures += 1;
                 spoke.due = now + wait;
                 self.lost.insert((spoke.due, renewal.node.name.clone()));
-                return;
+                return None;
             }
             // Those that begin together do not go on together.
             Renewed::Yes | Renewed::Epoch(_) if renewal.whole => period.mul_f64(spread.mul_add(0.75, 0.25)),
@@ -153,6 +157,7 @@ impl Wheel {
         }
         spoke.due = now + wait;
         self.due.insert((spoke.due, renewal.node.name.clone()));
+        None
     }
 
     /// Whoever renewed is gone: all are due.
@@ -216,7 +221,7 @@ impl Leases {
     }
 
     /// Renews what is due, for ever.
-    pub(crate) async fn run(self: Arc<Self>, api: Apiserver) {
+    pub(crate) async fn run(self: Arc<Self>, api: Apiserver, shared: Arc<Shared>) {
         self.lock().abandoned(clock::monotonic());
         let mut under_way = FuturesUnordered::new();
         loop {
@@ -241,7 +246,10 @@ impl Leases {
             let wait = next.map_or(Duration::from_secs(3600), |due| due.saturating_sub(clock::monotonic()));
             tokio::select! {
                 Some((renewal, how)) = under_way.next(), if !under_way.is_empty() => {
-                    self.lock().renewed(&renewal, how, clock::monotonic(), rand::random());
+                    let newer = self.lock().renewed(&renewal, how, clock::monotonic(), rand::random());
+                    if let Some(newer) = newer {
+                        shared.closures().claimed(&renewal.node, renewal.epoch, Claim::Theirs(newer));
+                    }
                 }
                 () = self.wake.notified() => {}
                 () = tokio::time::sleep(wait), if under_way.len() < AT_ONCE => {}
@@ -419,8 +427,9 @@ mod tests {
         let mut wheel = Wheel::default();
         wheel.begin(&node(), 3, seconds(0));
         let renewal = wheel.take(seconds(0)).unwrap();
-        wheel.renewed(&renewal, Renewed::Epoch(5), seconds(1), 0.5);
+        assert_eq!(wheel.renewed(&renewal, Renewed::Epoch(5), seconds(1), 0.5), Some(5));
         assert_eq!((wheel.next(), wheel.nodes.len()), (None, 0));
+        assert_eq!(wheel.renewed(&renewal, Renewed::Epoch(5), seconds(1), 0.5), None, "its session is over already");
     }
 
     #[test]

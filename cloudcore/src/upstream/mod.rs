@@ -253,7 +253,7 @@ impl Upstream {
                     return None;
                 }
                 // A request is kilobytes, and of all that wait for a permit there may be thousands.
-                let attempt = AssertUnwindSafe(Box::pin(self.attempt(queue, report)));
+                let attempt = AssertUnwindSafe(Box::pin(self.attempt(queue, report, waiting.attempt > 0)));
                 attempt.catch_unwind().await.unwrap_or_else(|_| {
                     error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
                     Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
@@ -311,7 +311,16 @@ impl Upstream {
         Some(End::Done(refused))
     }
 
-    async fn attempt(&self, queue: &Queue, report: &Report) -> Outcome {
+    /// What was `tried` before has waited: a newer session may have reported since, whether the watch shows it or not.
+    async fn attempt(&self, queue: &Queue, report: &Report, tried: bool) -> Outcome {
+        // The status of a pod is fenced by itself, each time.
+        if tried && report.kind != ReportKind::PodStatus {
+            match self.is_named(queue).await {
+                Ok(true) => {}
+                Ok(false) => return Outcome::Superseded,
+                Err(outcome) => return outcome,
+            }
+        }
         match report.kind {
             ReportKind::PodStatus => self.pod_status(queue, report).await,
             ReportKind::NodeStatus => self.node_status(queue, report).await,

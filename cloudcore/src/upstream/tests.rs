@@ -36,6 +36,7 @@ impl World {
         self.asked.push(format!("{method} {}", path.rsplit('/').next().unwrap_or_default()));
         match (method, path) {
             ("GET", "/api/v1/nodes/e") => (200, self.node.clone()),
+            ("PATCH", "/api/v1/nodes/e/status") => (200, self.node.clone()),
             ("GET", "/api/v1/namespaces/n/pods/p") => (200, self.pod.clone()),
             ("PATCH", "/api/v1/namespaces/n/pods/p/status") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();
@@ -128,7 +129,7 @@ fn open(upstream: &Arc<Upstream>, epoch: u64) -> Arc<Queue> {
 /// What a report comes to, and what is asked of the apiserver for it.
 async fn tell(world: &Shown, upstream: &Upstream, queue: &Queue, word: &str) -> (Outcome, Vec<String>) {
     lock(world).asked.clear();
-    let outcome = upstream.attempt(queue, &report(word)).await;
+    let outcome = upstream.attempt(queue, &report(word), false).await;
     (outcome, std::mem::take(&mut lock(world).asked))
 }
 
@@ -213,6 +214,24 @@ async fn what_an_older_session_wrote_late_is_reported_once_more() {
     new.queues.lock().unwrap().insert("e".to_owned(), second.clone());
     new.pod_seen("e", &PodFacts::of(&lock(&world).pod));
     assert_eq!(lock(&second.state).wanted(), Some((ReportKind::PodStatus, "u".to_owned())));
+}
+
+#[tokio::test]
+async fn what_a_node_said_is_not_tried_again_when_a_newer_session_has_it() {
+    let world = world(&json!({}));
+    let upstream = replica(&world);
+    let queue = open(&upstream, 1);
+    let payload = json!({"status": {"nodeInfo": {"kernelVersion": "6"}}, "addresses": ["10.0.0.1"]}).to_string().into();
+    let (name, uid) = ("e".to_owned(), "e-1".to_owned());
+    let report = Report { id: 1, kind: ReportKind::NodeStatus, namespace: String::new(), name, uid, payload };
+    let asked = || std::mem::take(&mut lock(&world).asked);
+    assert!(matches!(upstream.attempt(&queue, &report, false).await, Outcome::Taken));
+    assert_eq!(asked(), ["PATCH status"]);
+    assert!(matches!(upstream.attempt(&queue, &report, true).await, Outcome::Taken));
+    assert_eq!(asked(), ["GET e", "PATCH status"]);
+    lock(&world).claim(2);
+    assert!(matches!(upstream.attempt(&queue, &report, true).await, Outcome::Superseded));
+    assert_eq!(asked(), ["GET e"]);
 }
 
 #[tokio::test]
