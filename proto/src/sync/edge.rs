@@ -2,9 +2,10 @@
 //!
 //! It knows of every row of the store its name and version, no more. It applies what the cloud sends in order, acknowledges what is
 //! durable, keeps a digest for each collection, and drains the outbox: reports are sent in order, kept until the cloud says what
-//! became of them, and sent again on the next session otherwise. One that the cloud gives back holds up no other until its time comes.
+//! became of them, and sent again on the next session otherwise. One that the cloud gives back holds up no other until its time comes,
+//! which is later each time.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use super::revisions::{self, Revisions};
@@ -17,6 +18,8 @@ use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Rea
 
 /// Durable changes that are acknowledged at the latest, though more of them are on their way to the disk.
 const ACK_EVERY: u64 = 16;
+/// A report that is given back again and again waits twice as long each time, and so long at most; or as long as the cloud says.
+const MOST_LATER: Duration = Duration::from_secs(1800);
 
 /// The edge's side of the link.
 #[derive(Debug)]
@@ -34,6 +37,8 @@ pub struct Edge {
     sent: VecDeque<Report>,
     /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
     later: Vec<(Duration, Report)>,
+    /// How often reports were given back in this session, by their ids.
+    given_back: BTreeMap<u64, u32>,
     /// Names the next [`EdgeOutput::Apply`]; goes on over sessions, so that a commit that ends late acknowledges nothing of another.
     next_ticket: u64,
     session: Option<Session>,
@@ -163,6 +168,7 @@ impl Edge {
             queued: VecDeque::new(),
             sent: VecDeque::new(),
             later: Vec::new(),
+            given_back: BTreeMap::new(),
             next_ticket: 1,
             session: None,
         };
@@ -258,6 +264,7 @@ impl Edge {
         // What was sent on the last session and not answered goes again, before what is newer, except what was replaced meanwhile.
         // Another cloud may take what the last one gave back, but need not do so first.
         self.queued.extend(self.later.drain(..).map(|(_, report)| report));
+        self.given_back.clear();
         let unanswered: Vec<Report> = self.sent.drain(..).collect();
         for report in unanswered.into_iter().rev() {
             if !self.queued.iter().any(|new| replaces(new, &report)) {
@@ -355,19 +362,28 @@ impl Edge {
                     return Err(format!("an answer to report {}, which was not sent", ack.id));
                 };
                 self.sent.remove(at);
+                self.given_back.remove(&ack.id);
                 out.push(EdgeOutput::Reported { id: ack.id, refused: ack.refused });
                 Ok(())
             }
             Some(Body::ReportLater(later)) => {
-                let at = self.sent.iter().position(|report| report.id == later.id);
-                let Some(report) = at.and_then(|at| self.sent.remove(at)) else {
+                let Some(at) = self.sent.iter().position(|report| report.id == later.id) else {
                     return Err(format!("an answer to report {}, which was not sent", later.id));
                 };
+                let Some(report) = self.sent.remove(at) else { return Ok(()) };
+                let times = self.given_back.remove(&later.id).unwrap_or_default();
+                let later_ids = self.later.iter().map(|(_, kept)| kept.id);
+                let kept: BTreeSet<u64> =
+                    self.queued.iter().chain(&self.sent).map(|kept| kept.id).chain(later_ids).collect();
+                self.given_back.retain(|id, _| kept.contains(id));
                 // Of what counts only once the newest goes again, if it is not on its way already.
-                if !self.sent.iter().any(|new| replaces(new, &report)) {
+                if !self.sent.iter().skip(at).any(|new| replaces(new, &report)) {
                     let newer = self.queued.iter().position(|new| replaces(new, &report));
                     let newest = newer.and_then(|at| self.queued.remove(at)).unwrap_or(report);
-                    self.later.push((now + Duration::from_millis(later.after_ms.into()), newest));
+                    let told = Duration::from_millis(later.after_ms.into());
+                    let after = told.saturating_mul(2_u32.saturating_pow(times)).min(MOST_LATER).max(told);
+                    self.given_back.insert(newest.id, times + 1);
+                    self.later.push((now + after, newest));
                 }
                 Ok(())
             }

@@ -441,20 +441,56 @@ fn sent(edge: &mut Edge, now: u64, input: EdgeInput) -> Vec<u64> {
     reports.collect()
 }
 
+fn pod_report(id: u64, uid: &str) -> EdgeInput {
+    let (namespace, name, uid) = ("ns".to_owned(), uid.to_owned(), uid.to_owned());
+    EdgeInput::Report(Report { id, kind: ReportKind::PodStatus, namespace, name, uid, payload: Bytes::new() })
+}
+
+fn later(id: u64, seconds: u32) -> EdgeInput {
+    EdgeInput::Frame(Frame { body: Some(Body::ReportLater(wire::ReportLater { id, after_ms: 1000 * seconds })) })
+}
+
+fn welcome(epoch: u64) -> EdgeInput {
+    let welcome = wire::Welcome { protocol: 1, epoch, ..Default::default() };
+    EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) })
+}
+
+#[test]
+fn what_the_cloud_gives_back_again_and_again_waits_longer_each_time() {
+    let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
+    sent(&mut edge, 0, pod_report(1, "p"));
+    sent(&mut edge, 0, EdgeInput::Connected);
+    assert_eq!(sent(&mut edge, 0, welcome(1)), [1]);
+    let mut now = 0;
+    for waits in [400, 800, 1600, 1800, 1800] {
+        assert!(sent(&mut edge, now, later(1, 400)).is_empty());
+        now += waits;
+        sent(&mut edge, now - 1, EdgeInput::Heard);
+        assert!(sent(&mut edge, now - 1, EdgeInput::Timeout).is_empty(), "{waits}");
+        assert_eq!(sent(&mut edge, now, EdgeInput::Timeout), [1], "{waits}");
+    }
+    // The cloud may ask for more, and something new about the same is tried in its own time.
+    assert!(sent(&mut edge, now, later(1, 2000)).is_empty());
+    now += 2000;
+    sent(&mut edge, now - 1, EdgeInput::Heard);
+    assert!(sent(&mut edge, now - 1, EdgeInput::Timeout).is_empty());
+    assert_eq!(sent(&mut edge, now, EdgeInput::Timeout), [1]);
+    assert_eq!(sent(&mut edge, now, pod_report(2, "p")), [2]);
+    sent(&mut edge, now, later(2, 400));
+    sent(&mut edge, now + 399, EdgeInput::Heard);
+    assert_eq!(sent(&mut edge, now + 400, EdgeInput::Timeout), [2]);
+    // So is all of it in another session.
+    sent(&mut edge, now, EdgeInput::Disconnected);
+    sent(&mut edge, now, EdgeInput::Connected);
+    assert_eq!(sent(&mut edge, now, welcome(2)), [2]);
+    sent(&mut edge, now, later(2, 400));
+    sent(&mut edge, now + 399, EdgeInput::Heard);
+    assert_eq!(sent(&mut edge, now + 400, EdgeInput::Timeout), [2]);
+}
+
 #[test]
 fn what_the_cloud_gives_back_holds_nothing_up_and_goes_again_in_its_time() {
-    let report = |id: u64, uid: &str| {
-        let (namespace, name, uid) = ("ns".to_owned(), uid.to_owned(), uid.to_owned());
-        EdgeInput::Report(Report { id, kind: ReportKind::PodStatus, namespace, name, uid, payload: Bytes::new() })
-    };
-    let later = |id: u64, seconds: u32| {
-        let later = wire::ReportLater { id, after_ms: 1000 * seconds };
-        EdgeInput::Frame(Frame { body: Some(Body::ReportLater(later)) })
-    };
-    let welcome = |epoch: u64| {
-        let welcome = wire::Welcome { protocol: 1, epoch, ..Default::default() };
-        EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) })
-    };
+    let report = pod_report;
     let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
     let window = u64::try_from(REPORT_WINDOW).unwrap();
     for id in 1..=window + 2 {
