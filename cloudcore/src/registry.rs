@@ -1,8 +1,8 @@
 //! Which node has which session, and who may end it.
 //!
 //! A node has at most one session; a newer one evicts the older. Epochs of one node only rise: each is greater than any that this
-//! registry gave to that node, than what the edge says it has seen, and not behind the wall clock. The end of a session removes that
-//! session and no other.
+//! registry gave to that node, than what the edge says it has seen, and not behind the wall clock. No other replica gives the same: the
+//! lowest bits are this process's own, by chance. The end of a session removes that session and no other.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,9 +12,11 @@ use tokio::sync::oneshot;
 
 use crate::backend::NodeIdentity;
 
-/// How far an epoch may be ahead of the clock, in milliseconds: a century. Epochs are begun by the clock and rise by one where that is behind,
-/// so only a clock that was far off once, or somebody who writes what he likes, makes one that is further ahead. As the clock goes on
-/// faster than sessions begin, what may be now may always be followed by another.
+/// Epochs of one process are so far apart, in milliseconds.
+const STEP: u64 = 1 << 10;
+/// How far an epoch may be ahead of the clock, in milliseconds: a century. Epochs are begun by the clock and rise by a step where that is
+/// behind, so only a clock that was far off once, or somebody who writes what he likes, makes one that is further ahead. Edges that come
+/// back again and again wait longer than a step, so what may be now may always be followed by another.
 const MOST_AHEAD: u64 = 100 * 365 * 24 * 60 * 60 * 1000;
 
 /// Why a session has to end.
@@ -44,6 +46,8 @@ pub enum BeginError {
 #[derive(Clone, Debug)]
 pub struct Sessions {
     most: usize,
+    /// What the epochs given here are beyond a multiple of [`STEP`].
+    own: u64,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -87,7 +91,7 @@ pub(crate) fn is_possible(epoch: u64, now: u64) -> bool {
 impl Sessions {
     /// At most so many.
     pub fn new(most: usize) -> Self {
-        Self { most, inner: Arc::default() }
+        Self { most, own: rand::random_range(0..STEP), inner: Arc::default() }
     }
 
     /// Begins a session and evicts the node's older one. `now` is Unix milliseconds.
@@ -103,7 +107,8 @@ impl Sessions {
         if !replaces && inner.live >= self.most {
             return Err(BeginError::Full);
         }
-        let epoch = inner.now.max(last_epoch + 1).max(held.map_or(0, |held| held.epoch + 1));
+        let least = inner.now.max(last_epoch + 1).max(held.map_or(0, |held| held.epoch + 1));
+        let epoch = least + (self.own + STEP - least % STEP) % STEP;
         let (evict, evicted) = oneshot::channel();
         let session = Session { uid: node.uid.clone(), evict, streams: None };
         let older = inner.nodes.insert(node.name.clone(), Node { epoch, session: Some(session) });
@@ -202,17 +207,21 @@ mod tests {
         NodeIdentity { name: name.to_owned(), uid: uid.to_owned() }
     }
 
+    fn sessions(most: usize) -> Sessions {
+        Sessions { own: 7, ..Sessions::new(most) }
+    }
+
     fn eviction(place: &mut Place) -> Option<Eviction> {
         place.evicted.try_recv().ok()
     }
 
     #[test]
     fn a_newer_session_evicts_and_the_older_ones_end_changes_nothing() {
-        let sessions = Sessions::new(10);
+        let sessions = sessions(10);
         let a = node("a", "1");
         let mut first = sessions.begin(&a, 0, 1000).unwrap();
         let mut second = sessions.begin(&a, 0, 1000).unwrap();
-        assert_eq!((first.epoch(), second.epoch()), (1000, 1001));
+        assert_eq!((first.epoch(), second.epoch()), (1031, 2055));
         assert_eq!(eviction(&mut first), Some(Eviction::Superseded));
         drop(first);
         assert_eq!(sessions.nodes(), std::slice::from_ref(&a));
@@ -222,27 +231,31 @@ mod tests {
         assert_eq!(eviction(&mut second), Some(Eviction::NodeDeleted));
         assert!(sessions.nodes().is_empty());
         drop(second);
-        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 1002);
+        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 3079);
     }
 
     #[test]
     fn epochs_follow_edge_and_clock() {
-        let sessions = Sessions::new(10);
+        let sessions = sessions(10);
         let a = node("a", "1");
-        assert_eq!(sessions.begin(&a, 5000, 1000).unwrap().epoch(), 5001);
-        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 5002, "an edge that forgot");
-        assert_eq!(sessions.begin(&a, 0, 9000).unwrap().epoch(), 9000);
-        assert_eq!(sessions.begin(&node("b", "2"), 0, 100).unwrap().epoch(), 9000, "a clock that was set back");
+        assert_eq!(sessions.begin(&a, 5126, 1000).unwrap().epoch(), 5127);
+        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 6151, "an edge that forgot");
+        assert_eq!(sessions.begin(&a, 0, 9000).unwrap().epoch(), 9223);
+        assert_eq!(sessions.begin(&node("b", "2"), 0, 100).unwrap().epoch(), 9223, "a clock that was set back");
         for far in [9001 + MOST_AHEAD, 1 << 62, u64::MAX] {
             assert_eq!(sessions.begin(&a, far, 9000).unwrap_err(), BeginError::Epoch(far));
         }
         let most = sessions.begin(&a, 9000 + MOST_AHEAD, 9000).unwrap().epoch();
-        assert_eq!(sessions.begin(&a, most, 9001).unwrap().epoch(), most + 1, "nobody is barred by where the bound is");
+        assert_eq!(
+            sessions.begin(&a, most, 9000 + STEP).unwrap().epoch(),
+            most + STEP,
+            "nobody is barred by where the bound is"
+        );
     }
 
     #[test]
     fn there_are_no_more_than_there_may_be() {
-        let sessions = Sessions::new(2);
+        let sessions = sessions(2);
         let (a, b) = (sessions.begin(&node("a", "1"), 0, 1), sessions.begin(&node("b", "1"), 0, 1));
         assert_eq!(sessions.begin(&node("c", "1"), 0, 1).unwrap_err(), BeginError::Full);
         let again = sessions.begin(&node("b", "1"), 0, 1).unwrap();
@@ -255,7 +268,7 @@ mod tests {
     proptest! {
         #[test]
         fn one_session_a_node_whatever_the_order(steps in proptest::collection::vec((0u8..3, 0usize..4, 0u64..50, 0u64..50), 1..80)) {
-            let sessions = Sessions::new(3);
+            let sessions = sessions(3);
             let mut places: Vec<(String, Place)> = Vec::new();
             let mut highest: HashMap<String, u64> = HashMap::new();
             for (step, which, last, now) in steps {

@@ -367,6 +367,11 @@ impl Closures {
         Some(known.claim.max(known.here))
     }
 
+    /// Whether the Node names no session: none has ever claimed it, or reported for it.
+    pub(crate) fn names_none(&self, node: &NodeIdentity) -> bool {
+        self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid && known.claim == 0)
+    }
+
     /// Whether a session of a higher epoch has the node.
     pub(crate) fn is_superseded(&self, node: &NodeIdentity, epoch: u64) -> bool {
         self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid && known.claim > epoch)

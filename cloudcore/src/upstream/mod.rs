@@ -246,6 +246,11 @@ impl Upstream {
     async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<End> {
         let report = &waiting.report;
         let kind = kind_name(report.kind);
+        // The Node's own report says whose it is. Where none has come yet, nothing would fence what a node's first session writes.
+        let is_fenced = matches!(report.kind, ReportKind::PodStatus | ReportKind::DeviceStatus);
+        if is_fenced && self.shared.closures().names_none(&queue.node) {
+            self.claim(queue).await;
+        }
         let outcome = match self.permits.acquire().await {
             Ok(_permit) => {
                 self.leases.on_time().await;
@@ -347,6 +352,7 @@ impl Upstream {
         };
         // The epoch is written once, on the Node as it was seen without it: one that comes late must not undo a newer session's.
         let unnamed = version.filter(|(_, named)| *named < queue.epoch).map(|(version, _)| (queue.epoch, version));
+        let names = unnamed.is_some();
         let patch = match node::patch(node, unnamed, &content, capacity.as_ref()) {
             Ok(patch) => patch,
             Err(reason) => return Outcome::Refused(reason),
@@ -355,7 +361,12 @@ impl Upstream {
             return Outcome::Unchanged;
         }
         match self.api.patch_status(Kind::Node, "", &node.name, patch).await {
-            Ok(_) => Outcome::Taken,
+            Ok(_) => {
+                if names {
+                    self.shared.closures().claimed(node, queue.epoch, Claim::Ours);
+                }
+                Outcome::Taken
+            }
             Err(error) => match verdict(&error) {
                 Verdict::NotFound => Outcome::Gone("the Node is gone"),
                 // Two causes: another writer, or another Node of this name.

@@ -27,7 +27,8 @@ fn world(status: &Value) -> Shown {
         "metadata": {"namespace": "n", "name": "p", "uid": "u", "resourceVersion": "10"},
         "spec": {"nodeName": "e", "containers": [{"name": "c"}]}, "status": status,
     });
-    let node = json!({"metadata": {"name": "e", "uid": "e-1", "resourceVersion": "9"}});
+    let annotations = json!({EPOCH_ANNOTATION: "1"});
+    let node = json!({"metadata": {"name": "e", "uid": "e-1", "resourceVersion": "9", "annotations": annotations}});
     Arc::new(Mutex::new(World { pod, node, version: 10, ..World::default() }))
 }
 
@@ -36,6 +37,12 @@ impl World {
         self.asked.push(format!("{method} {}", path.rsplit('/').next().unwrap_or_default()));
         match (method, path) {
             ("GET", "/api/v1/nodes/e") => (200, self.node.clone()),
+            ("PATCH", "/api/v1/nodes/e") => {
+                let patch: Value = serde_json::from_slice(body).unwrap();
+                assert_eq!(patch["metadata"]["resourceVersion"], self.node["metadata"]["resourceVersion"]);
+                self.claim(patch["metadata"]["annotations"][EPOCH_ANNOTATION].as_str().unwrap().parse().unwrap());
+                (200, self.node.clone())
+            }
             ("PATCH", "/api/v1/nodes/e/status") => (200, self.node.clone()),
             ("GET", "/api/v1/namespaces/n/pods/p") => (200, self.pod.clone()),
             ("PATCH", "/api/v1/namespaces/n/pods/p/status") => {
@@ -214,6 +221,22 @@ async fn what_an_older_session_wrote_late_is_reported_once_more() {
     new.queues.lock().unwrap().insert("e".to_owned(), second.clone());
     new.pod_seen("e", &PodFacts::of(&lock(&world).pod));
     assert_eq!(lock(&second.state).wanted(), Some((ReportKind::PodStatus, "u".to_owned())));
+}
+
+#[tokio::test]
+async fn the_first_session_of_a_node_names_itself_before_it_writes_what_a_newer_one_may() {
+    let world = world(&json!({"phase": "Pending"}));
+    lock(&world).node["metadata"].as_object_mut().unwrap().remove("annotations");
+    let upstream = replica(&world);
+    let queue = open(&upstream, 3);
+    for asked in [["PATCH e", "PATCH status"].as_slice(), &[]] {
+        let mut state = State::default();
+        state.push(report("one"));
+        let Next::Now(waiting) = state.next(Duration::ZERO) else { panic!("it is due") };
+        assert_eq!(upstream.carry_out(&queue, waiting).await, Some(End::Done(String::new())));
+        assert_eq!(std::mem::take(&mut lock(&world).asked), asked);
+    }
+    assert_eq!(lock(&world).node["metadata"]["annotations"][EPOCH_ANNOTATION], "3");
 }
 
 #[tokio::test]

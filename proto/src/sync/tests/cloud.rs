@@ -22,8 +22,10 @@ pub(super) struct Apiserver {
     pub(super) states: BTreeMap<String, Vec<u64>>,
     /// Whether a pod refers to a ConfigMap, by its key: how that changed.
     pub(super) referred: BTreeMap<String, Vec<bool>>,
-    /// The epoch on the Node.
+    /// The epoch on the Node, compared and set.
     pub(super) epoch: u64,
+    /// The one on its lease, which is only set.
+    pub(super) lease: u64,
     /// What each object's status shows.
     pub(super) statuses: BTreeMap<String, Status>,
     /// Events by name, and the report that each came with.
@@ -60,13 +62,23 @@ pub(super) struct Replica {
     /// What was asked for beside the watch, and as of when: older changes of it are no news.
     fetched: BTreeMap<Id, u64>,
     pub(super) session: Option<Session>,
-    /// The last epoch it gave, which only a mutation uses.
-    pub(super) counter: u64,
+    /// How far its clock is ahead, in milliseconds.
+    pub(super) skew: u64,
+    /// What the last digit of its epochs is: no two replicas give the same.
+    pub(super) salt: u64,
+    /// The highest epoch that it has seen on the Node or its lease.
+    pub(super) known: u64,
+    /// That of its last session which the Node names, or whose node nobody else had since.
+    pub(super) here: u64,
+    /// The last one that it gave.
+    pub(super) given: u64,
 }
 
 pub(super) struct Session {
     pub(super) connection: u64,
     pub(super) epoch: u64,
+    /// It is to write its epoch on the Node before it reports anything.
+    pub(super) claims: bool,
     pub(super) hub: Hub,
     /// What the closure is to say, in order.
     pub(super) untold: VecDeque<HubInput>,
@@ -172,20 +184,37 @@ impl Apiserver {
 
     /// Forgets everything about objects.
     pub(super) fn clear(&mut self) {
-        *self = Self { revision: self.revision, epoch: self.epoch, ..Self::default() };
+        *self = Self { revision: self.revision, epoch: self.epoch, lease: self.lease, ..Self::default() };
     }
 }
 
 impl Replica {
     /// A cloudcore that has just listed everything.
     pub(super) fn new(apiserver: &Apiserver) -> Self {
-        let mut replica = Self { cache: apiserver.objects.clone(), ..Self::default() };
+        let mut replica = Self { cache: apiserver.objects.clone(), known: apiserver.epoch, ..Self::default() };
         for (order, log) in apiserver.log.iter().enumerate() {
             replica.seen[order] = log.len();
             replica.reached[order] = log.last().map_or(0, |change| change.revision);
         }
         replica.newest = replica.reached;
         replica
+    }
+
+    pub(super) fn with_clock(self, skew: u64, salt: u64) -> Self {
+        Self { skew, salt, ..self }
+    }
+
+    /// A session begins: its epoch, and whether it has to claim the node.
+    pub(super) fn epoch(&mut self, last: u64, now: Duration) -> (u64, bool) {
+        let clock = u64::try_from(now.as_millis()).unwrap() + self.skew;
+        let lowest = clock.max(last.max(self.known).max(self.here).max(self.given) + 1);
+        self.given = (lowest..).find(|epoch| epoch % 10 == self.salt).unwrap();
+        let last = last.max(self.known);
+        let claims = last != 0 && last != self.here;
+        if !claims {
+            self.here = self.given;
+        }
+        (self.given, claims)
     }
 
     /// The next change of a collection comes, or if there is none, a bookmark. Answers whether that is news.

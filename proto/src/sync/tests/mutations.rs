@@ -31,6 +31,10 @@ pub(super) enum Mutation {
     FetchUnmarked,
     /// Each replica counts epochs by itself.
     EpochOfOwn,
+    /// The first session of a node writes though the Node names none.
+    FirstUnclaimed,
+    /// A session that finds a newer one's lease stops renewing, and goes on.
+    RenewalsDropped,
     /// A session writes without looking whether a newer one took over.
     EpochUnread,
     /// It looks before it reads what it is going to replace.
@@ -51,7 +55,7 @@ pub(super) enum Mutation {
     GivenBackForgotten,
 }
 
-const ALL: [Mutation; 20] = [
+const ALL: [Mutation; 22] = [
     Mutation::AckBeforeCommit,
     Mutation::TicketOfLast,
     Mutation::BatchLost,
@@ -63,6 +67,8 @@ const ALL: [Mutation; 20] = [
     Mutation::RevisionsApart,
     Mutation::FetchUnmarked,
     Mutation::EpochOfOwn,
+    Mutation::FirstUnclaimed,
+    Mutation::RenewalsDropped,
     Mutation::EpochUnread,
     Mutation::EpochReadTooEarly,
     Mutation::OldConnection,

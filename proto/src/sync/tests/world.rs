@@ -64,8 +64,9 @@ impl World {
         for _ in 0..world.dice.roll(12) {
             world.apiserver.create(&mut world.dice);
         }
-        for _ in 0..=world.dice.roll(3) {
-            world.replicas.push(Replica::new(&world.apiserver));
+        for salt in 0..=world.dice.roll(3) {
+            let skew = world.dice.pick(&[0, 0, 1000, 3_600_000]);
+            world.replicas.push(Replica::new(&world.apiserver).with_clock(skew, salt.try_into().unwrap()));
         }
         world
     }
@@ -118,22 +119,58 @@ impl World {
 
     fn hello(&mut self, at: usize, connection: u64, mut hello: wire::Hello) {
         self.end_session(at, Some(Reason::Superseded));
-        // Compared and set on the Node.
-        self.apiserver.epoch = self.apiserver.epoch.max(hello.last_epoch) + 1;
-        let mut epoch = self.apiserver.epoch;
-        if self.is(Mutation::EpochOfOwn) {
-            self.replicas[at].counter += 1;
-            epoch = self.replicas[at].counter;
+        let (of_own, now) = (self.is(Mutation::EpochOfOwn), self.now);
+        let replica = &mut self.replicas[at];
+        if of_own {
+            (replica.known, replica.here, hello.last_epoch) = (0, 0, 0);
         }
+        let (epoch, claims) = replica.epoch(hello.last_epoch, now);
         if self.is(Mutation::RevisionsIgnored) {
             hello.revisions.clear();
         }
         let (hub, out) = Hub::new(self.now, &hello, epoch, 0, "hub");
         let (untold, told, reports) = (VecDeque::new(), BTreeMap::new(), VecDeque::new());
-        let session = Session { connection, epoch, hub, untold, told, reports };
+        let session = Session { connection, epoch, claims, hub, untold, told, reports };
         let too_early = self.is(Mutation::CompleteTooEarly);
         self.replicas[at].begin(session, &mut self.dice, too_early);
         self.hub_outputs(at, out);
+    }
+
+    /// What the replica's watch of Nodes shows ends a session that another one has followed.
+    pub(super) fn watch_node(&mut self, at: usize) {
+        self.learn(at, self.apiserver.epoch);
+    }
+
+    fn learn(&mut self, at: usize, epoch: u64) {
+        let replica = &mut self.replicas[at];
+        replica.known = replica.known.max(epoch);
+        if replica.session.as_ref().is_some_and(|session| session.epoch < replica.known) {
+            self.end_session(at, Some(Reason::Superseded));
+        }
+    }
+
+    /// A session that has to says on the Node that it has it, unless that names another one that is as new.
+    pub(super) fn claim(&mut self, at: usize) {
+        let replica = &mut self.replicas[at];
+        let Some(session) = replica.session.as_mut().filter(|session| session.claims) else { return };
+        if self.apiserver.epoch >= session.epoch {
+            let newest = self.apiserver.epoch.max(session.epoch + 1);
+            return self.learn(at, newest);
+        }
+        session.claims = false;
+        self.apiserver.epoch = session.epoch;
+        (replica.here, replica.known) = (session.epoch, replica.known.max(session.epoch));
+    }
+
+    /// A session renews the lease, if it does not find a newer one's.
+    pub(super) fn renew(&mut self, at: usize) {
+        let Some(session) = &self.replicas[at].session else { return };
+        let lease = self.apiserver.lease;
+        if lease <= session.epoch {
+            self.apiserver.lease = session.epoch;
+        } else if !self.is(Mutation::RenewalsDropped) {
+            self.learn(at, lease);
+        }
     }
 
     /// The replica ends its session, if it has one.
@@ -305,17 +342,22 @@ impl World {
     }
 
     /// A session takes a report to the apiserver, in three steps between which anything may happen: it reads the status, looks whether
-    /// the epoch on the Node is its own, and writes if the status is still what was read. So the session of an older epoch never
+    /// the Node names no newer session, and writes if the status is still what was read. So the session of an older epoch never
     /// overwrites what a newer one wrote.
     pub(super) fn deliver_report(&mut self, at: usize) {
         let (unfenced, too_early) = (self.is(Mutation::EpochUnread), self.is(Mutation::EpochReadTooEarly));
+        let names_none = self.replicas[at].known == 0 && !self.is(Mutation::FirstUnclaimed);
         let Some(session) = &mut self.replicas[at].session else { return };
+        session.claims |= names_none;
+        if session.claims {
+            return;
+        }
         let Some(delivery) = session.reports.front_mut() else { return };
         let report = &delivery.report;
         let shown = self.apiserver.statuses.get(&report.uid).copied().unwrap_or_default();
         let look = if too_early { delivery.read.is_none() } else { delivery.read.is_some() };
         if look && !delivery.is_ours && !unfenced {
-            delivery.is_ours = session.epoch == self.apiserver.epoch;
+            delivery.is_ours = session.epoch >= self.apiserver.epoch;
             if !delivery.is_ours {
                 self.end_session(at, Some(Reason::Superseded));
             }
@@ -466,13 +508,16 @@ impl World {
                     self.hub_outputs(at, out);
                 }
             }
-            723..770 => {
+            723..767 => {
                 let order = self.dice.roll(COLLECTIONS.len());
                 for _ in 0..=self.dice.roll(3) {
                     self.replicas[at].watch(&self.apiserver, order);
                 }
             }
-            770..785 => {
+            767..770 => self.watch_node(at),
+            770..775 => self.claim(at),
+            775..777 => self.renew(at),
+            777..785 => {
                 let marked = !self.is(Mutation::FetchUnmarked);
                 self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
             }
@@ -512,9 +557,8 @@ impl World {
             // A replica dies and lists everything again; nobody says goodbye.
             989..993 => {
                 self.end_session(at, None);
-                let counter = self.replicas[at].counter;
-                self.replicas[at] = Replica::new(&self.apiserver);
-                self.replicas[at].counter = counter;
+                let Replica { skew, salt, .. } = self.replicas[at];
+                self.replicas[at] = Replica::new(&self.apiserver).with_clock(skew, salt);
             }
             993..994 => self.replace_disk(Disk::default()),
             994..996 => self.node.rot(&mut self.dice),
@@ -548,6 +592,9 @@ impl World {
                     quiet &= !self.replicas[at].watch(&self.apiserver, order);
                 }
                 self.feed(at);
+                self.watch_node(at);
+                self.claim(at);
+                self.renew(at);
                 self.deliver_report(at);
             }
             self.deliver_down();
@@ -561,6 +608,7 @@ impl World {
                 && Some(session.connection) == current
                 && session.untold.is_empty()
                 && session.reports.is_empty()
+                && self.apiserver.lease == session.epoch
             {
                 if self.node.disk.outbox.is_empty() {
                     return;
