@@ -26,6 +26,9 @@ pub(super) struct World {
     /// The one that the node uses.
     pub(super) current: Option<u64>,
     next_connection: u64,
+    /// The clocks of all replicas are the same. Only then a disk is replaced: who has forgotten its epoch may get one from a clock that is
+    /// behind, and then a session that is half open writes once more what is older, is noticed, and written over.
+    same_clocks: bool,
     /// What each report that was ever made is about.
     reports: BTreeMap<u64, Report>,
     /// Events that reached a hub.
@@ -58,14 +61,16 @@ impl World {
             connections: Vec::new(),
             current: None,
             next_connection: 0,
+            same_clocks: true,
             reports: BTreeMap::new(),
             arrived: BTreeSet::new(),
         };
         for _ in 0..world.dice.roll(12) {
             world.apiserver.create(&mut world.dice);
         }
+        world.same_clocks = world.dice.one_in(2);
         for salt in 0..=world.dice.roll(3) {
-            let skew = world.dice.pick(&[0, 0, 1000, 3_600_000]);
+            let skew = if world.same_clocks { 0 } else { world.dice.pick(&[0, 1000, 3_600_000]) };
             world.replicas.push(Replica::new(&world.apiserver).with_clock(skew, salt.try_into().unwrap()));
         }
         world
@@ -82,6 +87,8 @@ impl World {
     /// The node dials, and gets to some replica.
     pub(super) fn connect(&mut self) {
         self.disconnect();
+        // Nobody comes back faster than epochs rise.
+        self.now += Duration::from_millis(10);
         self.next_connection += 1;
         let (id, replica) = (self.next_connection, self.dice.roll(self.replicas.len()));
         if self.connections.len() == CONNECTIONS {
@@ -490,17 +497,19 @@ impl World {
     pub(super) fn chaos(&mut self) {
         let at = self.dice.roll(self.replicas.len());
         match self.dice.roll(1000) {
-            0..250 => {
+            0..10 => self.flow(),
+            10..250 => {
                 let which = self.dice.roll(self.connections.len());
                 self.deliver_up(which);
             }
             250..500 => self.deliver_down(),
             500..600 => self.commit(),
-            600..720 => {
+            600..700 => {
                 for _ in 0..=self.dice.roll(12) {
                     self.feed(at);
                 }
             }
+            700..720 => self.claim(at),
             720..723 => {
                 let collection = self.dice.pick(&COLLECTIONS);
                 if let Some(session) = &mut self.replicas[at].session {
@@ -515,9 +524,8 @@ impl World {
                 }
             }
             767..770 => self.watch_node(at),
-            770..775 => self.claim(at),
-            775..777 => self.renew(at),
-            777..785 => {
+            770..772 => self.renew(at),
+            772..785 => {
                 let marked = !self.is(Mutation::FetchUnmarked);
                 self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
             }
@@ -560,14 +568,31 @@ impl World {
                 let Replica { skew, salt, .. } = self.replicas[at];
                 self.replicas[at] = Replica::new(&self.apiserver).with_clock(skew, salt);
             }
-            993..994 => self.replace_disk(Disk::default()),
+            993..994 if self.same_clocks => self.replace_disk(Disk::default()),
+            993..994 => self.disconnect(),
             994..996 => self.node.rot(&mut self.dice),
             996..998 => self.node.backup = Some(self.node.disk.clone()),
             _ => {
-                if let Some(backup) = self.node.backup.take() {
+                if let Some(backup) = self.node.backup.take_if(|_| self.same_clocks) {
                     self.replace_disk(backup);
                 }
             }
+        }
+    }
+
+    /// For a while all goes well on the connection that the node uses, and nothing happens elsewhere.
+    fn flow(&mut self) {
+        for _ in 0..self.dice.roll(20) {
+            let Some(which) = self.connections.iter().position(|connection| Some(connection.id) == self.current) else {
+                return;
+            };
+            let at = self.connections[which].replica;
+            self.deliver_up(which);
+            self.feed(at);
+            self.claim(at);
+            self.deliver_report(at);
+            self.deliver_down();
+            self.commit();
         }
     }
 
