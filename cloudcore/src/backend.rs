@@ -84,6 +84,9 @@ pub trait Backend: Send + Sync + 'static {
         labels: &BTreeMap<String, String>,
     ) -> impl Future<Output = Result<NodeIdentity, RegisterError>> + Send;
 
+    /// The epoch on the lease of a Node of this name, while that lasts: of a session here or at another replica.
+    fn leased(&self, name: &str) -> impl Future<Output = Result<Option<u64>, BackendError>> + Send;
+
     /// Whether this identity still stands.
     fn check(&self, node: &NodeIdentity) -> impl Future<Output = Result<NodeCheck, BackendError>> + Send;
 

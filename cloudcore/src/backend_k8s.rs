@@ -240,6 +240,10 @@ impl Backend for K8sBackend {
         nodes::register(&self.api, name, machine_id, labels).await
     }
 
+    async fn leased(&self, name: &str) -> Result<Option<u64>, BackendError> {
+        nodes::leases::leased(&self.api, name).await
+    }
+
     async fn check(&self, node: &NodeIdentity) -> Result<NodeCheck, BackendError> {
         // A watch that agrees is enough; whoever lost their Node is asked for by name. Everybody comes back to a cloudcore that has just
         // started: they are not all asked for.

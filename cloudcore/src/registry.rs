@@ -149,6 +149,16 @@ impl Sessions {
         live.map(|(name, session)| NodeIdentity { name: name.clone(), uid: session.uid.clone() }).collect()
     }
 
+    /// Whether a node of this name has a session here.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.lock().nodes.get(name).is_some_and(|node| node.session.is_some())
+    }
+
+    /// Whether this process gives such epochs.
+    pub(crate) fn is_own(&self, epoch: u64) -> bool {
+        epoch % STEP == self.own
+    }
+
     fn end(&self, name: &str, epoch: u64) {
         let mut inner = self.lock();
         let inner = &mut *inner;

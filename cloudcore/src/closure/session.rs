@@ -157,10 +157,10 @@ impl Closures {
         // Hardly ever there is more than one.
         self.subscribers.by_node.entry(node.name.clone()).or_insert_with(|| Vec::with_capacity(1)).push(subscriber);
         let known = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid);
-        // One whose last session was here, as the edge and the Node know it, was nobody else's since.
+        // One whose last session was here, as the edge itself knows it and the Node does not deny, was nobody else's since. An edge that
+        // knows of none may have lost its store: the watch alone, which may lag, does not say whose it was.
         let claims = known.is_none_or(|known| {
-            let last = last_epoch.max(known.claim);
-            let claims = last != 0 && last != known.here;
+            let claims = if last_epoch == 0 { known.claim != 0 } else { last_epoch.max(known.claim) != known.here };
             if !claims {
                 known.here = epoch;
             }

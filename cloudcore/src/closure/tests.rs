@@ -352,6 +352,9 @@ fn who_comes_from_another_replica_is_claimed_and_ends_the_session_there() {
     closures.claimed(&identity("e"), 10, Claim::Ours);
     closures.node_applied(claimed(11));
     assert!(closures.open(&identity("e"), 12, 0).claims());
+    closures.claimed(&identity("e"), 12, Claim::Ours);
+    assert!(!closures.open(&identity("e"), 13, 12).claims());
+    assert!(closures.open(&identity("e"), 14, 0).claims(), "who has it may be shown late");
 }
 
 #[test]

@@ -61,6 +61,11 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         }
         check_labels(&request.labels)?;
         let key = NodeKey::from_csr(&request.csr).map_err(|error| csr_refused(&error))?;
+        // A box that has joined does not ask again: this one is another of the same image, or has lost what it had.
+        let leased = self.backend.leased(&request.node).await.map_err(|error| unavailable(&error))?;
+        if self.sessions.has(&request.node) || leased.is_some_and(|epoch| !self.sessions.is_own(epoch)) {
+            return Err(No::new(StatusCode::CONFLICT, "node_connected", connected_message(&request.node)));
+        }
 
         let node = self.backend.register(&request.node, &request.machine_id, &request.labels).await;
         let node = node.map_err(|error| register_refused(&error))?;
@@ -108,6 +113,14 @@ pub(super) fn deleted_message(name: &str) -> String {
     )
 }
 
+fn connected_message(name: &str) -> String {
+    format!(
+        "a box that joined as {name} is connected now; if that is another box of the same image, give this one a machine id of its own \
+         (`rm /etc/machine-id && systemd-machine-id-setup`) and a name (--node-name); if it is this one, with its data lost, stop the \
+         edgecore that still runs and join again in a minute"
+    )
+}
+
 /// What a node hears whose certificate is good for a new one only.
 pub(super) fn expired_message(certificate: &NodeCertificate) -> String {
     format!(
@@ -119,7 +132,7 @@ pub(super) fn expired_message(certificate: &NodeCertificate) -> String {
 /// What a node hears whose certificate is good for nothing any more.
 pub(super) fn too_old_message(certificate: &NodeCertificate) -> String {
     format!(
-        "the certificate of the node {} expired at {}, longer ago than it was good for, and is not renewed any more; run `edgecore reset` \
+        "the certificate of the node {} expired at {}, longer ago than twice the time it was good for, and is not renewed any more; run `edgecore reset` \
          on the box and join again with a new token",
         certificate.node.name, certificate.not_after
     )

@@ -1,12 +1,15 @@
 //! QUIC on the port's number: the handshake, and the session of who proves to be a node.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use quinn::{Endpoint, EndpointConfig, Incoming, VarInt};
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Incoming, Runtime as _, UdpPoller, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
 use rustls::ServerConfig;
@@ -66,7 +69,45 @@ pub fn endpoint(socket: UdpSocket, tls: &ServerConfig, authority: &CertificateAu
     let mut own = EndpointConfig::new(Arc::new(resets));
     own.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids))).min_reset_interval(RESET_INTERVAL);
     let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(own, Some(config), socket, runtime).map_err(|error| broken(&error))
+    let socket = runtime.wrap_udp_socket(socket).map_err(|error| broken(&error))?;
+    let socket = Arc::new(OneAtATime(socket));
+    Endpoint::new_with_abstract_socket(own, Some(config), socket, runtime).map_err(|error| broken(&error))
+}
+
+/// A socket that is given one datagram at a time: for as many as a socket takes at once, each connection keeps room from its first one on,
+/// however little it sends, which is as much as all else that it needs.
+#[derive(Debug)]
+struct OneAtATime(Arc<dyn AsyncUdpSocket>);
+
+impl AsyncUdpSocket for OneAtATime {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Arc::clone(&self.0).create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.0.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        context: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.0.poll_recv(context, buffers, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.0.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.0.may_fragment()
+    }
 }
 
 impl<B: Backend, S: SecretStore> Front<B, S> {

@@ -41,12 +41,15 @@ mod streams;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the fake apiserver says, and what it was told.
+#[derive(Default)]
 struct Script {
     nodes: BTreeMap<String, (String, String)>,
     foreign: Vec<String>,
     away: bool,
     /// A deletion that falls between a check and what follows it.
     deletes_behind_check: bool,
+    /// Epochs on leases.
+    leased: BTreeMap<String, u64>,
 }
 
 struct FakeBackend {
@@ -94,6 +97,11 @@ impl Backend for FakeBackend {
             return Err(RegisterError::NameTaken(name.to_owned()));
         }
         Ok(NodeIdentity { name: name.to_owned(), uid: held.0.clone() })
+    }
+
+    async fn leased(&self, name: &str) -> Result<Option<u64>, BackendError> {
+        let script = self.script.lock().unwrap();
+        if script.away { Err(api_error(500)) } else { Ok(script.leased.get(name).copied()) }
     }
 
     async fn check(&self, node: &NodeIdentity) -> Result<NodeCheck, BackendError> {
@@ -191,7 +199,7 @@ impl Cloud {
         let certificate = Arc::new(certificate);
         let tls = tls(Arc::clone(&authority), Arc::clone(&certificate)).unwrap();
         let (opened, opened_out) = mpsc::channel(16);
-        let script = Script { nodes: BTreeMap::new(), foreign: Vec::new(), away: false, deletes_behind_check: false };
+        let script = Script::default();
         let backend = FakeBackend { script: Mutex::new(script), deletions: broadcast::channel(8).0, opened };
         let stop = CancellationToken::new();
         let tokens = JoinTokens::new(Arc::clone(&secrets));
@@ -478,6 +486,27 @@ async fn every_refusal_of_a_join_says_what_and_what_to_do() {
     let (status, no) = cloud.join(&good, &on("box-2")).await.unwrap_err();
     assert_eq!((status, no.reason.as_str()), (503, "apiserver_unavailable"));
     assert!(no.message.contains("try again"), "{}", no.message);
+}
+
+#[tokio::test]
+async fn another_box_of_the_same_image_does_not_join_while_the_first_is_connected() {
+    let mut cloud = Cloud::start().await;
+    let token = cloud.any_token().await.to_string();
+    let node = cloud.node("box-1").await;
+    let clone = request("box-1", &Identity::new());
+    let (edge, _opened, welcome) = cloud.session(&node, "box-1", 0).await;
+    let (status, no) = cloud.join(&token, &clone).await.unwrap_err();
+    assert_eq!((status, no.reason.as_str()), (409, "node_connected"));
+    assert!(no.message.contains("machine-id") && no.message.contains("--node-name"), "{}", no.message);
+    drop(edge);
+    while cloud.front.sessions.has("box-1") {
+        tokio::task::yield_now().await;
+    }
+    // Its lease lasts a little longer.
+    cloud.script().leased.insert("box-1".to_owned(), welcome.epoch);
+    cloud.join(&token, &clone).await.unwrap();
+    cloud.script().leased.insert("box-1".to_owned(), welcome.epoch + 1);
+    assert_eq!(cloud.join(&token, &clone).await.unwrap_err().1.reason, "node_connected", "at another replica");
 }
 
 #[tokio::test]

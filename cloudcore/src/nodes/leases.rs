@@ -27,7 +27,7 @@ use tokio::sync::Notify;
 use tracing::{debug, warn};
 
 use crate::apiserver::{Apiserver, Kind, Verdict, verdict};
-use crate::backend::NodeIdentity;
+use crate::backend::{BackendError, NodeIdentity};
 use crate::backend_k8s::Shared;
 use crate::clock;
 use crate::nodes::{Claim, EPOCH_ANNOTATION, epoch_of};
@@ -260,6 +260,18 @@ impl Leases {
     fn lock(&self) -> std::sync::MutexGuard<'_, Wheel> {
         self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The epoch that a Node's lease names, if that was renewed within its time.
+pub(crate) async fn leased(api: &Apiserver, name: &str) -> Result<Option<u64>, BackendError> {
+    let failed = |source| BackendError { action: format!("look up the lease of node {name}"), source };
+    let lease = api.get(Kind::Lease, NAMESPACE, name).await.map_err(failed)?;
+    Ok(lease.filter(|lease| lasts(lease, clock::wall())).as_ref().and_then(epoch_of))
+}
+
+fn lasts(lease: &DynamicObject, now: Timestamp) -> bool {
+    let renewed = lease.data["spec"]["renewTime"].as_str().and_then(|time| time.parse::<Timestamp>().ok());
+    renewed.is_some_and(|renewed| now.duration_since(renewed).as_secs() < DURATION_SECONDS)
 }
 
 async fn renew(api: &Apiserver, renewal: &mut Renewal, now: Timestamp) -> Renewed {
@@ -524,6 +536,15 @@ mod tests {
         assert_eq!(replaced["metadata"]["ownerReferences"][0]["uid"], "u");
         assert_eq!(replaced["metadata"]["resourceVersion"], "7");
         assert_eq!(replaced["metadata"]["managedFields"], json!([{}]));
+    }
+
+    #[test]
+    fn a_lease_lasts_as_long_as_it_says() {
+        let renewal = Renewal { node: node(), epoch: 3, whole: false, version: None };
+        let lease = lease(&renewal, &json!({}));
+        for (now, expected) in [("2026-01-01T00:00:39Z", true), ("2026-01-01T00:00:40Z", false)] {
+            assert_eq!(lasts(&lease, now.parse().unwrap()), expected, "{now}");
+        }
     }
 
     #[test]

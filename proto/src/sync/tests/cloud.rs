@@ -209,8 +209,7 @@ impl Replica {
         let clock = u64::try_from(now.as_millis()).unwrap() + self.skew;
         let lowest = clock.max(last.max(self.known).max(self.here).max(self.given) + 1);
         self.given = (lowest..).find(|epoch| epoch % 10 == self.salt).unwrap();
-        let last = last.max(self.known);
-        let claims = last != 0 && last != self.here;
+        let claims = if last == 0 { self.known != 0 } else { last.max(self.known) != self.here };
         if !claims {
             self.here = self.given;
         }
