@@ -19,6 +19,13 @@ need_root() {
   [ "$(id -u)" = 0 ] || fail "this starts containers, bridges and mounts" "run it as root (sudo -E $0)"
 }
 
+# end_with_children PID: ends a process of ours, if it still runs, and what it started.
+end_with_children() {
+  local child
+  for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do end_with_children "$child"; done
+  kill "$1" 2>/dev/null || true
+}
+
 # with_clock WHAT COMMAND…: runs a long silent command and shows every ten seconds that it still moves.
 with_clock() {
   local what=$1 begin=$SECONDS clock status=0

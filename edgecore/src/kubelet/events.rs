@@ -1,7 +1,7 @@
 //! Events: what the kubelet tells people, in the words of the upstream kubelet, sent through the outbox.
 //!
-//! The same event about the same object has the same name whenever it is sent, so that it can be sent twice and counts up instead
-//! of piling up. Chatty objects are held back (a burst of 25, then one in 5 minutes, as upstream does), and pods' work never waits.
+//! The same event about the same object has the same name as long as it is counted, so that it can be sent twice and counts up instead
+//! of piling up; an agent that was started anew begins another one, as the kubelet does. Chatty objects are held back (a burst of 25, then one in 5 minutes, as upstream does), and pods' work never waits.
 
 use std::collections::HashMap;
 
@@ -47,6 +47,7 @@ impl Recorder {
         let (count, first) = self.counts.entry(hash).or_insert((0, now));
         *count += 1;
 
+        let hash = hash ^ xxh3_64(&first.as_nanosecond().to_le_bytes());
         let name = format!("{}.{hash:016x}", about.name.as_deref().unwrap_or_default());
         let namespace = about.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let involved_object = ObjectReference { field_path: event.field_path.clone(), ..about.clone() };
@@ -126,6 +127,8 @@ mod tests {
         assert_ne!(first.name, other.name);
         assert_eq!(parse(&second).count, Some(2));
         assert_eq!(parse(&second).first_timestamp, Some(Time(at(0))));
+        let restarted = Recorder::new("box").record(&about("u"), &event("again"), at(20)).unwrap();
+        assert_ne!(restarted.name, first.name, "its count does not take the place of a higher one");
         assert_eq!((other.namespace.as_str(), parse(&other).type_.as_deref()), ("shop", Some("Warning")));
     }
 

@@ -328,8 +328,8 @@ impl Store {
         self.shared.signals.damaged.subscribe()
     }
 
-    /// Puts a report in the outbox; returns when it is durable. A status report replaces the one of the same kind and UID; events
-    /// are kept up to a bound, oldest dropped first. `id` is ignored, the store gives the next one.
+    /// Puts a report in the outbox; returns when it is durable. A status report replaces the one of the same kind and UID; an
+    /// event the one of its name; events are kept up to a bound, oldest dropped first. `id` is ignored, the store gives the next one.
     pub async fn report(&self, report: Report) -> Result<(), Error> {
         self.write(Write::Report(report)).await
     }

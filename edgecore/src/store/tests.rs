@@ -134,8 +134,13 @@ async fn the_outbox_coalesces_statuses_bounds_events_and_never_uses_an_id_twice(
     for event in 0..MAX_EVENTS + 20 {
         store.report(report(ReportKind::Event, &format!("e{event}"), "{}")).await.unwrap();
     }
+    for count in 0..MAX_EVENTS {
+        store.report(report(ReportKind::Event, "e30", &count.to_string())).await.unwrap();
+    }
     let events = store.pending_reports(0, 1 << 20).await.unwrap();
     assert_eq!((events.len(), events[0].name.as_str()), (MAX_EVENTS, "e20"));
+    let last_event = &events[MAX_EVENTS - 1];
+    assert_eq!((last_event.name.as_str(), &last_event.payload[..]), ("e30", (MAX_EVENTS - 1).to_string().as_bytes()));
     assert!(events[0].id > last);
     store.close().await;
     let again = reopen(dir.path());

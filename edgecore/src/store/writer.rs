@@ -485,6 +485,12 @@ fn put_report(connection: &Connection, report: &Report) -> rusqlite::Result<bool
             .prepare_cached("DELETE FROM outbox WHERE kind = ?1 AND uid = ?2")?
             .execute(params![kind, report.uid])?;
     }
+    if report.kind == ReportKind::Event {
+        // It counts what the older one of its name counted, too; one that repeats itself is not to push out all others.
+        connection
+            .prepare_cached("DELETE FROM outbox WHERE kind = ?1 AND uid = ?2 AND namespace = ?3 AND name = ?4")?
+            .execute(params![kind, report.uid, report.namespace, report.name])?;
+    }
     let mut insert = connection.prepare_cached(
         "INSERT INTO outbox (kind, uid, namespace, name, checksum, payload) VALUES (?1, ?2, ?3, ?4, 0, ?5)",
     )?;

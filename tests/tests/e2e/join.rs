@@ -54,6 +54,11 @@ fn joining_again_changes_nothing() -> Result<()> {
     story("join-again", |world| {
         let pods = world.run_pods(&sleeper("stays", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
         let before = (world.node()?["metadata"]["uid"].clone(), container_ids(&pods[0]));
+        // One of the same image is told that the node is there already.
+        let token = world.cloud.new_token(&[])?.token;
+        let other = world.dir().join("other-box").display().to_string();
+        let clone = world.edge.try_join(&world.address().to_string(), &token, &["--data-dir", &other])?;
+        ensure!(!clone.success && clone.text().contains("is connected now"), "a second box joined: {}", clone.text());
         for _ in 0..3 {
             let token = world.cloud.new_token(&["--uses", "1"])?.token;
             let output = world.edge.try_join(&world.address().to_string(), &token, &[])?;
@@ -71,17 +76,27 @@ fn joining_again_changes_nothing() -> Result<()> {
 #[test]
 fn a_join_may_be_interrupted_anywhere() -> Result<()> {
     alone("join-interrupted", Setup { joined: false, ..Setup::default() }, |world| {
-        // A slow line, so that there is something to interrupt.
-        world.relay.set(|line| line.latency = Duration::from_millis(60));
+        // A slow line, so that there is something to interrupt: what uses the token up is answered 150 ms later at the earliest.
+        world.relay.set(|line| line.latency = Duration::from_millis(150));
         let token = world.cloud.new_token(&["--uses", "1"])?.token;
-        for moment in 0..12_u64 {
+        let id = token.split('.').nth(1).context("no id in the token")?;
+        let mut killed_behind_use = 0;
+        for moment in 0.. {
             let mut join = world.edge.join_command(&world.address().to_string(), &token, &["--no-start"])?;
             let mut join = join.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-            std::thread::sleep(Duration::from_millis(40 * moment));
+            std::thread::sleep(Duration::from_millis(60 * moment));
+            if join.try_wait()?.is_some_and(|status| status.success()) {
+                break;
+            }
             join.kill()?;
             join.wait()?;
+            let listed = world.cloud.token(&["list"])?.stdout;
+            let used = listed.lines().any(|line| line.starts_with(id) && line.split_whitespace().nth(2) == Some("0"));
+            killed_behind_use += u32::from(used);
+            ensure!(moment < 100, "the join never ends; {listed}");
         }
-        // The token was good for one use: an interrupted join of the same box has not used it up.
+        // The token was good for one use: interrupted joins of the same box had used it already.
+        ensure!(killed_behind_use > 0, "no join was killed between the use of its token and its end");
         world.edge.join(&world.address().to_string(), &token)?;
         world.relay.heal();
         world.edge.start()?;
