@@ -33,11 +33,11 @@ mod ws;
 
 /// Bytes of a TCP connection that the system is to hold before it has sent them: it would take megabytes, and what is urgent waits behind
 /// them (`TCP_NOTSENT_LOWAT`).
-pub const UNSENT: u32 = 4 << 10;
+pub const UNSENT: u32 = 1 << 10;
 /// Bytes that TLS is to take before the system does.
 pub const TLS_BUFFER: usize = 16 << 10;
 /// At what frames are cut on a WebSocket, in bytes: what is urgent waits for one in its buffer and for one in the system.
-const WS_CUT: usize = 2 << 10;
+const WS_CUT: usize = 1 << 10;
 /// The longest frame of a class of streams, in bytes. Those are cut at [`CUT`]; what is longer has only its sender to thank.
 const MAX_CUT_FRAME: usize = 2 * CUT;
 /// Batches that are sent before what came is looked at.
