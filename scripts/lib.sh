@@ -22,7 +22,7 @@ need_root() {
 # end_with_children PID: ends a process of ours, if it still runs, and what it started.
 end_with_children() {
   local child
-  for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do end_with_children "$child"; done
+  for child in $(cat "/proc/$1"/task/*/children 2>/dev/null); do end_with_children "$child"; done
   kill "$1" 2>/dev/null || true
 }
 

@@ -76,12 +76,14 @@ pub trait Backend: Send + Sync + 'static {
     /// What a session gets.
     type Feed: Feed;
 
-    /// Creates the Node or takes it over for the same machine. The name can be a Node's; labels a node may not set are left out.
+    /// Creates the Node, or takes it over for the same machine unless that is `connected`. The name can be a Node's; labels a node may not
+    /// set are left out.
     fn register(
         &self,
         name: &str,
         machine_id: &str,
         labels: &BTreeMap<String, String>,
+        connected: bool,
     ) -> impl Future<Output = Result<NodeIdentity, RegisterError>> + Send;
 
     /// The epoch on the lease of a Node of this name, while that lasts: of a session here or at another replica.
@@ -128,6 +130,13 @@ pub enum RegisterError {
          `kubectl delete node {0}` first"
     )]
     NameTaken(String),
+    /// A box that has joined does not ask again: this one is another of the same image, or has lost what it had.
+    #[error(
+        "a box that joined as {0} is connected now; if that is another box of the same image, give this one a machine id of its own \
+         (`rm /etc/machine-id && systemd-machine-id-setup`) and a name (--node-name); if it is this one, with its data lost, stop the \
+         edgecore that still runs and join again in a minute"
+    )]
+    Connected(String),
     /// The Node exists and is none of ours.
     #[error("node {0} exists and is not an edge node: pick another name, or run `kubectl delete node {0}` first")]
     NotEdge(String),

@@ -236,8 +236,9 @@ impl Backend for K8sBackend {
         name: &str,
         machine_id: &str,
         labels: &BTreeMap<String, String>,
+        connected: bool,
     ) -> Result<NodeIdentity, RegisterError> {
-        nodes::register(&self.api, name, machine_id, labels).await
+        nodes::register(&self.api, name, machine_id, labels, connected).await
     }
 
     async fn leased(&self, name: &str) -> Result<Option<u64>, BackendError> {

@@ -282,6 +282,7 @@ mod tests {
             let mut places: Vec<(String, Place)> = Vec::new();
             let mut highest: HashMap<String, u64> = HashMap::new();
             for (step, which, last, now) in steps {
+                let (last, now) = (last * STEP / 2, now * STEP / 2);
                 let name = ["a", "b", "c", "d"][which];
                 match step {
                     0 | 1 => if let Ok(place) = sessions.begin(&node(name, "1"), last, now) {

@@ -61,13 +61,9 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         }
         check_labels(&request.labels)?;
         let key = NodeKey::from_csr(&request.csr).map_err(|error| csr_refused(&error))?;
-        // A box that has joined does not ask again: this one is another of the same image, or has lost what it had.
         let leased = self.backend.leased(&request.node).await.map_err(|error| unavailable(&error))?;
-        if self.sessions.has(&request.node) || leased.is_some_and(|epoch| !self.sessions.is_own(epoch)) {
-            return Err(No::new(StatusCode::CONFLICT, "node_connected", connected_message(&request.node)));
-        }
-
-        let node = self.backend.register(&request.node, &request.machine_id, &request.labels).await;
+        let connected = self.sessions.has(&request.node) || leased.is_some_and(|epoch| !self.sessions.is_own(epoch));
+        let node = self.backend.register(&request.node, &request.machine_id, &request.labels, connected).await;
         let node = node.map_err(|error| register_refused(&error))?;
         let certificate = self.authority.current().sign_node(&key, &node, now).map_err(|error| csr_refused(&error))?;
         self.tokens.consume(&token, joiner, now).await.map_err(|error| token_refused(&error))?;
@@ -110,14 +106,6 @@ pub(super) fn deleted_message(name: &str) -> String {
     format!(
         "the Node {name} that this box joined as was deleted from the cluster, so its pods are ended; to bring the box back, run \
          `edgecore reset` on it and join again with a new token"
-    )
-}
-
-fn connected_message(name: &str) -> String {
-    format!(
-        "a box that joined as {name} is connected now; if that is another box of the same image, give this one a machine id of its own \
-         (`rm /etc/machine-id && systemd-machine-id-setup`) and a name (--node-name); if it is this one, with its data lost, stop the \
-         edgecore that still runs and join again in a minute"
     )
 }
 
@@ -184,6 +172,7 @@ fn secrets_refused(error: &SecretError) -> No {
 fn register_refused(error: &RegisterError) -> No {
     let (status, reason) = match error {
         RegisterError::NameTaken(_) => (StatusCode::CONFLICT, "name_taken"),
+        RegisterError::Connected(_) => (StatusCode::CONFLICT, "node_connected"),
         RegisterError::NotEdge(_) => (StatusCode::CONFLICT, "name_not_edge"),
         RegisterError::Api(source) => return api_refused(source),
     };

@@ -83,6 +83,7 @@ impl Backend for FakeBackend {
         name: &str,
         machine_id: &str,
         _: &BTreeMap<String, String>,
+        connected: bool,
     ) -> Result<NodeIdentity, RegisterError> {
         let mut script = self.script.lock().unwrap();
         if script.away {
@@ -95,6 +96,9 @@ impl Backend for FakeBackend {
         let held = script.nodes.entry(name.to_owned()).or_insert_with(|| (uid, machine_id.to_owned()));
         if held.1 != machine_id {
             return Err(RegisterError::NameTaken(name.to_owned()));
+        }
+        if connected {
+            return Err(RegisterError::Connected(name.to_owned()));
         }
         Ok(NodeIdentity { name: name.to_owned(), uid: held.0.clone() })
     }
@@ -497,6 +501,8 @@ async fn another_box_of_the_same_image_does_not_join_while_the_first_is_connecte
     let (edge, _opened, welcome) = cloud.session(&node, "box-1", 0).await;
     let (status, no) = cloud.join(&token, &clone).await.unwrap_err();
     assert_eq!((status, no.reason.as_str()), (409, "node_connected"));
+    let stranger = JoinRequest { machine_id: "another".to_owned(), ..request("box-1", &Identity::new()) };
+    assert_eq!(cloud.join(&token, &stranger).await.unwrap_err().1.reason, "name_taken");
     assert!(no.message.contains("machine-id") && no.message.contains("--node-name"), "{}", no.message);
     drop(edge);
     while cloud.front.sessions.has("box-1") {

@@ -21,7 +21,7 @@ const MACHINE_ANNOTATION: &str = "skerry.dev/machine-id";
 /// Someone else may create or delete the Node while we look.
 const ATTEMPTS: usize = 4;
 
-/// Creates the Node, or takes it over for the same machine. `name` can be a Node's.
+/// Creates the Node, or takes it over for the same machine, unless that is `connected`. `name` can be a Node's.
 ///
 /// Never for another machine, however long the first has not been heard of: it may only be offline, and would come back as a second one
 /// under the same name. Only whoever may delete the Node can say that it will not.
@@ -30,6 +30,7 @@ pub(crate) async fn register(
     name: &str,
     machine_id: &str,
     wanted: &BTreeMap<String, String>,
+    connected: bool,
 ) -> Result<NodeIdentity, RegisterError> {
     let failed = |source| RegisterError::Api(BackendError { action: format!("register node {name}"), source });
     let labels = labels::of_node(name, wanted);
@@ -40,6 +41,9 @@ pub(crate) async fn register(
             None => api.create(Kind::Node, "", new_node(name, machine_id, &labels)).await,
             Some(node) => {
                 may_take_over(name, machine_id, &node)?;
+                if connected {
+                    return Err(RegisterError::Connected(name.to_owned()));
+                }
                 let uid = node.metadata.uid.unwrap_or_default();
                 let patch = json!({"metadata": {"uid": uid, "labels": labels, "annotations": {MACHINE_ANNOTATION: machine_id}}});
                 api.patch(Kind::Node, "", name, &Patch::Merge(patch)).await

@@ -36,12 +36,21 @@ pub struct Edge {
     /// Sent in this session.
     sent: VecDeque<Report>,
     /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
-    later: Vec<(Duration, Report)>,
+    later: Vec<Later>,
     /// How often reports were given back in this session, by their ids.
     given_back: BTreeMap<u64, u32>,
     /// Names the next [`EdgeOutput::Apply`]; goes on over sessions, so that a commit that ends late acknowledges nothing of another.
     next_ticket: u64,
     session: Option<Session>,
+}
+
+/// A report that the cloud gave back.
+#[derive(Debug)]
+struct Later {
+    due: Duration,
+    /// For how long the cloud gave it back.
+    told: Duration,
+    report: Report,
 }
 
 /// One change of the store.
@@ -223,9 +232,13 @@ impl Edge {
                 }
             }
             EdgeInput::Committed { ticket } => self.committed(ticket, &mut out),
-            // The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays that one's.
-            EdgeInput::Report(report) => match self.later.iter_mut().find(|(_, old)| replaces(&report, old)) {
-                Some((_, old)) => *old = report,
+            // The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays that one's,
+            // but for what that waited longer because it had been given back before.
+            EdgeInput::Report(report) => match self.later.iter_mut().find(|old| replaces(&report, &old.report)) {
+                Some(old) => {
+                    old.due = old.due.min(now + old.told);
+                    old.report = report;
+                }
                 None => {
                     self.queued.retain(|old| !replaces(&report, old));
                     self.queued.push_back(report);
@@ -255,7 +268,7 @@ impl Edge {
             if !session.established {
                 return dead;
             }
-            let again = self.later.iter().map(|(due, _)| *due).min();
+            let again = self.later.iter().map(|later| later.due).min();
             session.ping_due().min(dead).min(again.unwrap_or(dead))
         })
     }
@@ -263,7 +276,7 @@ impl Edge {
     fn connected(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
         // What was sent on the last session and not answered goes again, before what is newer, except what was replaced meanwhile.
         // Another cloud may take what the last one gave back, but need not do so first.
-        self.queued.extend(self.later.drain(..).map(|(_, report)| report));
+        self.queued.extend(self.later.drain(..).map(|later| later.report));
         self.given_back.clear();
         let unanswered: Vec<Report> = self.sent.drain(..).collect();
         for report in unanswered.into_iter().rev() {
@@ -372,18 +385,19 @@ impl Edge {
                 };
                 let Some(report) = self.sent.remove(at) else { return Ok(()) };
                 let times = self.given_back.remove(&later.id).unwrap_or_default();
-                let later_ids = self.later.iter().map(|(_, kept)| kept.id);
+                let later_ids = self.later.iter().map(|kept| kept.report.id);
                 let kept: BTreeSet<u64> =
                     self.queued.iter().chain(&self.sent).map(|kept| kept.id).chain(later_ids).collect();
                 self.given_back.retain(|id, _| kept.contains(id));
-                // Of what counts only once the newest goes again, if it is not on its way already.
-                if !self.sent.iter().skip(at).any(|new| replaces(new, &report)) {
+                // Of what counts only once the newest goes again, if it is not on its way, or given back, already.
+                let mut newer = self.sent.iter().skip(at).chain(self.later.iter().map(|kept| &kept.report));
+                if !newer.any(|new| replaces(new, &report)) {
                     let newer = self.queued.iter().position(|new| replaces(new, &report));
                     let newest = newer.and_then(|at| self.queued.remove(at)).unwrap_or(report);
                     let told = Duration::from_millis(later.after_ms.into());
                     let after = told.saturating_mul(2_u32.saturating_pow(times)).min(MOST_LATER).max(told);
                     self.given_back.insert(newest.id, times + 1);
-                    self.later.push((now + after, newest));
+                    self.later.push(Later { due: now + after, told, report: newest });
                 }
                 Ok(())
             }
@@ -517,8 +531,8 @@ impl Edge {
     /// Sends as many reports as may be on their way at once.
     fn drain(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
         let Some(session) = self.session.as_ref().filter(|session| session.established) else { return };
-        while let Some(at) = self.later.iter().position(|(due, _)| *due <= now) {
-            self.queued.push_back(self.later.swap_remove(at).1);
+        while let Some(at) = self.later.iter().position(|later| later.due <= now) {
+            self.queued.push_back(self.later.swap_remove(at).report);
         }
         while self.sent.len() < REPORT_WINDOW
             && let Some(report) = self.queued.pop_front()

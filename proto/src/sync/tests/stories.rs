@@ -479,13 +479,26 @@ fn what_the_cloud_gives_back_again_and_again_waits_longer_each_time() {
     sent(&mut edge, now, later(2, 400));
     sent(&mut edge, now + 399, EdgeInput::Heard);
     assert_eq!(sent(&mut edge, now + 400, EdgeInput::Timeout), [2]);
-    // So is all of it in another session.
+    // What replaces one that waits longer and longer does not wait longer than the cloud said.
+    assert!(sent(&mut edge, now + 400, later(2, 400)).is_empty());
+    now += 400;
+    assert!(sent(&mut edge, now, pod_report(3, "p")).is_empty());
+    sent(&mut edge, now + 399, EdgeInput::Heard);
+    assert!(sent(&mut edge, now + 399, EdgeInput::Timeout).is_empty());
+    now += 400;
+    assert_eq!(sent(&mut edge, now, EdgeInput::Timeout), [3]);
+    // Of two on their way the older is not needed when the newer was given back.
+    assert_eq!(sent(&mut edge, now, pod_report(4, "p")), [4]);
+    assert!(sent(&mut edge, now, later(4, 1)).is_empty() && sent(&mut edge, now, later(3, 1)).is_empty());
+    now += 1;
+    assert_eq!(sent(&mut edge, now, EdgeInput::Timeout), [4]);
+    // All of it is new in another session.
     sent(&mut edge, now, EdgeInput::Disconnected);
     sent(&mut edge, now, EdgeInput::Connected);
-    assert_eq!(sent(&mut edge, now, welcome(2)), [2]);
-    sent(&mut edge, now, later(2, 400));
+    assert_eq!(sent(&mut edge, now, welcome(2)), [4]);
+    sent(&mut edge, now, later(4, 400));
     sent(&mut edge, now + 399, EdgeInput::Heard);
-    assert_eq!(sent(&mut edge, now + 400, EdgeInput::Timeout), [2]);
+    assert_eq!(sent(&mut edge, now + 400, EdgeInput::Timeout), [4]);
 }
 
 #[test]
