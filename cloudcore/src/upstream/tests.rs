@@ -36,14 +36,13 @@ impl World {
     fn answer(&mut self, method: &str, path: &str, body: &[u8]) -> (u16, Value) {
         self.asked.push(format!("{method} {}", path.rsplit('/').next().unwrap_or_default()));
         match (method, path) {
-            ("GET", "/api/v1/nodes/e") => (200, self.node.clone()),
+            ("GET", "/api/v1/nodes/e") | ("PATCH", "/api/v1/nodes/e/status") => (200, self.node.clone()),
             ("PATCH", "/api/v1/nodes/e") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();
                 assert_eq!(patch["metadata"]["resourceVersion"], self.node["metadata"]["resourceVersion"]);
                 self.claim(patch["metadata"]["annotations"][EPOCH_ANNOTATION].as_str().unwrap().parse().unwrap());
                 (200, self.node.clone())
             }
-            ("PATCH", "/api/v1/nodes/e/status") => (200, self.node.clone()),
             ("GET", "/api/v1/namespaces/n/pods/p") => (200, self.pod.clone()),
             ("PATCH", "/api/v1/namespaces/n/pods/p/status") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();

@@ -551,7 +551,6 @@ impl World {
                 let by = self.dice.roll(20_000);
                 self.pass_time(Duration::from_millis(by.try_into().unwrap()));
             }
-            950..955 => self.disconnect(),
             955..977 => self.connect(),
             977..983 => {
                 let (up, down) = (self.dice.one_in(2), self.dice.one_in(2));
@@ -569,7 +568,7 @@ impl World {
                 self.replicas[at] = Replica::new(&self.apiserver).with_clock(skew, salt);
             }
             993..994 if self.same_clocks => self.replace_disk(Disk::default()),
-            993..994 => self.disconnect(),
+            950..955 | 993..994 => self.disconnect(),
             994..996 => self.node.rot(&mut self.dice),
             996..998 => self.node.backup = Some(self.node.disk.clone()),
             _ => {
