@@ -3,13 +3,13 @@
 //! Losing it (an agent restart, a power cut) costs crash history and nothing else: the runtime tells what runs, and the store
 //! gives the last status back. What was decided or has failed is entered here by the methods below, never by [`super::plan`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::PodStatus;
 
 use super::backoff::{CrashBackoff, ImageBackoff, after};
-use super::observed::Observed;
+use super::observed::{Observed, State};
 use super::plan::{Action, Plan};
 
 /// A failed step that has no timer of its own is tried again after this.
@@ -320,6 +320,32 @@ impl Memory {
         }
         for error in self.start_errors.values_mut() {
             error.retry_at = None;
+        }
+    }
+
+    /// An instance whose start the agent's death broke off has ended without ever having been started, and nobody has said so yet: it counts
+    /// as one that was made and not started. A start that failed in this agent's life has left an error.
+    pub fn take_back_interrupted(&self, observed: &mut Observed) {
+        let reported = |id: &str| {
+            let statuses = self.last_status.iter().flat_map(|status| {
+                [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+            });
+            statuses.flatten().flatten().any(|status| {
+                let ended = status.state.as_ref().and_then(|state| state.terminated.as_ref());
+                ended.and_then(|ended| ended.container_id.as_deref()).is_some_and(|reported| reported.ends_with(id))
+            })
+        };
+        let mut seen = BTreeSet::new();
+        for instance in &mut observed.containers {
+            let is_newest = seen.insert(instance.name.clone());
+            if is_newest
+                && instance.state == State::Exited
+                && instance.started_at.is_none()
+                && !self.start_errors.contains_key(&instance.name)
+                && !reported(&instance.id)
+            {
+                instance.state = State::Created;
+            }
         }
     }
 

@@ -165,9 +165,10 @@ impl Worker {
         }
     }
 
-    async fn turn(&mut self, desired: &Desired, observed: Observed) -> Turn {
+    async fn turn(&mut self, desired: &Desired, mut observed: Observed) -> Turn {
         let Desired { pod, life, .. } = desired;
         let now = clock::wall();
+        self.memory.take_back_interrupted(&mut observed);
         self.take_in(desired, &observed, now);
         self.memory.prune(&observed);
         self.forgive_pulls(pod, now).await;

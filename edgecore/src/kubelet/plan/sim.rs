@@ -151,6 +151,7 @@ impl World {
     /// One round of the shell's loop. Returns the plan if there was nothing to do.
     fn turn(&mut self) -> Option<Plan> {
         self.memory.prune(&self.observed);
+        self.memory.take_back_interrupted(&mut self.observed);
         let plan = plan(&self.pod, self.life, &self.observed, &self.memory, self.now);
         let known: BTreeSet<String> = self.observed.containers.iter().map(|instance| instance.id.clone()).collect();
         self.memory.note(&plan);
@@ -387,6 +388,11 @@ impl World {
         };
         self.observed.containers.insert(0, instance);
         if self.chance(40) {
+            if self.chance(2) {
+                // With it, what the runtime was asked for.
+                let now = self.now;
+                exit(&mut self.observed.containers[0], 128, now);
+            }
             return Outcome::AgentDied;
         }
         runs.insert(hash);

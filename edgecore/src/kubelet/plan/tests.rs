@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::PodStatus;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::kubelet::memory::{Failure, PostStart, ProbeResult, Probes, Volumes};
+use crate::kubelet::memory::{Failure, PostStart, ProbeResult, Probes, StartError, Volumes};
 use crate::kubelet::spec::container_hash;
 use crate::kubelet::status::status;
 
@@ -590,6 +590,39 @@ fn a_restart_count_survives_the_loss_of_records() {
     assert_snapshot!(scene.show(4), @"
     Sync
     start c/7 in sb0
+    ");
+}
+
+#[test]
+fn a_start_that_died_with_the_agent_is_no_restart() {
+    let interrupted = || {
+        let mut scene = app("Always").sandbox(0, true).ran("c", 0, 2, Some(128));
+        scene.observed.containers[0].started_at = None;
+        scene
+    };
+    let again = |mut scene: Scene| {
+        scene.memory.take_back_interrupted(&mut scene.observed);
+        scene.show(3)
+    };
+    assert_snapshot!(again(interrupted()), @"
+    Sync
+    remove c-0 !
+    start c/0 in sb0
+    ");
+    // One that failed in this agent's life, or was told of in an earlier one, has been tried.
+    let mut failed = interrupted();
+    let hash = failed.observed.containers[0].hash;
+    let (reason, message) = ("RunContainerError".to_owned(), String::new());
+    failed.memory.start_errors.insert("c".to_owned(), StartError { reason, message, hash, retry_at: None });
+    assert_snapshot!(again(failed), @"
+    Sync
+    start c/1 in sb0
+    ");
+    let mut told = interrupted();
+    told.memory.last_status = Some(told.status(3));
+    assert_snapshot!(again(told), @"
+    Sync
+    start c/1 in sb0
     ");
 }
 
