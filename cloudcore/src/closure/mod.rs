@@ -361,20 +361,25 @@ impl Closures {
         self.nodes.get(name).map(|node| NodeIdentity { name: name.to_owned(), uid: node.uid.clone() })
     }
 
+    /// What is known of exactly this Node.
+    fn known(&self, node: &NodeIdentity) -> Option<&Node> {
+        self.nodes.get(node.name.as_str()).map(Box::as_ref).filter(|known| known.uid == node.uid)
+    }
+
     /// The newest session that a Node is known to have had, if it is known.
     pub(crate) fn claim(&self, node: &NodeIdentity) -> Option<u64> {
-        let known = self.nodes.get(node.name.as_str()).filter(|known| known.uid == node.uid)?;
+        let known = self.known(node)?;
         Some(known.claim.max(known.here))
     }
 
     /// Whether the Node names no session: none has ever claimed it, or reported for it.
     pub(crate) fn names_none(&self, node: &NodeIdentity) -> bool {
-        self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid && known.claim == 0)
+        self.known(node).is_some_and(|known| known.claim == 0)
     }
 
     /// Whether a session of a higher epoch has the node.
     pub(crate) fn is_superseded(&self, node: &NodeIdentity, epoch: u64) -> bool {
-        self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid && known.claim > epoch)
+        self.known(node).is_some_and(|known| known.claim > epoch)
     }
 
     /// A session has claimed the node, or another one has.
@@ -395,7 +400,7 @@ impl Closures {
 
     /// The version of a Node as the watch last showed it, and the session that it names.
     pub(crate) fn node_version(&self, node: &NodeIdentity) -> Option<(String, u64)> {
-        let known = self.nodes.get(node.name.as_str()).filter(|known| known.uid == node.uid)?;
+        let known = self.known(node)?;
         Some((known.resource_version.to_string(), known.claim))
     }
 
@@ -411,7 +416,7 @@ impl Closures {
 
     /// Nodes that have a session and are not known here.
     pub(crate) fn strangers(&self) -> Vec<NodeIdentity> {
-        let known = |node: &NodeIdentity| self.nodes.get(node.name.as_str()).is_some_and(|known| known.uid == node.uid);
+        let known = |node: &NodeIdentity| self.known(node).is_some();
         self.subscribers.nodes().filter(|node| !known(node)).collect()
     }
 

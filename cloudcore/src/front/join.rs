@@ -61,8 +61,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         }
         check_labels(&request.labels)?;
         let key = NodeKey::from_csr(&request.csr).map_err(|error| csr_refused(&error))?;
-        let leased = self.backend.leased(&request.node).await.map_err(|error| unavailable(&error))?;
-        let connected = self.sessions.has(&request.node) || leased.is_some_and(|epoch| !self.sessions.is_own(epoch));
+        let connected = self.sessions.has(&request.node) || self.is_leased_elsewhere(&request.node).await?;
         let node = self.backend.register(&request.node, &request.machine_id, &request.labels, connected).await;
         let node = node.map_err(|error| register_refused(&error))?;
         let certificate = self.authority.current().sign_node(&key, &node, now).map_err(|error| csr_refused(&error))?;
@@ -74,6 +73,12 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         }
         info!(node = shown(&node), peer, token = token.id, "joined");
         Ok(self.response(certificate, now))
+    }
+
+    /// Whether another replica has a session of a node, by its lease.
+    async fn is_leased_elsewhere(&self, name: &str) -> Result<bool, No> {
+        let leased = self.backend.leased(name).await.map_err(|error| unavailable(&error))?;
+        Ok(leased.is_some_and(|epoch| !self.sessions.is_own(epoch)))
     }
 
     /// Signs a new certificate for a node that has one, which may have expired, but not too long ago.
@@ -120,8 +125,8 @@ pub(super) fn expired_message(certificate: &NodeCertificate) -> String {
 /// What a node hears whose certificate is good for nothing any more.
 pub(super) fn too_old_message(certificate: &NodeCertificate) -> String {
     format!(
-        "the certificate of the node {} expired at {}, longer ago than twice the time it was good for, and is not renewed any more; run `edgecore reset` \
-         on the box and join again with a new token",
+        "the certificate of the node {} expired at {}, longer ago than twice the time it was good for, and is not renewed any \
+         more; run `edgecore reset` on the box and join again with a new token",
         certificate.node.name, certificate.not_after
     )
 }

@@ -320,7 +320,7 @@ impl Upstream {
     async fn attempt(&self, queue: &Queue, report: &Report, tried: bool) -> Outcome {
         // The status of a pod is fenced by itself, each time.
         if tried && report.kind != ReportKind::PodStatus {
-            match self.is_named(queue).await {
+            match self.is_newest(queue).await {
                 Ok(true) => {}
                 Ok(false) => return Outcome::Superseded,
                 Err(outcome) => return outcome,

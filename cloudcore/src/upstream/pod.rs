@@ -184,11 +184,11 @@ impl Upstream {
         if lock(&queue.state).wrote(&pod.uid, &pod.status) {
             return Ok(true);
         }
-        self.is_named(queue).await
+        self.is_newest(queue).await
     }
 
     /// Whether the Node, asked for at the apiserver, names no newer session than this one.
-    pub(super) async fn is_named(&self, queue: &Queue) -> Result<bool, Outcome> {
+    pub(super) async fn is_newest(&self, queue: &Queue) -> Result<bool, Outcome> {
         match nodes::check(&self.api, &queue.node).await {
             Ok(NodeCheck::Live { epoch }) if epoch > queue.epoch => {
                 self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(epoch));

@@ -1,7 +1,8 @@
 //! Events: what the kubelet tells people, in the words of the upstream kubelet, sent through the outbox.
 //!
 //! The same event about the same object has the same name as long as it is counted, so that it can be sent twice and counts up instead
-//! of piling up; an agent that was started anew begins another one, as the kubelet does. Chatty objects are held back (a burst of 25, then one in 5 minutes, as upstream does), and pods' work never waits.
+//! of piling up; an agent that was started anew begins another one, as the kubelet does. Chatty objects are held back (a burst of 25, then
+//! one in 5 minutes, as upstream does), and pods' work never waits.
 
 use std::collections::HashMap;
 

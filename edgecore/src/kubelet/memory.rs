@@ -3,13 +3,13 @@
 //! Losing it (an agent restart, a power cut) costs crash history and nothing else: the runtime tells what runs, and the store
 //! gives the last status back. What was decided or has failed is entered here by the methods below, never by [`super::plan`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::PodStatus;
 
 use super::backoff::{CrashBackoff, ImageBackoff, after};
-use super::observed::{Observed, State};
+use super::observed::{Instance, Observed, State};
 use super::plan::{Action, Plan};
 
 /// A failed step that has no timer of its own is tried again after this.
@@ -335,17 +335,16 @@ impl Memory {
                 ended.and_then(|ended| ended.container_id.as_deref()).is_some_and(|reported| reported.ends_with(id))
             })
         };
-        let mut seen = BTreeSet::new();
-        for instance in &mut observed.containers {
-            let is_newest = seen.insert(instance.name.clone());
-            if is_newest
-                && instance.state == State::Exited
+        let is_interrupted = |instance: &Instance| {
+            instance.state == State::Exited
                 && instance.started_at.is_none()
                 && !self.start_errors.contains_key(&instance.name)
+                && observed.newest(&instance.name).is_some_and(|newest| newest.id == instance.id)
                 && !reported(&instance.id)
-            {
-                instance.state = State::Created;
-            }
+        };
+        let interrupted: Vec<bool> = observed.containers.iter().map(is_interrupted).collect();
+        for (instance, _) in observed.containers.iter_mut().zip(interrupted).filter(|(_, interrupted)| *interrupted) {
+            instance.state = State::Created;
         }
     }
 

@@ -503,11 +503,10 @@ fn what_the_cloud_gives_back_again_and_again_waits_longer_each_time() {
 
 #[test]
 fn what_the_cloud_gives_back_holds_nothing_up_and_goes_again_in_its_time() {
-    let report = pod_report;
     let mut edge = Edge::new("n", "b", "s", "edge", 0, []);
     let window = u64::try_from(REPORT_WINDOW).unwrap();
     for id in 1..=window + 2 {
-        assert!(sent(&mut edge, 0, report(id, &format!("p{id}"))).is_empty());
+        assert!(sent(&mut edge, 0, pod_report(id, &format!("p{id}"))).is_empty());
     }
     sent(&mut edge, 0, EdgeInput::Connected);
     assert_eq!(sent(&mut edge, 0, welcome(1)), Vec::from_iter(1..=window));
@@ -516,15 +515,15 @@ fn what_the_cloud_gives_back_holds_nothing_up_and_goes_again_in_its_time() {
     assert_eq!(sent(&mut edge, 0, later(2, 5)), [window + 2]);
     assert!(sent(&mut edge, 0, later(3, 10)).is_empty());
     // News about the same wait as long.
-    assert!(sent(&mut edge, 1, report(100, "p1")).is_empty());
-    assert_eq!(sent(&mut edge, 2, report(101, "other")), [101]);
+    assert!(sent(&mut edge, 1, pod_report(100, "p1")).is_empty());
+    assert_eq!(sent(&mut edge, 2, pod_report(101, "other")), [101]);
     assert!(sent(&mut edge, 2, later(4, 20)).is_empty());
     assert_eq!(edge.next_timeout(), Some(Duration::from_secs(5)));
     assert_eq!(sent(&mut edge, 5, EdgeInput::Timeout), [2]);
     assert!(sent(&mut edge, 5, later(5, 20)).is_empty() && sent(&mut edge, 5, later(6, 20)).is_empty());
     assert_eq!(sent(&mut edge, 10, EdgeInput::Timeout), [100, 3]);
     // Of two about the same that are on their way, the older need not come again.
-    assert!(sent(&mut edge, 10, report(102, "p7")).is_empty());
+    assert!(sent(&mut edge, 10, pod_report(102, "p7")).is_empty());
     assert_eq!(sent(&mut edge, 10, later(8, 20)), [102]);
     assert!(sent(&mut edge, 10, later(7, 20)).is_empty());
     // Another session begins with what had no answer.
