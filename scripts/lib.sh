@@ -21,8 +21,9 @@ need_root() {
 
 # end_with_children PID: ends a process of ours, if it still runs, and what it started.
 end_with_children() {
-  local child
-  for child in $(cat "/proc/$1"/task/*/children 2>/dev/null); do end_with_children "$child"; done
+  local child children
+  read -r -a children -d '' < <(cat "/proc/$1"/task/*/children 2>/dev/null) || true
+  for child in "${children[@]}"; do end_with_children "$child"; done
   kill "$1" 2>/dev/null || true
 }
 
