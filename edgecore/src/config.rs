@@ -264,8 +264,10 @@ impl Config {
         }
         let control = self.control_socket(data_dir);
         if !control.is_absolute() || control.as_os_str().len() > SOCKET_PATH_MAX {
-            let cause =
-                format!("{control:?} must be an absolute path of at most {SOCKET_PATH_MAX} bytes; set a shorter one");
+            let remedy = if self.control_socket.is_some() { "set" } else { "choose a shorter --data-dir, or set" };
+            let cause = format!(
+                "{control:?} must be an absolute path of at most {SOCKET_PATH_MAX} bytes; {remedy} a shorter one"
+            );
             return Err(("control_socket", cause));
         }
         let dmi = &self.dmi_socket;
@@ -410,6 +412,14 @@ mod tests {
                 assert!(error.contains(word), "{word:?} is not in: {error}");
             }
         }
+    }
+
+    #[test]
+    fn a_data_directory_too_long_for_its_socket_is_named() {
+        let text = "server = \"h:1\"\nnode_name = \"n\"\n";
+        let error = Config::parse(Path::new("config.toml"), text, Path::new(&format!("/{}", "x".repeat(120))));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("`control_socket`") && error.contains("choose a shorter --data-dir"), "{error}");
     }
 
     #[test]

@@ -10,9 +10,9 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use jiff::Timestamp;
 use skerry_proto::token::JoinToken;
-use tokio::process::Command;
 
-use super::DataDir;
+use super::unit::systemctl;
+use super::{DataDir, unit};
 use crate::config::{self, Config, parse_label};
 use crate::enroll::{self, Applicant};
 use crate::identity::Identity;
@@ -22,8 +22,8 @@ use crate::preflight::{self, Check, Places, Verdict};
 use crate::store::Snapshot;
 use crate::{app, clock, files, order};
 
-const UNIT: &str = include_str!("../../../deploy/systemd/edgecore.service");
-pub(super) const UNIT_PATH: &str = "/etc/systemd/system/edgecore.service";
+/// Name of the lock's file in the data directory: what a join makes there first.
+pub(super) const LOCK: &str = "join.lock";
 /// The clocks of box and cloud may differ by this before somebody is told.
 const SKEW_SECONDS: i64 = 300;
 
@@ -62,17 +62,26 @@ pub(super) struct Join {
 impl Join {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut out = std::io::stdout();
+        let data_dir = &self.data.data_dir;
+        let program = std::env::current_exe().context("cannot find out where edgecore is")?;
+        let command = unit::command(&program, data_dir);
+        // What cannot become the service is refused before anything is made.
+        let service = if !self.no_start && unit::is_systemd() {
+            Some(unit::text(unit::installed().as_deref(), &program, data_dir)?)
+        } else {
+            None
+        };
         let changed = self.join(&Places::default(), clock::wall(), &mut out).await?;
-        let running = app::running(&self.data.data_dir);
-        if !self.no_start && Path::new("/run/systemd/system").exists() {
-            self.start(changed, &mut out).await?;
+        let running = app::running(data_dir);
+        if let Some(service) = service {
+            start(&service, changed, &mut out).await?;
         } else if let Some(pid) = running {
             let remedy = if changed { "; restart it to take the changes up" } else { "" };
             writeln!(out, "joined; edgecore runs already (process {pid}){remedy}")?;
         } else if self.no_start {
-            writeln!(out, "joined; start it with: {}", self.command()?)?;
+            writeln!(out, "joined; start it with: {command}")?;
         } else {
-            writeln!(out, "joined; there is no systemd here, so run it under what there is: {}", self.command()?)?;
+            writeln!(out, "joined; there is no systemd here, so run it under what there is: {command}")?;
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -86,7 +95,7 @@ impl Join {
             .mode(0o700)
             .create(data_dir)
             .with_context(|| format!("cannot make {}", data_dir.display()))?;
-        let _lock = app::lock(&data_dir.join("join.lock"))?;
+        let _lock = app::lock(&data_dir.join(LOCK))?;
         let before = match Config::load(data_dir) {
             Ok(config) => Some(config),
             Err(config::ConfigError::Missing(_)) => None,
@@ -104,7 +113,8 @@ impl Join {
         }
         let fatal = checks.iter().filter(|check| check.is_fatal()).count();
         if fatal > 0 {
-            bail!("{fatal} of {} checks failed; nothing was changed", checks.len());
+            let still = if identity.is_some() { "joined as before" } else { "not joined" };
+            bail!("{fatal} of {} checks failed; {still}", checks.len());
         }
         if identity.is_none() {
             self.enroll(&config, now, out).await?;
@@ -220,44 +230,22 @@ impl Join {
         }
         Ok(())
     }
-
-    fn command(&self) -> anyhow::Result<String> {
-        let program = std::env::current_exe().context("cannot find out where edgecore is")?;
-        Ok(format!("{} run --data-dir {}", program.display(), self.data.data_dir.display()))
-    }
-
-    async fn start(&self, changed: bool, out: &mut impl Write) -> anyhow::Result<()> {
-        let unit = UNIT
-            .lines()
-            .map(|line| {
-                if line.starts_with("ExecStart=") {
-                    Ok(format!("ExecStart={}\n", self.command()?))
-                } else {
-                    Ok(format!("{line}\n"))
-                }
-            })
-            .collect::<anyhow::Result<String>>()?;
-        if std::fs::read_to_string(UNIT_PATH).ok().as_deref() != Some(&unit) {
-            files::write(Path::new(UNIT_PATH), unit.as_bytes(), 0o644)
-                .with_context(|| format!("cannot write {UNIT_PATH}"))?;
-            systemctl(&["daemon-reload"]).await?;
-        }
-        systemctl(&["enable", "edgecore.service"]).await?;
-        systemctl(&[if changed { "restart" } else { "start" }, "edgecore.service"]).await?;
-        say(out, "service", Verdict::Ok("edgecore.service runs and starts at boot; see `edgecore status`".to_owned()))
-    }
 }
 
-pub(super) async fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new("systemctl").args(arguments).output().await.context("cannot run systemctl")?;
-    if !output.status.success() {
-        bail!(
-            "`systemctl {}` failed: {}; see `journalctl -u edgecore`",
-            arguments.join(" "),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+/// Installs the service, and has it run with what is configured now.
+async fn start(service: &str, changed: bool, out: &mut impl Write) -> anyhow::Result<()> {
+    let before = unit::installed();
+    let is_new = before.as_deref() != Some(service);
+    if is_new {
+        files::write(Path::new(unit::PATH), service.as_bytes(), 0o644)
+            .with_context(|| format!("cannot write {}", unit::PATH))?;
+        systemctl(&["daemon-reload"]).await?;
     }
-    Ok(())
+    systemctl(&["enable", "edgecore.service"]).await?;
+    // One that runs goes on as it was started, whatever its unit says by now.
+    let restart = changed || (is_new && before.is_some());
+    systemctl(&[if restart { "restart" } else { "start" }, "edgecore.service"]).await?;
+    say(out, "service", Verdict::Ok("edgecore.service runs and starts at boot; see `edgecore status`".to_owned()))
 }
 
 /// A box whose Node was deleted has ended its pods, and its certificate is refused: a new token alone does not bring it back.

@@ -1,9 +1,10 @@
 //! The command line: the agent itself, and what a technician does at the box.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{PathBuf, absolute};
 use std::process::ExitCode;
 
+use clap::builder::{PathBufValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand};
 use tracing::level_filters::LevelFilter;
 
@@ -22,6 +23,7 @@ mod spdy;
 mod status;
 mod terminal;
 mod top;
+mod unit;
 
 /// The agent of an edge node of Skerry.
 #[derive(Parser, Debug)]
@@ -67,7 +69,8 @@ struct Run {
 #[derive(Args, Debug, Clone)]
 struct DataDir {
     /// Where edgecore keeps its own state.
-    #[arg(long, default_value = DATA_DIR)]
+    // Absolute, for a service, a socket's clients and an agent may each work from another directory.
+    #[arg(long, default_value = DATA_DIR, value_parser = PathBufValueParser::new().try_map(absolute::<PathBuf>))]
     data_dir: PathBuf,
 }
 
@@ -157,6 +160,16 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    #[test]
+    fn a_relative_data_directory_is_where_one_stands() {
+        for (given, there) in [("state/edge", "state/edge"), ("./state", "state"), ("/srv/state", "/srv/state")] {
+            let cli = Cli::try_parse_from(["edgecore", "run", "--data-dir", given]).unwrap();
+            let Command::Run(run) = cli.command else { panic!("{given} is not taken") };
+            assert_eq!(run.data.data_dir, std::env::current_dir().unwrap().join(there));
+        }
+        assert!(Cli::try_parse_from(["edgecore", "run", "--data-dir", ""]).is_err());
+    }
 
     #[test]
     fn the_command_line_is_consistent_and_unknown_flags_are_refused() {

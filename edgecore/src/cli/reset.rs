@@ -1,5 +1,8 @@
-//! `edgecore reset`: takes everything of edgecore off a box. Goes on after a failure, and says at the end what is left.
+//! `edgecore reset`: takes everything of edgecore off a box. Goes on after a failure, and says at the end what is left. Wherever the
+//! configuration points, what goes there is known by its name, and nothing else goes.
 
+use std::ffi::OsStr;
+use std::fs::DirEntry;
 use std::io::{BufRead as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,8 +17,8 @@ use skerry_proto::cri::runtime_service_client::RuntimeServiceClient;
 use skerry_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest};
 use tokio::process::Command;
 
-use super::join::{UNIT_PATH, systemctl};
-use super::{DATA_DIR, DataDir};
+use super::unit::systemctl;
+use super::{DataDir, join, unit};
 use crate::config::{self, Config};
 use crate::control::{self, Request};
 use crate::devices::mqtt;
@@ -27,6 +30,12 @@ use crate::{app, cni, files, identity, store};
 /// How long the agent may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// What the names in the directory of an identity begin with.
+const IDENTITY: [&str; 3] = ["node.crt", "node.key", "ca.crt"];
+/// In how many parts the name of a pod's directory comes, of which the last is the UID: `<uid>`.
+const POD_PARTS: usize = 1;
+/// The same of the directory of its logs: `<namespace>_<name>_<uid>`.
+const LOG_PARTS: usize = 3;
 
 #[derive(Args, Debug)]
 pub(super) struct Reset {
@@ -46,24 +55,22 @@ impl Reset {
             Ok(config) => config,
             // Without one nothing was joined from here: what lies in the system's directories is not this data directory's.
             Err(config::ConfigError::Missing(_)) => {
-                let config = Config::new(&"localhost".parse()?, "unknown");
-                remove_state(data_dir, &config, false)?;
+                let mut config = Config::new(&"localhost".parse()?, "unknown");
+                config.dmi_socket = PathBuf::new();
+                // What a join that was broken off left. Where none began, nothing is edgecore's.
+                if data_dir.join(join::LOCK).exists() {
+                    remove_state(data_dir, &config, false)?;
+                }
                 writeln!(out, "{} has not joined a cluster: there is nothing to reset", data_dir.display())?;
                 return Ok(ExitCode::SUCCESS);
             }
             Err(error) => {
-                writeln!(out, "the configuration cannot be read ({error}); the default directories are taken")?;
+                writeln!(out, "the configuration cannot be read ({error}); the defaults are taken")?;
                 Config::new(&"localhost".parse()?, "unknown")
             }
         };
         if !self.yes {
-            write!(
-                out,
-                "This ends every pod on this box and removes {}, {} and {}. Go on? [y/N] ",
-                data_dir.display(),
-                config.pods_dir.join("pods").display(),
-                config.logs_dir.display()
-            )?;
+            write!(out, "{}", question(&config, data_dir))?;
             out.flush()?;
             let mut answer = String::new();
             std::io::stdin().lock().read_line(&mut answer)?;
@@ -90,21 +97,24 @@ impl Reset {
             let pods = remove_pods(&config.runtime_endpoint).await;
             let gone = pods.is_ok();
             steps.done("remove the pods", pods)?;
-            let unmounted = unmount(&config.pods_dir);
+            // What is mounted beside these is not the pods'.
+            let below = dirs::ROOT_DIRS.map(|name| unmount(&config.pods_dir.join(name)));
+            let unmounted = below.into_iter().collect::<anyhow::Result<()>>();
             let safe = unmounted.is_ok();
             steps.done("unmount volumes", unmounted)?;
             // What is still mounted there is somebody's data.
             if gone && safe {
-                let removed = remove_tree(&config.pods_dir.join("pods")).and_then(|()| leave_root(&config.pods_dir));
+                let removed = remove_pods_in(&config.pods_dir.join("pods"), POD_PARTS);
+                let removed = removed.and_then(|()| leave_root(&config.pods_dir));
                 steps.done("remove pod directories", removed)?;
             } else {
                 steps
                     .done("remove pod directories", Err(anyhow::anyhow!("left alone, for pods or mounts are left")))?;
             }
-            steps.done("remove pod logs", remove_tree(&config.logs_dir))?;
+            steps.done("remove pod logs", remove_pods_in(&config.logs_dir, LOG_PARTS))?;
             steps.done("remove log links", remove_links(&config.log_links_dir, &config.logs_dir))?;
-            if unit().is_some_and(|unit| !is_unit_of(&unit, data_dir)) {
-                writeln!(steps.out, "kept     {UNIT_PATH} and cgroups, for they are another data directory's")?;
+            if unit::installed().is_some_and(|unit| !unit::is_of(&unit, data_dir)) {
+                writeln!(steps.out, "kept     {} and cgroups, for they are another data directory's", unit::PATH)?;
             } else {
                 steps.done("remove cgroups", remove_cgroups(Path::new("/sys/fs/cgroup")))?;
                 steps.done("remove the service", remove_unit().await)?;
@@ -128,6 +138,17 @@ impl Reset {
         }
         Ok(ExitCode::FAILURE)
     }
+}
+
+/// What goes, before it goes.
+fn question(config: &Config, data_dir: &Path) -> String {
+    format!(
+        "This ends every pod of the runtime {}, and removes the pods' directories in {}, their logs in {}, and edgecore's own files in {}. Go on? [y/N] ",
+        config.runtime_endpoint,
+        config.pods_dir.join("pods").display(),
+        config.logs_dir.display(),
+        data_dir.display()
+    )
 }
 
 /// Says what came of each step, and keeps what failed.
@@ -156,7 +177,7 @@ async fn stop(config: &Config, data_dir: &Path) -> anyhow::Result<()> {
         // What does not end in order is ended through the runtime below.
         let _ = control::ask::<serde_json::Value>(&config.control_socket(data_dir), &Request::ResetPrepare).await;
     }
-    if Path::new("/run/systemd/system").exists() && unit().is_some_and(|unit| is_unit_of(&unit, data_dir)) {
+    if unit::is_systemd() && unit::installed().is_some_and(|unit| unit::is_of(&unit, data_dir)) {
         systemctl(&["disable", "--now", "edgecore.service"]).await?;
     }
     let Some(pid) = app::running(data_dir) else { return Ok(()) };
@@ -280,6 +301,39 @@ fn unescape(text: &str) -> PathBuf {
     std::ffi::OsString::from_vec(path).into()
 }
 
+/// Removes the directories of pods in a directory, and it as well when it is empty then. What has no pod's name is somebody else's, as
+/// in a `/var/log` that the logs of pods are put right into.
+fn remove_pods_in(dir: &Path, parts: usize) -> anyhow::Result<()> {
+    let mut result = Ok(());
+    for entry in entries(dir)? {
+        if is_of_pod(&entry.file_name(), parts) && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let removed = remove_tree(&entry.path());
+            result = result.and(removed);
+        }
+    }
+    let _ = std::fs::remove_dir(dir);
+    result
+}
+
+/// Whether the last of so many parts of a name is the UID of a pod: a UUID, or a hash.
+fn is_of_pod(name: &OsStr, parts: usize) -> bool {
+    let name = name.to_string_lossy();
+    let uid = name.rsplit('_').next().unwrap_or_default();
+    name.split('_').count() == parts
+        && uid.len() >= 32
+        && uid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
+}
+
+/// What is in a directory; nothing when it is gone.
+fn entries(dir: &Path) -> anyhow::Result<Vec<DirEntry>> {
+    match std::fs::read_dir(dir) {
+        Ok(entries) => Ok(entries.flatten().collect()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error).with_context(|| format!("cannot list {}", dir.display())),
+    }
+}
+
+/// Only for directories that nobody else gives such a name.
 fn remove_tree(dir: &Path) -> anyhow::Result<()> {
     if !mounts(dir)?.is_empty() {
         bail!("something is mounted below {}", dir.display());
@@ -292,15 +346,14 @@ fn remove_tree(dir: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Only links that lead to our logs.
+/// Only links that lead to logs of pods.
 fn remove_links(dir: &Path, logs: &Path) -> anyhow::Result<()> {
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot list {}", dir.display())),
+    let is_ours = |target: PathBuf| {
+        let below = target.strip_prefix(logs).ok().and_then(|below| below.iter().next());
+        below.is_some_and(|name| is_of_pod(name, LOG_PARTS))
     };
-    for entry in entries.flatten() {
-        if std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(logs)) {
+    for entry in entries(dir)? {
+        if std::fs::read_link(entry.path()).is_ok_and(is_ours) {
             files::remove(&entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
         }
     }
@@ -361,31 +414,27 @@ async fn remove_network(conf_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the service is started by, if there is one.
-fn unit() -> Option<String> {
-    std::fs::read_to_string(UNIT_PATH).ok()
-}
-
-/// Whether that is the agent of this data directory.
-fn is_unit_of(unit: &str, data_dir: &Path) -> bool {
-    let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap_or_default();
-    let given = command.split_once("--data-dir").map(|(_, rest)| rest.trim_start_matches('=').trim());
-    let real = |dir: &Path| dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    real(Path::new(given.unwrap_or(DATA_DIR))) == real(data_dir)
-}
-
 async fn remove_unit() -> anyhow::Result<()> {
-    if !Path::new(UNIT_PATH).exists() {
+    let path = Path::new(unit::PATH);
+    if !path.exists() {
         return Ok(());
     }
-    files::remove(Path::new(UNIT_PATH)).with_context(|| format!("cannot remove {UNIT_PATH}"))?;
-    if Path::new("/run/systemd/system").exists() { systemctl(&["daemon-reload"]).await } else { Ok(()) }
+    files::remove(path).with_context(|| format!("cannot remove {}", path.display()))?;
+    if unit::is_systemd() { systemctl(&["daemon-reload"]).await } else { Ok(()) }
 }
 
 /// Only what edgecore made: the directory may be shared. The configuration stays when reset has to run `again`, for it says where
 /// what is left is.
 fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result<()> {
-    remove_tree(&data_dir.join(identity::DIR))?;
+    let identity = data_dir.join(identity::DIR);
+    for entry in entries(&identity)? {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if IDENTITY.iter().any(|known| name.starts_with(*known)) {
+            files::remove(&entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    let _ = std::fs::remove_dir(&identity);
     files::remove(&config.control_socket(data_dir))?;
     if let Some(socket) = config.dmi_socket() {
         files::remove(&socket)?;
@@ -403,7 +452,6 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
                 "machine-id.tmp",
                 mqtt::PASSWORDS,
                 app::LOCK,
-                "join.lock",
                 ".probe",
             ]
             .contains(&name.as_ref());
@@ -414,6 +462,8 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
     if again {
         return Ok(());
     }
+    // It tells a data directory from any other, so it goes last.
+    files::remove(&data_dir.join(join::LOCK))?;
     match std::fs::remove_dir(data_dir) {
         Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
             bail!("{} holds files that are not edgecore's", data_dir.display())
@@ -430,15 +480,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_service_of_another_data_directory_is_not_ours() {
+    fn the_question_names_the_runtime_and_every_directory() {
+        let mut config = Config::new(&"h:1".parse().unwrap(), "n");
+        config.runtime_endpoint = "unix:///run/other.sock".to_owned();
+        let asked = question(&config, Path::new("/srv/edge"));
+        for named in ["unix:///run/other.sock", "/var/lib/kubelet/pods", "/var/log/pods", "/srv/edge"] {
+            assert!(asked.contains(named), "{asked}");
+        }
+    }
+
+    #[test]
+    fn pods_go_and_what_is_beside_them_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let link = dir.path().join("link");
-        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        let unit = |arguments: &str| format!("[Service]\nType=notify\nExecStart=/usr/bin/edgecore run{arguments}\n");
-        let given = |option: &str| unit(&format!(" {option}{}", dir.path().display()));
-        assert!(is_unit_of(&given("--data-dir "), dir.path()) && is_unit_of(&given("--data-dir="), &link));
-        assert!(!is_unit_of(&given("--data-dir "), Path::new(DATA_DIR)));
-        assert!(is_unit_of(&unit(""), Path::new(DATA_DIR)) && !is_unit_of(&unit(""), dir.path()));
+        let uid = "0b7e6c1a-93d5-4f0e-8a52-6f1c2d3e4b5a";
+        let hash = "0123456789abcdef0123456789abcdef";
+        let logs = dir.path().join("log");
+        for name in ["journal/1", "my_app_logs", uid, &format!("shop_web-0_{uid}/app"), &format!("shop_web-1_{hash}")] {
+            std::fs::create_dir_all(logs.join(name)).unwrap();
+        }
+        let (file, link) = (format!("a_b_{uid}"), format!("c_d_{uid}"));
+        std::fs::write(logs.join(&file), "").unwrap();
+        std::os::unix::fs::symlink(logs.join("journal"), logs.join(&link)).unwrap();
+        remove_pods_in(&logs, LOG_PARTS).unwrap();
+        let mut left: Vec<_> = entries(&logs).unwrap().iter().map(DirEntry::file_name).collect();
+        left.sort();
+        assert_eq!(left, [uid, file.as_str(), link.as_str(), "journal", "my_app_logs"]);
+        assert!(logs.join("journal/1").exists());
+
+        let pods = dir.path().join("pods");
+        std::fs::create_dir_all(pods.join(uid).join("volumes")).unwrap();
+        remove_pods_in(&pods, POD_PARTS).unwrap();
+        assert!(!pods.exists());
+        remove_pods_in(&pods, POD_PARTS).unwrap();
     }
 
     #[test]
@@ -456,6 +529,11 @@ mod tests {
         let data = dir.path().join("data");
         std::fs::create_dir_all(data.join(identity::DIR)).unwrap();
         for name in [
+            "identity/node.crt",
+            "identity/node.key.new.tmp",
+            "identity/ca.crt",
+            "identity/mine.txt",
+            join::LOCK,
             "config.toml",
             "store.db",
             "store.db-wal",
@@ -473,6 +551,9 @@ mod tests {
         std::fs::write(data.join("config.toml"), "x").unwrap();
         remove_state(&data, &config, true).unwrap();
         assert!(data.join("config.toml").exists(), "a second reset needs it");
+        let left: Vec<_> = entries(&data.join(identity::DIR)).unwrap().iter().map(DirEntry::file_name).collect();
+        assert_eq!(left, ["mine.txt"]);
+        std::fs::remove_file(data.join("identity/mine.txt")).unwrap();
         assert!(remove_state(&data, &config, false).is_err());
         let left: Vec<_> = std::fs::read_dir(&data).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["mine.txt"]);
@@ -487,10 +568,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (links, logs) = (dir.path().join("containers"), dir.path().join("pods"));
         std::fs::create_dir(&links).unwrap();
-        std::os::unix::fs::symlink(logs.join("a.log"), links.join("a")).unwrap();
-        std::os::unix::fs::symlink("/elsewhere", links.join("b")).unwrap();
+        let pod = "shop_web_0b7e6c1a-93d5-4f0e-8a52-6f1c2d3e4b5a/app/0.log";
+        for (name, target) in [("a", logs.join(pod)), ("b", "/elsewhere".into()), ("c", logs.join("pods").join(pod))] {
+            std::os::unix::fs::symlink(target, links.join(name)).unwrap();
+        }
         remove_links(&links, &logs).unwrap();
         assert!(links.join("a").symlink_metadata().is_err());
-        assert!(links.join("b").symlink_metadata().is_ok());
+        assert!(links.join("b").symlink_metadata().is_ok() && links.join("c").symlink_metadata().is_ok());
     }
 }

@@ -124,8 +124,20 @@ async fn a_box_that_has_joined_is_looked_at_again() {
     bench.runtime.stop();
     let (error, text) = bench.said(&join).await.unwrap_err();
     assert!(text.contains("failed   container runtime: "), "{text}");
-    assert!(error.to_string().contains("1 of 8 checks failed; nothing was changed"), "{error}");
+    assert!(error.to_string().contains("1 of 8 checks failed; joined as before"), "{error}");
     assert_eq!(std::fs::read_to_string(bench.data_dir().join(config::FILE)).unwrap(), config);
+}
+
+#[tokio::test]
+async fn a_box_that_is_not_fit_is_not_joined() {
+    let bench = Bench::new();
+    let cloud = FakeCloud::new().await;
+    bench.runtime.stop();
+    let (error, text) = bench.said(&arguments(&cloud, &bench)).await.unwrap_err();
+    assert!(text.contains("failed   container runtime: "), "{text}");
+    assert!(error.to_string().contains("1 of 8 checks failed; not joined"), "{error}");
+    assert!(!bench.data_dir().join(config::FILE).exists());
+    assert!(cloud.requests.lock().unwrap().is_empty());
 }
 
 #[tokio::test]
