@@ -50,16 +50,16 @@ pub async fn run(context: Arc<Context>, sandbox_image: Option<String>, shutdown:
     }
 }
 
-/// Looks at the sizes first, and asks the runtime only when a log is too large.
+/// Looks at the files first, and asks the runtime only when a log is too large, or gone.
 async fn rotate_logs(context: &Context) {
     let root = context.node().logs_root.clone();
-    let large = blocking(move || logs::larger_than(&root, logs::MAX_SIZE)).await;
-    if large.is_empty() {
+    let due = blocking(move || logs::due(&root, logs::MAX_SIZE)).await;
+    if due.is_empty() {
         return;
     }
     let Ok(observed) = context.cri.observe(None).await else { return };
     let running = observed.values().flat_map(|pod| &pod.containers).filter(|instance| instance.state == State::Running);
-    for instance in running.filter(|instance| large.contains(&PathBuf::from(&instance.log_path))) {
+    for instance in running.filter(|instance| due.contains(&PathBuf::from(&instance.log_path))) {
         let file = PathBuf::from(&instance.log_path);
         let now = clock::wall();
         let renamed = match blocking(move || logs::start_rotation(&file, logs::MAX_SIZE, logs::MAX_FILES, now)).await {
@@ -173,7 +173,14 @@ mod tests {
         rotate_logs(&agent.context).await;
         let rotated = names();
         assert!(rotated.len() == 1 && rotated[0].starts_with("0.log."), "{rotated:?}");
-        assert_eq!(fake.calls().iter().filter(|call| call.starts_with("ReopenContainerLog")).count(), 2);
+        let asked = || fake.calls().iter().filter(|call| call.starts_with("ReopenContainerLog")).count();
+        assert_eq!(asked(), 2);
+        // As if the agent had died before it asked: this runtime has not opened another.
+        rotate_logs(&agent.context).await;
+        assert_eq!((asked(), names()), (1, rotated));
+        std::fs::write(logs.join("0.log"), "").unwrap();
+        rotate_logs(&agent.context).await;
+        assert_eq!(asked(), 0);
         agent.end().await;
     }
 }

@@ -181,21 +181,28 @@ pub fn next_attempt(container_dir: &Path) -> i32 {
     numbers.max().map_or(0, |highest| highest.saturating_add(1))
 }
 
-/// Current logs of containers (`<pod>/<container>/<n>.log`) that have grown to `size` bytes.
-pub fn larger_than(logs_root: &Path, size: u64) -> Vec<PathBuf> {
-    let mut large = Vec::new();
+/// Current logs of containers (`<pod>/<container>/<n>.log`) to do something about: those that have grown to `size` bytes, and those that were
+/// rotated away by an agent that died before the runtime had opened another.
+pub fn due(logs_root: &Path, size: u64) -> Vec<PathBuf> {
+    let mut due = Vec::new();
     for (_, pod) in pod_dirs(logs_root).unwrap_or_default() {
         for container in names_in(&pod).unwrap_or_default() {
             let directory = pod.join(container);
             for name in names_in(&directory).unwrap_or_default() {
-                let file = directory.join(&name);
-                if name.ends_with(".log") && fs::symlink_metadata(&file).is_ok_and(|data| data.len() >= size) {
-                    large.push(file);
+                let Some(number) = name.find(".log") else { continue };
+                let file = directory.join(&name[..number + ".log".len()]);
+                let is_current = file.ends_with(&name);
+                let is_due = match fs::symlink_metadata(&file) {
+                    Ok(data) => is_current && data.len() >= size,
+                    Err(error) => !is_current && error.kind() == io::ErrorKind::NotFound,
+                };
+                if is_due && !due.contains(&file) {
+                    due.push(file);
                 }
             }
         }
     }
-    large
+    due
 }
 
 /// Removes all logs of a pod.
