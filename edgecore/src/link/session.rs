@@ -9,7 +9,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use skerry_proto::sync::{Collection, Edge, EdgeInput, EdgeOutput, Op, Reason, Report, is_coalesced};
+use skerry_proto::sync::{self, Collection, Edge, EdgeInput, EdgeOutput, Op, Reason, Report, is_coalesced};
 use skerry_proto::transport::{self, End};
 use skerry_proto::wire::Goodbye;
 use tracing::{debug, error, warn};
@@ -21,6 +21,8 @@ use crate::clock;
 use crate::store::{self, Revisions, Store};
 
 const MAX_UNCOMMITTED: usize = 2 << 20;
+// What the store refuses for its size would be tried for ever: the last object of a batch is read when a little less waits already.
+const _: () = assert!(sync::MAX_OBJECT + 2 * MAX_UNCOMMITTED <= store::QUEUE_BYTES);
 const MAX_GIVEN: usize = 256 << 10;
 const MAX_UNSENT: usize = 256 << 10;
 /// An inventory of the largest store fits; a peer that asks again and again without reading does not.

@@ -32,8 +32,8 @@ pub use self::ballast::FILE as BALLAST;
 pub use self::revisions::Revisions;
 pub use self::snapshot::Snapshot;
 
-/// Bytes of commands that may wait for the store thread; a sender waits beyond it.
-const QUEUE_BYTES: usize = 8 << 20;
+/// Bytes of commands that may wait for the store thread; a sender waits beyond it. The largest object fits, with what may come before it.
+pub const QUEUE_BYTES: usize = 16 << 20;
 /// Commands that may wait for the store thread.
 const QUEUE_LENGTH: usize = 1024;
 /// Changes a subscriber may lag behind before it is told to read everything again.
