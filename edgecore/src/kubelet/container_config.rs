@@ -308,8 +308,15 @@ pub fn container_config(input: ContainerInput<'_>) -> Result<cri::ContainerConfi
         }),
         envs: input.envs.into_iter().map(|(key, value)| cri::KeyValue { key, value: value.into_bytes() }).collect(),
         mounts: input.mounts,
+        stop_signal: stop_signal(container).into(),
         ..Default::default()
     })
+}
+
+/// What ends it in place of the image's signal (KEP-4960), as the apiserver has checked it.
+fn stop_signal(container: &Container) -> cri::Signal {
+    let named = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.stop_signal.as_deref());
+    named.and_then(cri::Signal::from_str_name).unwrap_or_default()
 }
 
 /// The log file of an instance, below the pod's log directory.
