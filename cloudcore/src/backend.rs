@@ -132,9 +132,9 @@ pub enum RegisterError {
     NameTaken(String),
     /// A box that has joined does not ask again: this one is another of the same image, or has lost what it had.
     #[error(
-        "a box that joined as {0} is connected now; if that is another box of the same image, give this one a machine id of its own \
-         (`rm /etc/machine-id && systemd-machine-id-setup`) and a name (--node-name); if it is this one, with its data lost, stop the \
-         edgecore that still runs and join again in a minute"
+        "a box that joined as {0} is connected, or was a moment ago; if it is this one, set up anew, join again in a minute, with no other \
+         edgecore running here; if it is another box of the same image, give this one a machine id of its own \
+         (`rm /etc/machine-id && systemd-machine-id-setup`) and a name (--node-name)"
     )]
     Connected(String),
     /// The Node exists and is none of ours.

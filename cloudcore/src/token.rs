@@ -170,12 +170,16 @@ impl<S: SecretStore> JoinTokens<S> {
         }
     }
 
-    /// Removes what expired long ago; says how many those were.
+    /// Removes what expired long ago, and what cannot be read for as long; says how many those were.
     pub async fn sweep(&self, now: Timestamp) -> Result<usize, SecretError> {
         let mut removed = 0;
         for secret in self.store.list(LABEL, "true").await? {
-            let over = |record: Record| record.info.expires.saturating_add(KEEP_EXPIRED).is_ok_and(|end| end < now);
-            if Record::from_secret(&secret).is_some_and(over) && self.store.delete(&secret).await? {
+            let end = match Record::from_secret(&secret) {
+                Some(record) => Some(record.info.expires),
+                None => secret.metadata.creation_timestamp.as_ref().map(|made| made.0),
+            };
+            let is_over = end.and_then(|end| end.checked_add(KEEP_EXPIRED).ok()).is_some_and(|end| end < now);
+            if is_over && self.store.delete(&secret).await? {
                 removed += 1;
             }
         }

@@ -1,5 +1,6 @@
 use std::sync::atomic::Ordering;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use proptest::prelude::*;
 
 use super::*;
@@ -120,6 +121,19 @@ async fn the_store_holds_no_secret_and_the_sweep_leaves_what_is_good() {
     assert_eq!(tokens.sweep(later(3600 + 86_400)).await.unwrap(), 0);
     assert_eq!(tokens.sweep(later(3601 + 7 * 86_400)).await.unwrap(), 1);
     assert!(store.rows().is_empty());
+}
+
+#[tokio::test]
+async fn what_nobody_can_read_is_swept_by_its_age() {
+    let (store, tokens) = tokens();
+    let token = made(&tokens, None, None).await;
+    let mut damaged = store.read(&format!("{PREFIX}{}", token.id)).await.unwrap().unwrap();
+    damaged.data = None;
+    assert!(store.delete(&damaged).await.unwrap());
+    damaged.metadata = ObjectMeta { creation_timestamp: Some(Time(NOW)), resource_version: None, ..damaged.metadata };
+    store.create(&damaged).await.unwrap();
+    assert_eq!(tokens.sweep(later(7 * 86_400)).await.unwrap(), 0);
+    assert_eq!(tokens.sweep(later(1 + 7 * 86_400)).await.unwrap(), 1);
 }
 
 proptest! {
