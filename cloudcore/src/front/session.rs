@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use rand::RngExt as _;
-use skerry_proto::sync::{Hub, HubInput, HubOutput, Reason};
+use skerry_proto::sync::{Collection, Hub, HubInput, HubOutput, Reason};
 use skerry_proto::transport::{End, Event};
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
@@ -26,8 +26,11 @@ use crate::secrets::SecretStore;
 
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 const CHECK_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a session waits for the watches to come as far as another replica's had; bookmarks come every minute at the latest.
+/// How long a session waits for the watches to come as far as another replica's had, once its pods are known; bookmarks come every minute at
+/// the latest.
 const CATCH_UP: Duration = Duration::from_secs(75);
+/// The same while its pods are not known: all that there is has to be listed first, which sessions that come again and again only hold up.
+const LIST: Duration = Duration::from_secs(240);
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Bytes of control frames that wait, from which on no more is taken from whoever can wait, and the edge is not listened to.
@@ -216,7 +219,7 @@ where
     S: SecretStore,
 {
     let Driven { feed, hub, outputs } = &mut *driven;
-    let catch_up = clock::monotonic() + CATCH_UP;
+    let mut catch_up = clock::monotonic() + LIST;
     let mut pace = Pace::default();
     // Whoever opens a stream on it now is sent behind the Welcome.
     place.offer(wire.streams());
@@ -279,7 +282,12 @@ where
                     FeedEvent::Desired(object) => hub.step(now, HubInput::Desired(object)),
                     FeedEvent::Keep(collection, entry) => hub.step(now, HubInput::Keep(collection, entry)),
                     FeedEvent::Gone(collection, uid) => hub.step(now, HubInput::Gone(collection, uid)),
-                    FeedEvent::Complete(collection) => hub.step(now, HubInput::Complete(collection)),
+                    FeedEvent::Complete(collection) => {
+                        if collection == Collection::Pods {
+                            catch_up = now + CATCH_UP;
+                        }
+                        hub.step(now, HubInput::Complete(collection))
+                    }
                     FeedEvent::Ask(collection) => hub.ask(collection),
                     FeedEvent::ReportWanted(kind, uid) => hub.ask_report(kind, uid),
                     FeedEvent::ReportLater { id, after } => hub.step(now, HubInput::ReportLater { id, after }),
