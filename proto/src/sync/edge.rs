@@ -1,25 +1,22 @@
 //! The edge's side of the link: outlives sessions, lives as long as the store is open.
 //!
 //! It knows of every row of the store its name and version, no more. It applies what the cloud sends in order, acknowledges what is
-//! durable, keeps a digest for each collection, and drains the outbox: reports are sent in order, kept until the cloud says what
-//! became of them, and sent again on the next session otherwise. One that the cloud gives back holds up no other until its time comes,
-//! which is later each time.
+//! durable, keeps a digest for each collection, and drains the outbox.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use super::outbox::Outbox;
 use super::revisions::{self, Revisions};
 use super::{
     ANSWER_DUE, COLLECTIONS, DEAD_AFTER, DOUBT_PACE, Delta, Digest, Encoding, Entry, INVENTORY_PART, MAX_NAME, Object,
-    PING_AFTER, PROTOCOL, REPORT_WINDOW, Report, decode, encode, rank,
+    PING_AFTER, PROTOCOL, Report, decode, encode, rank,
 };
 use crate::dictionary;
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
 /// Durable changes that are acknowledged at the latest, though more of them are on their way to the disk.
 const ACK_EVERY: u64 = 16;
-/// A report that is given back again and again waits twice as long each time, and so long at most; or as long as the cloud says.
-const MOST_LATER: Duration = Duration::from_secs(1800);
 
 /// The edge's side of the link.
 #[derive(Debug)]
@@ -31,26 +28,10 @@ pub struct Edge {
     last_epoch: u64,
     collections: [Rows; COLLECTIONS.len()],
     revisions: Revisions,
-    /// Waiting to be sent.
-    queued: VecDeque<Report>,
-    /// Sent in this session.
-    sent: VecDeque<Report>,
-    /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
-    later: Vec<Later>,
-    /// How often reports were given back in this session, by their ids.
-    given_back: BTreeMap<u64, u32>,
+    outbox: Outbox,
     /// Names the next [`EdgeOutput::Apply`]; goes on over sessions, so that a commit that ends late acknowledges nothing of another.
     next_ticket: u64,
     session: Option<Session>,
-}
-
-/// A report that the cloud gave back.
-#[derive(Debug)]
-struct Later {
-    due: Duration,
-    /// For how long the cloud gave it back.
-    told: Duration,
-    report: Report,
 }
 
 /// One change of the store.
@@ -174,10 +155,7 @@ impl Edge {
             last_epoch,
             collections: Default::default(),
             revisions: Revisions::default(),
-            queued: VecDeque::new(),
-            sent: VecDeque::new(),
-            later: Vec::new(),
-            given_back: BTreeMap::new(),
+            outbox: Outbox::default(),
             next_ticket: 1,
             session: None,
         };
@@ -209,7 +187,7 @@ impl Edge {
     /// As if nothing unanswered were on its way: what no edge does.
     #[cfg(test)]
     pub(super) fn forget_sent(&mut self) {
-        self.sent.clear();
+        self.outbox.sent.clear();
     }
 
     /// Takes an input at a time.
@@ -232,18 +210,7 @@ impl Edge {
                 }
             }
             EdgeInput::Committed { ticket } => self.committed(ticket, &mut out),
-            // The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays that one's,
-            // but for what that waited longer because it had been given back before.
-            EdgeInput::Report(report) => match self.later.iter_mut().find(|old| replaces(&report, &old.report)) {
-                Some(old) => {
-                    old.due = old.due.min(now + old.told);
-                    old.report = report;
-                }
-                None => {
-                    self.queued.retain(|old| !replaces(&report, old));
-                    self.queued.push_back(report);
-                }
-            },
+            EdgeInput::Report(report) => self.outbox.push(now, report),
             EdgeInput::Doubt => {
                 if let Some(session) = &mut self.session {
                     session.doubt(now, &mut out);
@@ -268,22 +235,12 @@ impl Edge {
             if !session.established {
                 return dead;
             }
-            let again = self.later.iter().map(|later| later.due).min();
-            session.ping_due().min(dead).min(again.unwrap_or(dead))
+            session.ping_due().min(dead).min(self.outbox.due().unwrap_or(dead))
         })
     }
 
     fn connected(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
-        // What was sent on the last session and not answered goes again, before what is newer, except what was replaced meanwhile.
-        // Another cloud may take what the last one gave back, but need not do so first.
-        self.queued.extend(self.later.drain(..).map(|later| later.report));
-        self.given_back.clear();
-        let unanswered: Vec<Report> = self.sent.drain(..).collect();
-        for report in unanswered.into_iter().rev() {
-            if !self.queued.iter().any(|new| replaces(new, &report)) {
-                self.queued.push_front(report);
-            }
-        }
+        self.outbox.begin_again();
         self.session = Some(Session {
             established: false,
             dictionary: false,
@@ -371,35 +328,12 @@ impl Edge {
                 Ok(())
             }
             Some(Body::ReportAck(ack)) => {
-                let Some(at) = self.sent.iter().position(|report| report.id == ack.id) else {
-                    return Err(format!("an answer to report {}, which was not sent", ack.id));
-                };
-                self.sent.remove(at);
-                self.given_back.remove(&ack.id);
+                self.outbox.answered(ack.id)?;
                 out.push(EdgeOutput::Reported { id: ack.id, refused: ack.refused });
                 Ok(())
             }
             Some(Body::ReportLater(later)) => {
-                let Some(at) = self.sent.iter().position(|report| report.id == later.id) else {
-                    return Err(format!("an answer to report {}, which was not sent", later.id));
-                };
-                let Some(report) = self.sent.remove(at) else { return Ok(()) };
-                let times = self.given_back.remove(&later.id).unwrap_or_default();
-                let later_ids = self.later.iter().map(|kept| kept.report.id);
-                let kept: BTreeSet<u64> =
-                    self.queued.iter().chain(&self.sent).map(|kept| kept.id).chain(later_ids).collect();
-                self.given_back.retain(|id, _| kept.contains(id));
-                // Of what counts only once the newest goes again, if it is not on its way, or given back, already.
-                let mut newer = self.sent.iter().skip(at).chain(self.later.iter().map(|kept| &kept.report));
-                if !newer.any(|new| replaces(new, &report)) {
-                    let newer = self.queued.iter().position(|new| replaces(new, &report));
-                    let newest = newer.and_then(|at| self.queued.remove(at)).unwrap_or(report);
-                    let told = Duration::from_millis(later.after_ms.into());
-                    let after = told.saturating_mul(2_u32.saturating_pow(times)).min(MOST_LATER).max(told);
-                    self.given_back.insert(newest.id, times + 1);
-                    self.later.push(Later { due: now + after, told, report: newest });
-                }
-                Ok(())
+                self.outbox.give_back(now, later.id, Duration::from_millis(later.after_ms.into()))
             }
             Some(Body::ReportRequest(request)) => {
                 out.push(EdgeOutput::ReportWanted { kind: request.kind(), uid: request.uid });
@@ -531,12 +465,7 @@ impl Edge {
     /// Sends as many reports as may be on their way at once.
     fn drain(&mut self, now: Duration, out: &mut Vec<EdgeOutput>) {
         let Some(session) = self.session.as_ref().filter(|session| session.established) else { return };
-        while let Some(at) = self.later.iter().position(|later| later.due <= now) {
-            self.queued.push_back(self.later.swap_remove(at).report);
-        }
-        while self.sent.len() < REPORT_WINDOW
-            && let Some(report) = self.queued.pop_front()
-        {
+        while let Some(report) = self.outbox.send_next(now) {
             let small = if session.dictionary { dictionary::compress_once(&report.payload) } else { None };
             let (encoding, payload) = match small {
                 Some(small) => (Encoding::ZstdDictionary, small.into()),
@@ -551,7 +480,6 @@ impl Edge {
                 encoding: encoding.into(),
                 payload,
             })));
-            self.sent.push_back(report);
         }
     }
 }
@@ -613,11 +541,6 @@ impl Session {
     fn ping_due(&self) -> Duration {
         self.last_heard.min(self.last_sent).max(self.last_ping) + PING_AFTER
     }
-}
-
-/// Whether of both only the newer one counts, and both are about the same.
-fn replaces(new: &Report, old: &Report) -> bool {
-    super::is_coalesced(new.kind) && new.kind == old.kind && new.uid == old.uid
 }
 
 fn send(body: Body) -> EdgeOutput {

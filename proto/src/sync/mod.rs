@@ -19,6 +19,7 @@ pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 mod digest;
 mod edge;
 mod hub;
+mod outbox;
 mod revisions;
 #[cfg(test)]
 mod tests;

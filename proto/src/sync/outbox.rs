@@ -1,0 +1,122 @@
+//! Reports on their way up: sent in order, kept until the cloud says what became of them, and sent again on the next session otherwise. One
+//! that the cloud gives back holds up no other until its time comes, which is later each time.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::{REPORT_WINDOW, Report, is_coalesced};
+
+/// A report that is given back again and again waits twice as long each time, and so long at most; or as long as the cloud says.
+const MOST_LATER: Duration = Duration::from_secs(1800);
+
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    /// Waiting to be sent.
+    queued: VecDeque<Kept>,
+    /// Sent in this session.
+    pub(super) sent: VecDeque<Kept>,
+    /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
+    later: Vec<Later>,
+}
+
+#[derive(Debug)]
+pub(super) struct Kept {
+    report: Report,
+    /// How often in this session.
+    given_back: u32,
+}
+
+#[derive(Debug)]
+struct Later {
+    due: Duration,
+    /// For how long the cloud gave it back.
+    told: Duration,
+    kept: Kept,
+}
+
+impl Outbox {
+    /// Takes a report. The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays
+    /// that one's, but for what that waited longer because it had been given back before.
+    pub(super) fn push(&mut self, now: Duration, report: Report) {
+        let kept = Kept { report, given_back: 0 };
+        match self.later.iter_mut().find(|old| kept.replaces(&old.kept)) {
+            Some(old) => {
+                old.due = old.due.min(now + old.told);
+                old.kept = kept;
+            }
+            None => {
+                self.queued.retain(|old| !kept.replaces(old));
+                self.queued.push_back(kept);
+            }
+        }
+    }
+
+    /// A session begins. What was sent on the last one and not answered goes again, before what is newer, except what was replaced meanwhile.
+    /// Another cloud may take what the last one gave back, but need not do so first.
+    pub(super) fn begin_again(&mut self) {
+        self.queued.extend(self.later.drain(..).map(|later| later.kept));
+        for unanswered in self.sent.drain(..).rev() {
+            if !self.queued.iter().any(|new| new.replaces(&unanswered)) {
+                self.queued.push_front(unanswered);
+            }
+        }
+        for kept in &mut self.queued {
+            kept.given_back = 0;
+        }
+    }
+
+    /// The cloud has said what became of a report.
+    pub(super) fn answered(&mut self, id: u64) -> Result<(), String> {
+        self.take_sent(id).map(drop)
+    }
+
+    /// The cloud cannot take a report for so long. Of what counts only once the newest goes again, if it is not on its way, or given back,
+    /// already.
+    pub(super) fn give_back(&mut self, now: Duration, id: u64, told: Duration) -> Result<(), String> {
+        let (at, mut kept) = self.take_sent(id)?;
+        let mut newer = self.sent.iter().skip(at).chain(self.later.iter().map(|later| &later.kept));
+        if !newer.any(|new| new.replaces(&kept)) {
+            if let Some(at) = self.queued.iter().position(|new| new.replaces(&kept))
+                && let Some(newest) = self.queued.remove(at)
+            {
+                kept.report = newest.report;
+            }
+            let after = told.saturating_mul(2_u32.saturating_pow(kept.given_back)).min(MOST_LATER).max(told);
+            kept.given_back += 1;
+            self.later.push(Later { due: now + after, told, kept });
+        }
+        Ok(())
+    }
+
+    /// The next report to send now, if there is one and no more are on their way than may be.
+    pub(super) fn send_next(&mut self, now: Duration) -> Option<&Report> {
+        while let Some(at) = self.later.iter().position(|later| later.due <= now) {
+            self.queued.push_back(self.later.swap_remove(at).kept);
+        }
+        if self.sent.len() == REPORT_WINDOW {
+            return None;
+        }
+        self.sent.push_back(self.queued.pop_front()?);
+        self.sent.back().map(|kept| &kept.report)
+    }
+
+    /// When the first of those that were given back is due.
+    pub(super) fn due(&self) -> Option<Duration> {
+        self.later.iter().map(|later| later.due).min()
+    }
+
+    /// One that was sent, and its place among them.
+    fn take_sent(&mut self, id: u64) -> Result<(usize, Kept), String> {
+        let at = self.sent.iter().position(|kept| kept.report.id == id);
+        at.and_then(|at| Some((at, self.sent.remove(at)?)))
+            .ok_or_else(|| format!("an answer to report {id}, which was not sent"))
+    }
+}
+
+impl Kept {
+    /// Whether of both only this, the newer one, counts: both are about the same.
+    fn replaces(&self, old: &Self) -> bool {
+        let (new, old) = (&self.report, &old.report);
+        is_coalesced(new.kind) && new.kind == old.kind && new.uid == old.uid
+    }
+}
