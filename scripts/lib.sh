@@ -38,3 +38,14 @@ with_clock() {
   wait "$clock" 2>/dev/null || true
   return "$status"
 }
+
+# ship PROFILE PROGRAM [OPTION…]: builds a binary as it ships, into $SKERRY_BIN_DIR; by itself, for what others need of a crate must not get into it.
+ship() {
+  local profile=$1 program=$2
+  shift 2
+  [ $# -gt 0 ] || set -- --package "$program"
+  with_clock "building $program" cargo build --quiet --profile "$profile" --locked "$@" --bin "$program" >&2 ||
+    fail "cargo build" "see the compiler's message above"
+  mkdir -p "$SKERRY_BIN_DIR"
+  ln -f "$CARGO_TARGET_DIR/$profile/$program" "$SKERRY_BIN_DIR/"
+}
