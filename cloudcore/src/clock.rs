@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 /// Wall time now.
-#[allow(clippy::disallowed_methods)]
+#[expect(clippy::disallowed_methods, reason = "the one place that reads clocks")]
 pub fn wall() -> Timestamp {
     Timestamp::now()
 }
@@ -16,7 +16,7 @@ pub fn wall_millis() -> u64 {
 }
 
 /// Time since the process first asked, which no one can set back.
-#[allow(clippy::disallowed_methods)]
+#[expect(clippy::disallowed_methods, reason = "the one place that reads clocks")]
 pub fn monotonic() -> Duration {
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     START.get_or_init(Instant::now).elapsed()

@@ -15,7 +15,7 @@ use crate::retry::Backoff;
 const STEADY: Duration = Duration::from_secs(60);
 
 /// Spawns a task; a panic in it is logged with its name. Aborting it aborts what it runs.
-#[allow(clippy::disallowed_methods)]
+#[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
 pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
 where
     F: Future<Output = ()> + Send + 'static,

@@ -118,7 +118,7 @@ pub struct Status {
 /// [`LinkState`] on the wire.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "fields are named as what they show")]
 pub enum LinkStatus {
     Connecting { attempt: u32, last_error: Option<String> },
     Online { since: i64, epoch: u64, transport: Transport },

@@ -11,7 +11,7 @@ use crate::clock;
 use crate::link::backoff::Backoff;
 
 /// Spawns a task; a panic in it is logged with its name.
-#[allow(clippy::disallowed_methods)]
+#[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
 pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
 where
     F: Future<Output = ()> + Send + 'static,
@@ -61,7 +61,7 @@ where
     spawn(name, async move {
         loop {
             let started = clock::monotonic();
-            #[allow(clippy::disallowed_methods)]
+            #[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
             let running = tokio::spawn(make());
             let abort = Abort(running.abort_handle());
             let ended = running.await;

@@ -172,7 +172,7 @@ pub struct DeviceProperty {
     pub push_method: Option<PushMethod>,
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref)] // serde calls it so
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_zero(number: &i64) -> bool {
     *number == 0
 }

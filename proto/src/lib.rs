@@ -27,7 +27,7 @@ pub mod token;
 pub mod transport;
 
 /// The frames of the link, generated from `wire/link.proto`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated")]
 pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/skerry.link.v1.rs"));
 }
@@ -48,21 +48,29 @@ impl wire::frame::Body {
 
 /// CRI v1, client and server, generated from `cri/cri.proto`.
 #[cfg(feature = "cri")]
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, deprecated)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    unreachable_pub,
+    unused_qualifications,
+    deprecated,
+    reason = "generated"
+)]
 pub mod cri {
     include!(concat!(env!("OUT_DIR"), "/runtime.v1.rs"));
 }
 
 /// The gRPC health checking protocol, client and server, generated from `health/health.proto`.
 #[cfg(feature = "cri")]
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated")]
 pub mod health {
     include!(concat!(env!("OUT_DIR"), "/grpc.health.v1.rs"));
 }
 
 /// The device mapper interface v1beta1, client and server, generated from `dmi/dmi.proto`.
 #[cfg(feature = "dmi")]
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications)]
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated")]
 pub mod dmi {
     include!(concat!(env!("OUT_DIR"), "/v1beta1.rs"));
     /// What the interface lacks, client and server, generated from `dmi/methods.proto` and `dmi/reports.proto`.

@@ -149,7 +149,7 @@ fn length(head: &[u8; HEAD]) -> usize {
     usize::from(head[5]) << 16 | usize::from(head[6]) << 8 | usize::from(head[7])
 }
 
-#[allow(clippy::cast_possible_truncation)] // a piece of a frame, whose length has 24 bits
+#[expect(clippy::cast_possible_truncation, reason = "a piece of a frame, whose length has 24 bits")]
 fn head(stream: u32, flags: u8, length: usize) -> [u8; HEAD] {
     let [a, b, c, d] = stream.to_be_bytes();
     let [_, e, f, g] = (length as u32).to_be_bytes();

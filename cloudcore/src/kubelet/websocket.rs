@@ -120,7 +120,7 @@ fn payload(head: &[u8]) -> Option<u64> {
 }
 
 /// Appends a frame that is a whole message.
-#[allow(clippy::cast_possible_truncation)] // each arm says how long it is
+#[expect(clippy::cast_possible_truncation, reason = "each arm says how long it is")]
 fn frame(opcode: u8, payload: &[u8], out: &mut Vec<u8>) {
     out.push(FIN | opcode);
     match payload.len() {

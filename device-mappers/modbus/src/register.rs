@@ -170,7 +170,7 @@ impl Register {
     }
 
     fn scaled_int(&self, number: i64) -> Value {
-        #[allow(clippy::cast_precision_loss)] // scaled numbers are measured ones
+        #[expect(clippy::cast_precision_loss, reason = "scaled numbers are measured ones")]
         if self.scale == 1.0 { Value::Int(number) } else { Value::Double(number as f64 * self.scale) }
     }
 
@@ -202,7 +202,7 @@ impl Register {
             }
             (Form::Float, _) => {
                 let number = value.number().ok_or("it is no number")? / self.scale;
-                #[allow(clippy::cast_possible_truncation)] // the device has no more digits
+                #[expect(clippy::cast_possible_truncation, reason = "the device has no more digits")]
                 let short = number as f32;
                 match width {
                     4 if short.is_finite() => short.to_be_bytes().to_vec(),
@@ -230,7 +230,7 @@ impl Register {
                 if number.abs() > 9e18 {
                     return Err(format!("{number} does not fit into the registers"));
                 }
-                #[allow(clippy::cast_possible_truncation)] // just checked
+                #[expect(clippy::cast_possible_truncation, reason = "just checked")]
                 let number = number as i64;
                 number
             }

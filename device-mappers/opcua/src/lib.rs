@@ -394,7 +394,7 @@ fn variant(value: &Value, kind: &Variant) -> Result<Variant, String> {
         Variant::UInt32(_) => Variant::UInt32(number.try_into().map_err(fits(number))?),
         Variant::Int64(_) => Variant::Int64(number),
         Variant::UInt64(_) => Variant::UInt64(number.try_into().map_err(fits(number))?),
-        #[allow(clippy::cast_possible_truncation)] // the server has no more digits
+        #[expect(clippy::cast_possible_truncation, reason = "the server has no more digits")]
         Variant::Float(_) => Variant::Float(double()? as f32),
         Variant::Double(_) => Variant::Double(double()?),
         Variant::String(_) => Variant::String(value.render(Kind::String)),

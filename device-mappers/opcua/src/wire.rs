@@ -29,7 +29,7 @@ macro_rules! numbers {
     };
 }
 
-#[allow(clippy::missing_errors_doc)] // all of them say so when the bytes are none of that kind
+#[expect(clippy::missing_errors_doc, reason = "all of them say so when the bytes are none of that kind")]
 impl<'a> Reader<'a> {
     /// Reads from these.
     #[must_use]
@@ -306,7 +306,7 @@ impl NodeId {
 }
 
 /// A value.
-#[allow(missing_docs)] // they are named as the standard's
+#[allow(missing_docs, reason = "they are named as the standard's")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Variant {
     Null,

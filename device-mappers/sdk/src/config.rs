@@ -87,7 +87,7 @@ impl Config {
         let number = match value {
             Value::String(text) if text.is_empty() => return Ok(None),
             Value::String(text) => text.trim().parse().ok(),
-            #[allow(clippy::cast_possible_truncation)] // checked to be whole and small
+            #[expect(clippy::cast_possible_truncation, reason = "checked to be whole and small")]
             Value::Number(number) => number.as_i64().or_else(|| {
                 number.as_f64().filter(|float| float.fract() == 0.0 && float.abs() < 9e15).map(|float| float as i64)
             }),

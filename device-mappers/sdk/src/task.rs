@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 use tracing::error;
 
 /// Spawns a task; a panic in it is logged with its name.
-#[allow(clippy::disallowed_methods)]
+#[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
 pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
 where
     F: Future<Output = ()> + Send + 'static,
@@ -25,7 +25,7 @@ where
 /// # Errors
 ///
 /// What the work says; when it panicked, that.
-#[allow(clippy::disallowed_methods)]
+#[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> std::io::Result<T> {

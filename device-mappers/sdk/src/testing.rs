@@ -1,7 +1,7 @@
 //! For the tests of mappers: a stand-in for edgecore's side of the interface, a mapper's process, and a simulator's process.
 //!
 //! The stand-in takes registrations and keeps what is reported; it is no edgecore.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};

@@ -55,7 +55,7 @@ impl Value {
             | (value @ Self::Bytes(_), Kind::Bytes) => value,
             (Self::Double(number), Kind::Int) => Self::Int(whole(number)?),
             (Self::Bool(truth), Kind::Int) => Self::Int(truth.into()),
-            #[allow(clippy::cast_precision_loss)] // the model asks for it
+            #[expect(clippy::cast_precision_loss, reason = "the model asks for it")]
             (Self::Int(number), Kind::Float | Kind::Double) => Self::Double(number as f64),
             (Self::Bool(truth), Kind::Float | Kind::Double) => Self::Double(f64::from(u8::from(truth))),
             (Self::Int(number), Kind::Boolean) => Self::Bool(number != 0),
@@ -149,7 +149,7 @@ impl Value {
 
     /// As a number, if it is one.
     #[must_use]
-    #[allow(clippy::cast_precision_loss)] // for comparing
+    #[expect(clippy::cast_precision_loss, reason = "for comparing")]
     pub fn number(&self) -> Option<f64> {
         match self {
             Self::Int(number) => Some(*number as f64),
@@ -182,7 +182,7 @@ pub(crate) fn json_string(text: &str, out: &mut String) {
 
 fn render_number(number: f64, kind: Kind, out: &mut String) {
     let plain = number == 0.0 || (1e-5..1e15).contains(&number.abs());
-    #[allow(clippy::cast_possible_truncation)] // a FLOAT has no more digits
+    #[expect(clippy::cast_possible_truncation, reason = "a FLOAT has no more digits")]
     let short = number as f32;
     let _ = match (plain, kind == Kind::Float && short.is_finite()) {
         (true, true) => write!(out, "{short}"),
@@ -202,7 +202,7 @@ fn whole(number: f64) -> Result<i64, ValueError> {
     if !(-9.2e18..=9.2e18).contains(&rounded) {
         return refuse(format!("{number} does not fit into a whole number of 64 bits"));
     }
-    #[allow(clippy::cast_possible_truncation)] // just checked
+    #[expect(clippy::cast_possible_truncation, reason = "just checked")]
     Ok(rounded as i64)
 }
 

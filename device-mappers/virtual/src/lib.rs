@@ -132,7 +132,7 @@ impl Connected {
                 self.random ^= self.random << 13;
                 self.random ^= self.random >> 7;
                 self.random ^= self.random << 17;
-                #[allow(clippy::cast_precision_loss)] // 53 bits
+                #[expect(clippy::cast_precision_loss, reason = "53 bits")]
                 let unit = (self.random >> 11) as f64 / (1u64 << 53) as f64;
                 point.least + (point.most - point.least) * unit
             }
@@ -140,7 +140,7 @@ impl Connected {
                 let turns = clock::monotonic().as_secs_f64() / point.period.as_secs_f64();
                 point.least + (point.most - point.least) * (0.5 + 0.5 * (turns * std::f64::consts::TAU).sin())
             }
-            #[allow(clippy::cast_precision_loss)] // for looking at
+            #[expect(clippy::cast_precision_loss, reason = "for looking at")]
             Pattern::Counter => point.least + self.reads as f64,
             Pattern::Settable => {
                 let set = point.set.lock().unwrap_or_else(PoisonError::into_inner).clone();

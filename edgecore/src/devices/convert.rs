@@ -164,7 +164,7 @@ fn any(value: &Value) -> Option<Any> {
         Value::Bool(value) => ("Bool", value.encode_to_vec()),
         Value::Number(number) => match (number.as_i64(), number.as_f64()) {
             (Some(whole), _) => ("Int64", whole.encode_to_vec()),
-            #[allow(clippy::cast_possible_truncation)] // there is no wider one that mappers know
+            #[expect(clippy::cast_possible_truncation, reason = "there is no wider one that mappers know")]
             (None, number) => ("Float", (number.unwrap_or_default() as f32).encode_to_vec()),
         },
         Value::String(text) => ("String", text.encode_to_vec()),

@@ -257,7 +257,7 @@ fn metrics(devices: Devices) -> Answer {
                 let labels = format!("namespace=\"{}\",device=\"{}\"", label(&twin.namespace), label(&twin.name));
                 let state = twin.state.as_str();
                 let _ = writeln!(text, "device_up{{{labels},state=\"{state}\"}} {}", u8::from(twin.state.is_up()));
-                #[allow(clippy::cast_precision_loss)] // milliseconds in seconds
+                #[expect(clippy::cast_precision_loss, reason = "milliseconds in seconds")]
                 let seen = twin.last_seen.unwrap_or_default() as f64 / 1000.0;
                 let _ = writeln!(text, "device_last_seen_seconds{{{labels}}} {seen}");
                 for property in &twin.properties {

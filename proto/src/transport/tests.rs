@@ -106,7 +106,7 @@ async fn talk((mut cloud, mut edge): Pair) {
                 Event::Opened(incoming) => {
                     assert_eq!((incoming.class, &incoming.header[..]), (Class::Ops, &b"echo"[..]));
                     // What serves it outlives the loop that carries.
-                    #[allow(clippy::disallowed_methods)]
+                    #[expect(clippy::disallowed_methods, reason = "it ends with the test")]
                     tokio::spawn(async move {
                         let (mut read, mut write) = tokio::io::split(incoming.stream);
                         tokio::io::copy(&mut read, &mut write).await.unwrap();

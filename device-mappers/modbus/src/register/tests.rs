@@ -139,7 +139,7 @@ proptest! {
         let scale = f64::from(scale) / 100.0;
         let visitor = json!({"dataType": "int32", "limit": 2, "isSwap": swap, "isRegisterSwap": registers, "scale": scale});
         let register = holding(Kind::Double, visitor);
-        #[allow(clippy::cast_precision_loss)]
+        #[expect(clippy::cast_precision_loss, reason = "scaled numbers are measured ones")]
         let value = Value::Double(number as f64);
         let Ok(Written::Registers(bytes)) = register.encode(&value) else { panic!("not written") };
         let read = register.decode(0, &bytes).unwrap();

@@ -116,7 +116,6 @@ impl Sinks {
             return;
         }
         let sinks = Arc::clone(self);
-        #[allow(clippy::disallowed_methods)] // it does nothing that panics
         self.tasks.spawn(async move {
             loop {
                 tokio::select! {
@@ -173,7 +172,6 @@ impl Sinks {
         let queue = Arc::new(Queue::default());
         let end = self.end.child_token();
         let writer = writer::Writer::new(&target, Arc::clone(&queue), &self.directory, self.most, end.clone());
-        #[allow(clippy::disallowed_methods)] // a writer catches its own panics
         self.tasks.spawn(writer.run());
         let handle = Arc::new(Handle { target: target.clone(), queue, end });
         running.insert(target, Arc::downgrade(&handle));
