@@ -2,7 +2,9 @@
 //!
 //! A node has at most one session; a newer one evicts the older. Epochs of one node only rise: each is greater than any that this
 //! registry gave to that node, than what the edge says it has seen, and not behind the wall clock. No other replica gives the same: the
-//! lowest bits are this process's own, by chance. The end of a session removes that session and no other.
+//! lowest bits are this process's own, by chance. The end of a session removes that session and no other. Of two boxes with one identity, a
+//! clone or a data directory that was copied, the one that came last stays for as long as it is connected: else they would end each other's
+//! sessions for ever.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,7 +31,7 @@ pub enum Eviction {
 }
 
 /// Why a session cannot begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BeginError {
     /// As many as there may be.
     #[error("this cloudcore serves as many nodes as it may")]
@@ -40,6 +42,13 @@ pub enum BeginError {
          it is wrong, else `edgecore reset` and joining again begin anew"
     )]
     Epoch(u64),
+    /// The session that stands took over from this box, so that there are two of them.
+    #[error(
+        "another box with the identity of node {0} has taken over: a clone of this one, or of its data directory; on the one that is not to be \
+         {0} run `edgecore reset`, give it a machine id of its own (`rm /etc/machine-id && systemd-machine-id-setup`) and join it under \
+         another name"
+    )]
+    Twin(String),
 }
 
 /// All sessions of this process; cloning shares them.
@@ -69,6 +78,10 @@ struct Node {
 #[derive(Debug)]
 struct Session {
     uid: String,
+    /// Stands for the box: its boot and its store.
+    who: u64,
+    /// From which other box's session it took over. A box that starts anew, or whose store was replaced, is never again who it was.
+    ousted: Option<u64>,
     evict: oneshot::Sender<Eviction>,
     /// Once it stands.
     streams: Option<Streams>,
@@ -94,8 +107,9 @@ impl Sessions {
         Self { most, own: rand::random_range(0..STEP), inner: Arc::default() }
     }
 
-    /// Begins a session and evicts the node's older one. `now` is Unix milliseconds.
-    pub fn begin(&self, node: &NodeIdentity, last_epoch: u64, now: u64) -> Result<Place, BeginError> {
+    /// Begins a session and evicts the node's older one. `who` stands for the box as long as neither its boot nor its store is another; `now`
+    /// is Unix milliseconds.
+    pub fn begin(&self, node: &NodeIdentity, who: u64, last_epoch: u64, now: u64) -> Result<Place, BeginError> {
         let mut inner = self.lock();
         let inner = &mut *inner;
         inner.now = inner.now.max(now);
@@ -103,14 +117,19 @@ impl Sessions {
             return Err(BeginError::Epoch(last_epoch));
         }
         let held = inner.nodes.get(&node.name);
-        let replaces = held.is_some_and(|held| held.session.is_some());
-        if !replaces && inner.live >= self.most {
+        let standing = held.and_then(|held| held.session.as_ref());
+        if standing.is_none() && inner.live >= self.most {
             return Err(BeginError::Full);
         }
+        let other = standing.filter(|standing| standing.who != who);
+        if other.is_some_and(|other| other.ousted == Some(who)) {
+            return Err(BeginError::Twin(node.name.clone()));
+        }
+        let ousted = other.map_or_else(|| standing.and_then(|standing| standing.ousted), |other| Some(other.who));
         let least = inner.now.max(last_epoch + 1).max(held.map_or(0, |held| held.epoch + 1));
         let epoch = least + (self.own + STEP - least % STEP) % STEP;
         let (evict, evicted) = oneshot::channel();
-        let session = Session { uid: node.uid.clone(), evict, streams: None };
+        let session = Session { uid: node.uid.clone(), who, ousted, evict, streams: None };
         let older = inner.nodes.insert(node.name.clone(), Node { epoch, session: Some(session) });
         match older.and_then(|older| older.session) {
             // It may have ended by itself just now.
@@ -213,6 +232,8 @@ mod tests {
 
     use super::*;
 
+    const WHO: u64 = 1;
+
     fn node(name: &str, uid: &str) -> NodeIdentity {
         NodeIdentity { name: name.to_owned(), uid: uid.to_owned() }
     }
@@ -229,8 +250,8 @@ mod tests {
     fn a_newer_session_evicts_and_the_older_ones_end_changes_nothing() {
         let sessions = sessions(10);
         let a = node("a", "1");
-        let mut first = sessions.begin(&a, 0, 1000).unwrap();
-        let mut second = sessions.begin(&a, 0, 1000).unwrap();
+        let mut first = sessions.begin(&a, WHO, 0, 1000).unwrap();
+        let mut second = sessions.begin(&a, WHO, 0, 1000).unwrap();
         assert_eq!((first.epoch(), second.epoch()), (1031, 2055));
         assert_eq!(eviction(&mut first), Some(Eviction::Superseded));
         drop(first);
@@ -241,23 +262,44 @@ mod tests {
         assert_eq!(eviction(&mut second), Some(Eviction::NodeDeleted));
         assert!(sessions.nodes().is_empty());
         drop(second);
-        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 3079);
+        assert_eq!(sessions.begin(&a, WHO, 0, 1000).unwrap().epoch(), 3079);
+    }
+
+    #[test]
+    fn of_two_boxes_with_one_identity_the_later_one_stays() {
+        let sessions = sessions(10);
+        let a = node("a", "1");
+        let begin = |who| sessions.begin(&a, who, 0, 1000);
+        let mut first = begin(1).unwrap();
+        let second = begin(2).unwrap();
+        assert_eq!(eviction(&mut first), Some(Eviction::Superseded), "a box that started anew, for all that is known");
+        assert_eq!(begin(1).unwrap_err(), BeginError::Twin("a".to_owned()));
+        let again = begin(2).unwrap();
+        drop((first, second));
+        assert!(begin(1).is_err(), "it comes again and again, and so does the other");
+        drop(again);
+        let first = begin(1).unwrap();
+        let second = begin(2).unwrap();
+        assert!(begin(1).is_err(), "they have taken turns");
+        // Starting anew is nobody's return.
+        let restarts: Vec<_> = (3..6).map(|who| begin(who).unwrap()).collect();
+        drop((first, second, restarts));
     }
 
     #[test]
     fn epochs_follow_edge_and_clock() {
         let sessions = sessions(10);
         let a = node("a", "1");
-        assert_eq!(sessions.begin(&a, 5126, 1000).unwrap().epoch(), 5127);
-        assert_eq!(sessions.begin(&a, 0, 1000).unwrap().epoch(), 6151, "an edge that forgot");
-        assert_eq!(sessions.begin(&a, 0, 9000).unwrap().epoch(), 9223);
-        assert_eq!(sessions.begin(&node("b", "2"), 0, 100).unwrap().epoch(), 9223, "a clock that was set back");
+        assert_eq!(sessions.begin(&a, WHO, 5126, 1000).unwrap().epoch(), 5127);
+        assert_eq!(sessions.begin(&a, WHO, 0, 1000).unwrap().epoch(), 6151, "an edge that forgot");
+        assert_eq!(sessions.begin(&a, WHO, 0, 9000).unwrap().epoch(), 9223);
+        assert_eq!(sessions.begin(&node("b", "2"), WHO, 0, 100).unwrap().epoch(), 9223, "a clock that was set back");
         for far in [9001 + MOST_AHEAD, 1 << 62, u64::MAX] {
-            assert_eq!(sessions.begin(&a, far, 9000).unwrap_err(), BeginError::Epoch(far));
+            assert_eq!(sessions.begin(&a, WHO, far, 9000).unwrap_err(), BeginError::Epoch(far));
         }
-        let most = sessions.begin(&a, 9000 + MOST_AHEAD, 9000).unwrap().epoch();
+        let most = sessions.begin(&a, WHO, 9000 + MOST_AHEAD, 9000).unwrap().epoch();
         assert_eq!(
-            sessions.begin(&a, most, 9000 + STEP).unwrap().epoch(),
+            sessions.begin(&a, WHO, most, 9000 + STEP).unwrap().epoch(),
             most + STEP,
             "nobody is barred by where the bound is"
         );
@@ -266,12 +308,12 @@ mod tests {
     #[test]
     fn there_are_no_more_than_there_may_be() {
         let sessions = sessions(2);
-        let (a, b) = (sessions.begin(&node("a", "1"), 0, 1), sessions.begin(&node("b", "1"), 0, 1));
-        assert_eq!(sessions.begin(&node("c", "1"), 0, 1).unwrap_err(), BeginError::Full);
-        let again = sessions.begin(&node("b", "1"), 0, 1).unwrap();
+        let (a, b) = (sessions.begin(&node("a", "1"), WHO, 0, 1), sessions.begin(&node("b", "1"), WHO, 0, 1));
+        assert_eq!(sessions.begin(&node("c", "1"), WHO, 0, 1).unwrap_err(), BeginError::Full);
+        let again = sessions.begin(&node("b", "1"), WHO, 0, 1).unwrap();
         drop((a, b));
         assert_eq!(sessions.nodes(), [node("b", "1")]);
-        assert!(sessions.begin(&node("c", "1"), 0, 1).is_ok());
+        assert!(sessions.begin(&node("c", "1"), WHO, 0, 1).is_ok());
         drop(again);
     }
 
@@ -285,7 +327,7 @@ mod tests {
                 let (last, now) = (last * STEP / 2, now * STEP / 2);
                 let name = ["a", "b", "c", "d"][which];
                 match step {
-                    0 | 1 => if let Ok(place) = sessions.begin(&node(name, "1"), last, now) {
+                    0 | 1 => if let Ok(place) = sessions.begin(&node(name, "1"), WHO, last, now) {
                         let before = highest.insert(name.to_owned(), place.epoch());
                         prop_assert!(before.is_none_or(|before| before < place.epoch()));
                         prop_assert!(place.epoch() > last && place.epoch() >= now);

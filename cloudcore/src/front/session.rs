@@ -3,6 +3,7 @@
 //!
 //! An edge is told that its Node is deleted only when the apiserver has said so; whatever else goes wrong, it is told to come again.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
 use rand::RngExt as _;
@@ -163,12 +164,16 @@ where
             return Err(("certificate_too_old", Some(goodbye(Reason::Refused, too_old_message(certificate)))));
         }
     }
-    let place = match front.sessions.begin(node, hello.last_epoch.max(known), clock::wall_millis()) {
+    let place = match front.sessions.begin(node, who(&hello), hello.last_epoch.max(known), clock::wall_millis()) {
         Ok(place) => place,
-        Err(error @ BeginError::Full) => return Err(later("full", &error.to_string())),
-        Err(error @ BeginError::Epoch(_)) => {
+        Err(error) => {
+            let result = match error {
+                BeginError::Full => return Err(later("full", &error.to_string())),
+                BeginError::Epoch(_) => "epoch",
+                BeginError::Twin(_) => "twin",
+            };
             warn!(node = shown(node), "{error}");
-            return Err(("epoch", Some(goodbye(Reason::Refused, error.to_string()))));
+            return Err((result, Some(goodbye(Reason::Refused, error.to_string()))));
         }
     };
     match missed(&mut deletions, node) {
@@ -176,6 +181,13 @@ where
         Some(false) => Ok(Begun { hello, place, restored }),
         None => Err(later("unavailable", "too much is going on")),
     }
+}
+
+/// Which box it is that says Hello.
+fn who(hello: &Hello) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&hello.boot_id, &hello.store_id).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// What a session is about.
