@@ -10,15 +10,18 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::controlplane::ControlPlane;
 use crate::kubectl::Kubectl;
 use crate::process::{self, Output, Process};
-use crate::{paths, ports};
+use crate::{guest, paths, ports};
 
 /// Where cloudcore lives in the cluster.
 pub const NAMESPACE: &str = "skerry-system";
+/// The CRDs of deploy/devices.yaml, which it installs where they are not there.
+pub const CRDS: [&str; 3] =
+    ["devicemodels.devices.kubeedge.io", "devices.devices.kubeedge.io", "devicestatuses.devices.kubeedge.io"];
 
 /// A cloudcore. Dropping it kills it.
 #[derive(Debug)]
@@ -183,7 +186,7 @@ impl Cloudcore {
 
     fn launch(control: &ControlPlane, dir: &Path, front: Option<(&str, &str)>, daemon: bool) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        let account = install_rights(control.kubectl())?;
+        let account = install_rights(control, daemon)?;
         let kubeconfig = control.service_account_kubeconfig(NAMESPACE, &account, front)?;
         let admin = SocketAddr::from(([127, 0, 0, 1], ports::free()?));
         let mut this = Self {
@@ -200,12 +203,17 @@ impl Cloudcore {
     }
 }
 
-/// Applies deploy/rbac.yaml; the name of the ServiceAccount it brings.
-fn install_rights(kubectl: &Kubectl) -> Result<String> {
+/// Applies deploy/rbac.yaml; the name of the ServiceAccount it brings. What is to live on marks nothing: whoever started it keeps account.
+fn install_rights(control: &ControlPlane, daemon: bool) -> Result<String> {
+    let kubectl = control.kubectl();
     let manifest = paths::repository().join("deploy/rbac.yaml");
     let text = fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
     if kubectl.find("namespace", NAMESPACE)?.is_none() {
-        kubectl.run(&["create", "namespace", NAMESPACE])?;
+        let mut namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
+        if !daemon && !control.is_ours() {
+            namespace["metadata"]["labels"] = guest::marks_of_skerry(brings_crds(kubectl)?);
+        }
+        kubectl.create(&namespace)?;
     }
     kubectl.apply(&text)?;
     let accounts = kubectl.in_namespace(NAMESPACE).list("serviceaccounts", "")?;
@@ -219,6 +227,36 @@ fn install_rights(kubectl: &Kubectl) -> Result<String> {
 pub fn remove_rights(kubectl: &Kubectl) -> Result<()> {
     let manifest = paths::repository().join("deploy/rbac.yaml");
     kubectl.run(&["delete", "-f", &manifest.display().to_string(), "--ignore-not-found", "--wait=false"]).map(drop)
+}
+
+/// Whether cloudcore is who brings the CRDs of devices to a cluster: none of them is there.
+pub fn brings_crds(kubectl: &Kubectl) -> Result<bool> {
+    for crd in CRDS {
+        if kubectl.find("crd", crd)?.is_some() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Removes the CRDs of devices, with the devices of this namespace; whether it did. As long as there are others they stay: whatever went wrong,
+/// nothing of anybody's is deleted.
+pub fn remove_crds(kubectl: &Kubectl, namespace: &str) -> Result<bool> {
+    let manifest = paths::repository().join("deploy/devices.yaml").display().to_string();
+    for crd in CRDS {
+        if kubectl.find("crd", crd)?.is_none() {
+            continue;
+        }
+        let namespaces = kubectl.run(&["get", crd, "-A", "-o", "jsonpath={.items[*].metadata.namespace}"])?;
+        if namespaces.split_whitespace().any(|other| other != namespace) {
+            eprintln!(
+                "there are devices in other namespaces: their CRDs stay; kubectl delete -f {manifest} removes all"
+            );
+            return Ok(false);
+        }
+    }
+    kubectl.run(&["delete", "-f", &manifest, "--ignore-not-found", "--wait=false"])?;
+    Ok(true)
 }
 
 fn parse_join_line(text: &str) -> Result<JoinLine> {

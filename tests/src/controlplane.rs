@@ -1,11 +1,14 @@
 //! A Kubernetes control plane: etcd, apiserver, controller-manager and scheduler on loopback, or the one `$KUBECONFIG` names.
 
-use std::fs;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use nix::sys::signal::Signal;
@@ -13,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::kubectl::{Kubectl, linked};
 use crate::pki::{self, Authority, Pair};
-use crate::process::Process;
+use crate::process::{self, Process};
 use crate::wait::until;
 use crate::{paths, ports};
 
@@ -183,13 +186,8 @@ impl ControlPlane {
 
     fn launch(dir: &Path, daemon: bool) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        if let Some(theirs) = std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty()) {
-            let admin = PathBuf::from(theirs);
-            let kubectl = Kubectl::new(&admin, dir)?;
-            kubectl
-                .run(&["version"])
-                .context("the cluster of $KUBECONFIG does not answer; unset it to get one here")?;
-            return Ok(Self { dir: dir.to_owned(), admin, kubectl, own: None });
+        if let Some(theirs) = theirs() {
+            return Self::enter(dir, &theirs);
         }
         let authority = Authority::new(dir, "ca")?;
         let mut own = Own {
@@ -215,6 +213,27 @@ impl ControlPlane {
         this.start_controllers()?;
         until("the default service account", 30, || Ok(this.kubectl.find("serviceaccount", "default")?.is_some()))?;
         Ok(this)
+    }
+
+    /// Uses the current context of `$KUBECONFIG`, which may be a list of files that refer to others: kubectl makes one of them.
+    fn enter(dir: &Path, theirs: &OsStr) -> Result<Self> {
+        let view = ["config", "view", "--raw", "--flatten", "--minify", "-o", "json"];
+        let seen = process::run(Command::new(linked(dir, "kubectl")?).args(view), 30)?;
+        ensure!(
+            seen.success,
+            "KUBECONFIG={} names no cluster: {}; let it name kubeconfig files that are there and have a current-context, or unset it to \
+             get a cluster here",
+            theirs.display(),
+            seen.stderr.trim()
+        );
+        let admin = dir.join("admin.kubeconfig");
+        // What is in it opens somebody's cluster.
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&admin);
+        file.and_then(|mut file| file.write_all(seen.stdout.as_bytes()))
+            .with_context(|| format!("cannot write {}", admin.display()))?;
+        let kubectl = Kubectl::new(&admin, dir)?;
+        kubectl.run(&["version"]).context("the cluster of $KUBECONFIG does not answer; unset it to get one here")?;
+        Ok(Self { dir: dir.to_owned(), admin, kubectl, own: None })
     }
 
     fn wait_ready(&mut self) -> Result<()> {
@@ -260,6 +279,11 @@ impl ControlPlane {
     }
 }
 
+/// `$KUBECONFIG`, if it is set: the cluster is somebody else's, and tests are guests there.
+pub fn theirs() -> Option<OsString> {
+    std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty())
+}
+
 fn make_certificates(dir: &Path, own: &Own) -> Result<()> {
     own.authority.server(
         dir,
@@ -301,6 +325,7 @@ fn spawn_apiserver(dir: &Path, own: &Own) -> Result<Process> {
         "--service-cluster-ip-range=10.96.0.0/16",
         "--authorization-mode=Node,RBAC",
         "--enable-admission-plugins=NodeRestriction",
+        "--enable-aggregator-routing",
         "--allow-privileged",
         "--service-account-issuer=https://kubernetes.default.svc",
         "--kubelet-preferred-address-types=InternalIP,Hostname",

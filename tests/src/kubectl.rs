@@ -171,15 +171,24 @@ impl Kubectl {
     }
 }
 
-/// A link to the multi-call binary, named after the program it is to be.
+/// A link to the multi-call binary, named after the program it is to be. Without that binary, kubectl is one that is nothing else: ours, or
+/// else the machine's.
 pub fn linked(dir: &Path, name: &str) -> Result<PathBuf> {
     let bin = dir.join("bin");
     fs::create_dir_all(&bin)?;
     let link = bin.join(name);
     if !link.exists() {
-        symlink(paths::cached_binary("kube")?, &link)?;
+        symlink(program(name)?, &link)?;
     }
     Ok(link)
+}
+
+fn program(name: &str) -> Result<PathBuf> {
+    let kube = paths::cached_binary("kube");
+    if kube.is_ok() || name != "kubectl" {
+        return kube;
+    }
+    paths::cached_binary("kubectl").or_else(|_| paths::tool("kubectl", "kubernetes-client")).or(kube)
 }
 
 /// The port at which a node's kubelet is to be asked, if its Node tells one.

@@ -15,6 +15,7 @@ pub mod controlplane;
 pub mod cri;
 pub mod edge;
 pub mod fault;
+pub mod guest;
 pub mod images;
 pub mod kubectl;
 pub mod kubelet;

@@ -7,22 +7,22 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
 use skerry_tests::cloudcore::{self, Cloudcore, NAMESPACE};
-use skerry_tests::controlplane::ControlPlane;
+use skerry_tests::controlplane::{self, ControlPlane};
 use skerry_tests::edge::Edge;
 use skerry_tests::kubectl::{Kubectl, is_ready};
 use skerry_tests::mapper::{self, Modbus};
 use skerry_tests::process::Process;
 use skerry_tests::runtime::{Cni, Runtime};
-use skerry_tests::{cleanup, images, paths, procfs};
+use skerry_tests::{cleanup, guest, images, procfs};
 
 /// The node that this machine becomes.
 const NODE: &str = "edge-1";
 /// Where scripts/quickstart puts its example.
 const EXAMPLE: &str = "skerry-quickstart";
-/// The CRD of devices.
-const DEVICES: &str = "devices.devices.kubeedge.io";
 /// A file in the state directory: the cluster is somebody else's, and everything there that carries our names is from here.
 const GUEST: &str = "guest";
+/// What it says if the CRDs of devices are from here, too.
+const DEVICES: &str = "devices.devices.kubeedge.io";
 
 #[derive(Parser)]
 #[command(about = "A control plane, a runtime, cloudcore and one edge node on this machine")]
@@ -41,7 +41,7 @@ enum Command {
     Status,
     /// Makes the images' archive and prints where it is.
     Images,
-    /// Removes what killed test runs left.
+    /// Removes what killed test runs left here, and what any left in the cluster of $KUBECONFIG.
     Clean,
     /// Waits for standard input to close, then removes a test run's directory and all that belongs to it.
     #[command(hide = true)]
@@ -61,8 +61,10 @@ fn main() -> Result<()> {
             Ok(())
         }
         Command::Clean => {
+            // The cluster first: meanwhile the janitor of a run that has just ended does what is to be done here.
+            let cleaned = clean_cluster();
             cleanup::stale();
-            Ok(())
+            cleaned
         }
         Command::Janitor { dir } => {
             std::io::stdin().read_to_end(&mut Vec::new()).context("standard input is the sign of life of the run")?;
@@ -73,6 +75,17 @@ fn main() -> Result<()> {
 
 fn state() -> PathBuf {
     std::env::var_os("SKERRY_STATE").map_or_else(|| "/var/lib/skerry-quickstart".into(), PathBuf::from)
+}
+
+/// Removes what test runs left in somebody else's cluster.
+fn clean_cluster() -> Result<()> {
+    if controlplane::theirs().is_none() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let control = ControlPlane::start(dir.path())?;
+    guest::clean(control.kubectl())
+        .context("not all that tests put into the cluster of $KUBECONFIG is removed; `testbed clean` tries again")
 }
 
 fn up(dir: &Path) -> Result<()> {
@@ -162,8 +175,7 @@ fn enter(kubectl: &Kubectl, dir: &Path) -> Result<()> {
              token create` prints; else unset KUBECONFIG, and a cluster is made for the example"
         );
     }
-    // What is in the file is to be removed with the rest: the kinds of devices, if cloudcore is who brings them.
-    let brings = if kubectl.find("crd", DEVICES)?.is_none() { DEVICES } else { "" };
+    let brings = if cloudcore::brings_crds(kubectl)? { DEVICES } else { "" };
     std::fs::write(dir.join(GUEST), brings)?;
     Ok(())
 }
@@ -172,17 +184,7 @@ fn enter(kubectl: &Kubectl, dir: &Path) -> Result<()> {
 fn leave(kubectl: &Kubectl, dir: &Path) -> Result<()> {
     kubectl.run(&["delete", "namespace", EXAMPLE, "--ignore-not-found", "--wait=false"])?;
     if std::fs::read_to_string(dir.join(GUEST))? == DEVICES {
-        let manifest = paths::repository().join("deploy/devices.yaml").display().to_string();
-        // Whatever goes wrong here, nothing of anybody's is deleted.
-        let kinds = "devices,devicemodels,devicestatuses";
-        let namespaces = kubectl.run(&["get", kinds, "-A", "-o", "jsonpath={.items[*].metadata.namespace}"])?;
-        if namespaces.split_whitespace().all(|namespace| namespace == EXAMPLE) {
-            kubectl.run(&["delete", "-f", &manifest, "--ignore-not-found", "--wait=false"])?;
-        } else {
-            println!(
-                "there are devices in other namespaces: their CRDs stay; kubectl delete -f {manifest} removes all"
-            );
-        }
+        cloudcore::remove_crds(kubectl, EXAMPLE)?;
     }
     kubectl.run(&["delete", "node", NODE, "--ignore-not-found", "--wait=false"])?;
     cloudcore::remove_rights(kubectl)

@@ -9,9 +9,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skerry_tests::cloudcore::{Cloudcore, kubelet_address};
-use skerry_tests::controlplane::ControlPlane;
+use skerry_tests::controlplane::{ControlPlane, theirs};
 use skerry_tests::edge::Edge;
 use skerry_tests::fault::FaultProxy;
+use skerry_tests::guest;
 use skerry_tests::kubectl::{Kubectl, is_ready, kubelet_port};
 use skerry_tests::paths::RunDir;
 use skerry_tests::process::{self, Output};
@@ -48,10 +49,6 @@ impl Default for Setup {
     }
 }
 
-/// Nodes that stories join as by a bare client. They are never Ready, and where most nodes are not, controllers hold back: a story that waits for
-/// a taint would wait for ever.
-const VISITORS: [&str; 4] = ["first-one", "hostile", "short-lived", "too-early"];
-
 static POOL: Mutex<Option<World>> = Mutex::new(None);
 
 /// Tells a story on the common stage, in a namespace of its own. A story that succeeds leaves the stage as it found it.
@@ -76,17 +73,20 @@ pub(crate) fn alone(name: &str, setup: Setup, tell: impl FnOnce(&mut World) -> R
 }
 
 fn play(world: &mut World, name: &str, tell: impl FnOnce(&mut World) -> Result<()>) -> Result<()> {
-    world.kubectl = world.admin.in_namespace(name);
     let told = world.open_namespace(name).and_then(|()| tell(world));
     told.inspect_err(|_| world.autopsy(name))
 }
 
-/// The control plane of this binary, to be broken by one story at a time.
+/// The control plane of this binary, to be broken by one story at a time. In somebody else's, the first story meets nothing of an earlier run.
 pub(crate) fn control() -> Result<MutexGuard<'static, ControlPlane>> {
     static CONTROL: OnceLock<Result<(Mutex<ControlPlane>, RunDir)>> = OnceLock::new();
     let started = CONTROL.get_or_init(|| {
         let run = RunDir::temporary(janitor())?;
         let control = ControlPlane::start(&run.path().join("control"))?;
+        if !control.is_ours() {
+            guest::clean(control.kubectl())
+                .context("what an earlier test run put into the cluster of $KUBECONFIG cannot be removed")?;
+        }
         Ok((Mutex::new(control), run))
     });
     match started {
@@ -124,6 +124,7 @@ impl World {
     pub(crate) fn join(&mut self) -> Result<()> {
         let token = self.cloud.new_token(&[])?.token;
         self.edge.join(&self.relay.address().to_string(), &token)?;
+        guest::mark_node(&self.admin, self.edge.name())?;
         self.edge.start()?;
         self.wait_node_ready()
     }
@@ -253,8 +254,11 @@ impl World {
         Ok(text.contains("online for"))
     }
 
-    fn open_namespace(&self, name: &str) -> Result<()> {
-        self.admin.run(&["create", "namespace", name])?;
+    /// The story's namespace is one that it made itself: it is deleted afterwards.
+    fn open_namespace(&mut self, name: &str) -> Result<()> {
+        let metadata = json!({"name": name, "labels": guest::marks()});
+        self.admin.create(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}))?;
+        self.kubectl = self.admin.in_namespace(name);
         until("the namespace's service account", 30, || Ok(self.kubectl.find("serviceaccount", "default")?.is_some()))?;
         until("the namespace's CA", 30, || Ok(self.kubectl.find("configmap", "kube-root-ca.crt")?.is_some()))
     }
@@ -275,7 +279,11 @@ impl World {
 
     /// Deletes the Nodes of visitors.
     fn see_off(&self) -> Result<()> {
-        self.admin.run(&[&["delete", "node", "--ignore-not-found", "--wait=false"], &VISITORS[..]].concat()).map(drop)
+        if theirs().is_some() {
+            return guest::see_off(&self.admin);
+        }
+        let delete = ["delete", "node", "--ignore-not-found", "--wait=false"];
+        self.admin.run(&[&delete[..], &guest::VISITORS[..]].concat()).map(drop)
     }
 
     /// Shows and keeps what is needed to understand a failure.
@@ -323,7 +331,8 @@ impl World {
     /// A neighbour that is Ready for as long as it [beats](Neighbour::beat).
     pub(crate) fn neighbour(&self) -> Result<Neighbour> {
         let neighbour = Neighbour { name: format!("{}-neighbour", self.edge.name()), admin: self.admin.clone() };
-        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": neighbour.name}, "spec": {"unschedulable": true}});
+        let metadata = json!({"name": neighbour.name, "labels": guest::marks()});
+        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"unschedulable": true}});
         neighbour.admin.create(&node)?;
         let ready = json!({"status": {"conditions": [
             {"type": "Ready", "status": "True", "reason": "Pretended", "message": "", "lastHeartbeatTime": now(), "lastTransitionTime": now()},
@@ -340,7 +349,7 @@ impl Neighbour {
     pub(crate) fn beat(&self) -> Result<()> {
         let lease = json!({
             "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
-            "metadata": {"name": self.name, "namespace": "kube-node-lease"},
+            "metadata": {"name": self.name, "namespace": "kube-node-lease", "labels": guest::marks()},
             "spec": {"holderIdentity": self.name, "leaseDurationSeconds": 40, "renewTime": now()},
         });
         self.admin.apply(&lease.to_string()).map(drop)

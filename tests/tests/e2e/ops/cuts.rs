@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use skerry_proto::wire::{self, frame::Body, goodbye::Reason};
 use skerry_tests::cloudcore::kubelet_address;
+use skerry_tests::images::BUSYBOX;
 use skerry_tests::kubectl::{Kubectl, kubelet_port};
 use skerry_tests::peer::{Session, hello};
 use skerry_tests::ports;
@@ -16,7 +17,7 @@ use skerry_tests::process::read_all;
 use skerry_tests::procfs::{self, Entry};
 use skerry_tests::wait::{eventually, until};
 
-use super::{DIALECTS, at_a_terminal, start_pod};
+use super::{DIALECTS, FAR, at_a_terminal, start_pod};
 use crate::hostile::{NODE, enter, welcome};
 use crate::world::{World, control, story};
 
@@ -42,25 +43,33 @@ fn cut(world: &World) -> Result<()> {
     // Slow enough that a copy is under way when the link goes.
     let large = world.dir().join("large");
     std::fs::write(&large, vec![7; 64 << 20])?;
-    let port = ports::free()?;
-    let mut clients = clients(kubectl, port)?;
-    let mut through = eventually("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
-    through.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")?;
-    ensure!(through.read(&mut [0; 64])? > 0, "no answer through the forwarded port");
-    world.relay.set(|line| line.bandwidth = 2 << 20);
+    let mut clients = vec![debugger(kubectl)?];
+    let mut connections = Vec::new();
+    for dialect in DIALECTS {
+        let port = ports::free()?;
+        clients.extend(self::clients(&kubectl.websockets(dialect), port)?);
+        connections.push(forwarded(port)?);
+    }
+    let log = format!("/containerLogs/{}/ops/talker?follow=true", kubectl.namespace());
+    clients.push(through_proxy(world, &log)?);
+    connected(world, clients.len())?;
+    world.relay.set(|line| (line.bandwidth, line.latency) = (2 << 20, FAR));
     clients.push(Client::begin(kubectl, &["cp", "-c", "box", large.to_str().context("a path")?, "ops:/tmp/large"])?);
     std::thread::sleep(Duration::from_secs(3));
     world.relay.cut();
     let cut = Instant::now();
+    // Nobody knows yet: it waits for its answer.
+    clients.push(through_proxy(world, "/metrics/cadvisor")?);
     for client in &mut clients {
         client.ends_with_an_error(cut)?;
     }
     // What came of the answer before is still there to be read.
-    through.set_read_timeout(Some(Duration::from_secs(5)))?;
-    ensure!(has_ended(&mut through), "the forwarded connection goes on");
+    for through in &mut connections {
+        through.set_read_timeout(Some(Duration::from_secs(5)))?;
+        ensure!(has_ended(through), "the forwarded connection goes on");
+    }
     let away = kubectl.output(&["logs", "ops", "-c", "talker"])?;
     ensure!(!away.success && away.stderr.contains("is offline since"), "{}", away.stderr);
-    world.relay.set(|line| line.bandwidth = 0);
     world.relay.heal();
     // The edge may not have noticed yet.
     until("the logs to be there again", 60, || {
@@ -91,7 +100,10 @@ fn a_client_or_a_container_that_is_killed_leaves_nothing() -> Result<()> {
 }
 
 fn killed(world: &World, dialect: &'static str, descriptors: usize) -> Result<()> {
-    let (clients, through) = connected(world, &world.kubectl.websockets(dialect))?;
+    let port = ports::free()?;
+    let clients = clients(&world.kubectl.websockets(dialect), port)?;
+    let through = forwarded(port)?;
+    connected(world, clients.len())?;
     let shims_before = shims(world);
     for client in clients {
         client.kill()?;
@@ -105,7 +117,10 @@ fn killed(world: &World, dialect: &'static str, descriptors: usize) -> Result<()
 
 /// What is under way in containers ends with them, but for what kubectl goes on with for whatever pod comes next.
 fn ended(world: &World, descriptors: usize) -> Result<()> {
-    let (mut clients, mut through) = connected(world, &world.kubectl)?;
+    let port = ports::free()?;
+    let mut clients = clients(&world.kubectl, port)?;
+    let mut through = forwarded(port)?;
+    connected(world, clients.len())?;
     let forward = clients.pop().context("no clients")?;
     world.kubectl.run(&["delete", "pod", "ops"])?;
     let begin = Instant::now();
@@ -119,15 +134,38 @@ fn ended(world: &World, descriptors: usize) -> Result<()> {
     let_go(world, descriptors)
 }
 
-/// A client of each kind with its session, and a connection through that which forwards a port, the last of them.
-fn connected(world: &World, kubectl: &Kubectl) -> Result<(Vec<Client>, TcpStream)> {
-    let port = ports::free()?;
-    let clients = clients(kubectl, port)?;
-    let through = eventually("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
-    let all = f64::from(u32::try_from(clients.len())?);
+/// A connection to the pod's server through a kubectl that forwards a port; the server has answered.
+fn forwarded(port: u16) -> Result<TcpStream> {
+    let mut through = eventually("the port to be forwarded", 20, || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
+    through.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    ensure!(through.read(&mut [0; 64])? > 0, "no answer through the forwarded port");
+    Ok(through)
+}
+
+/// Waits until so many clients have their sessions.
+fn connected(world: &World, clients: usize) -> Result<()> {
+    let all = f64::from(u32::try_from(clients)?);
     until("all to be connected", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? >= all))?;
     std::thread::sleep(Duration::from_secs(1));
-    Ok((clients, through))
+    Ok(())
+}
+
+/// A shell in an ephemeral container of the pod.
+fn debugger(kubectl: &Kubectl) -> Result<Client> {
+    let image = format!("--image={BUSYBOX}");
+    Client::begin_at_a_terminal(
+        kubectl,
+        &["debug", "ops", "-it", &image, "--image-pull-policy=IfNotPresent", "--", "sh"],
+    )
+}
+
+/// What the apiserver asks the node for, for somebody else; straight from the node where the apiserver proxies to no address that it has.
+fn through_proxy(world: &World, path: &str) -> Result<Client> {
+    if kubelet_address().is_loopback() {
+        let server = format!("--server={}", world.kubelet()?);
+        return Client::begin(world.admin(), &["get", "--raw", path, &server, "--insecure-skip-tls-verify=true"]);
+    }
+    Client::begin(world.admin(), &["get", "--raw", &format!("/api/v1/nodes/{}/proxy{path}", world.edge.name())])
 }
 
 /// Waits until nobody holds anything of sessions whose other ends are gone.
@@ -211,7 +249,7 @@ impl Client {
             None => (text(read_all(self.child.stdout.take())), text(read_all(self.child.stderr.take()))),
         };
         eprintln!("kubectl {what} after {:.1} s ({status}): {}", since.elapsed().as_secs_f64(), errors.trim());
-        if what.starts_with("logs") {
+        if what.starts_with("logs") || what.contains("/containerLogs/") {
             // The apiserver hides from kubectl that the log did not end.
             ensure!(said.contains("\nthe log broke off, node "), "kubectl {what}: {status}, {said:?}");
             return Ok(());

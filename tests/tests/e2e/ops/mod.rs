@@ -33,6 +33,8 @@ type Verb = fn(&World, &Kubectl) -> Result<()>;
 
 /// What kubectl speaks: WebSockets first, or only SPDY.
 const DIALECTS: [&str; 2] = ["true", "false"];
+/// One way, of a round trip of 50 ms.
+const FAR: Duration = Duration::from_millis(25);
 
 #[test]
 fn kubectl_works_on_an_edge_node_over_quic() -> Result<()> {
@@ -47,7 +49,7 @@ fn kubectl_works_on_an_edge_node_over_websocket() -> Result<()> {
 fn every_verb(world: &mut World, transport: &str) -> Result<()> {
     world.carry_over(transport)?;
     start_pod(world)?;
-    world.relay.set(|line| line.latency = Duration::from_millis(25));
+    world.relay.set(|line| line.latency = FAR);
     let kubectl = world.kubectl.clone();
 
     crash_once(world)?;

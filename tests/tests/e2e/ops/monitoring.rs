@@ -1,17 +1,19 @@
 //! The real metrics-server and the real Prometheus read a node as they read any other.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use skerry_tests::cloudcore::kubelet_address;
 use skerry_tests::process::{Process, run};
 use skerry_tests::wait::{eventually, until};
-use skerry_tests::{paths, ports};
+use skerry_tests::{guest, paths, ports};
 
-use super::start_pod;
+use super::{FAR, start_pod};
 use crate::world::{World, control, story};
 
 /// metrics-server takes nothing shorter.
@@ -23,6 +25,7 @@ const TIMEOUT: &str = "9s";
 fn prometheus_reads_a_node() -> Result<()> {
     story("ops-prometheus", |world| {
         start_pod(world)?;
+        world.relay.set(|line| line.latency = FAR);
         let prometheus = Prometheus::start(world, &own_ca(world)?)?;
         prometheus.reads(world).inspect_err(|_| tell(&prometheus.process))?;
         own_top(world)?;
@@ -34,7 +37,12 @@ fn prometheus_reads_a_node() -> Result<()> {
 #[ignore = "its build takes minutes: scripts/soak ops"]
 fn metrics_server_reads_a_node() -> Result<()> {
     story("ops-metrics-server", |world| {
+        if !control()?.is_ours() {
+            eprintln!("skipped: it would take the place of the cluster's own metrics-server");
+            return Ok(());
+        }
         start_pod(world)?;
+        world.relay.set(|line| line.latency = FAR);
         let metrics_server = MetricsServer::start(world, &own_ca(world)?)?;
         tops(world).inspect_err(|_| tell(&metrics_server.process))
     })
@@ -109,9 +117,13 @@ struct MetricsServer {
 impl MetricsServer {
     /// Outside of the cluster: its Service names this machine.
     fn start(world: &World, ca: &Path) -> Result<Self> {
-        let port = ports::free()?;
+        let (address, port) = (kubelet_address(), ports::free()?);
+        ensure!(
+            !address.is_loopback(),
+            "an apiserver goes to no endpoint on loopback: give this machine another address"
+        );
         let admin = world.admin().clone();
-        admin.apply(&metrics_server_manifest(port).to_string())?;
+        admin.apply(&metrics_server_manifest(address, port).to_string())?;
         let dir = world.dir().join("metrics-server");
         fs::create_dir_all(&dir)?;
         let kubeconfig = control()?.service_account_kubeconfig("kube-system", "metrics-server", None)?;
@@ -125,11 +137,8 @@ impl MetricsServer {
             .arg(format!("--metric-resolution={RESOLUTION}"))
             .arg(format!("--kubelet-certificate-authority={}", ca.display()))
             .arg(format!("--kubelet-request-timeout={TIMEOUT}"))
-            .args([
-                "--bind-address=127.0.0.1",
-                "--kubelet-use-node-status-port",
-                "--kubelet-preferred-address-types=InternalIP",
-            ]);
+            .arg(format!("--bind-address={address}"))
+            .args(["--kubelet-use-node-status-port", "--kubelet-preferred-address-types=InternalIP"]);
         let process = Process::spawn("metrics-server", &mut command, &dir.join("metrics-server.log"))?;
         Ok(Self { process, admin })
     }
@@ -143,7 +152,7 @@ impl Drop for MetricsServer {
 }
 
 /// What its own deployment has, but for the Deployment.
-fn metrics_server_manifest(port: u16) -> Value {
+fn metrics_server_manifest(address: IpAddr, port: u16) -> Value {
     let account = json!([{"kind": "ServiceAccount", "name": "metrics-server", "namespace": "kube-system"}]);
     let rbac = "rbac.authorization.k8s.io";
     let version = format!("{rbac}/v1");
@@ -160,12 +169,15 @@ fn metrics_server_manifest(port: u16) -> Value {
             "roleRef": cluster_role("system:auth-delegator"), "subjects": account},
         {"apiVersion": version, "kind": "RoleBinding", "metadata": {"name": "metrics-server-auth-reader", "namespace": "kube-system"},
             "roleRef": {"apiGroup": rbac, "kind": "Role", "name": "extension-apiserver-authentication-reader"}, "subjects": account},
-        // The server is a process of this machine, so a name and not endpoints, which `--enable-aggregator-routing` would go to: loopback may be none.
+        // The server is a process of this machine: the endpoint that `--enable-aggregator-routing` goes to.
         {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "metrics-server", "namespace": "kube-system"},
-            "spec": {"type": "ExternalName", "externalName": "localhost"}},
+            "spec": {"ports": [{"port": 443, "targetPort": port}]}},
+        {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "metrics-server", "namespace": "kube-system", "labels": {"kubernetes.io/service-name": "metrics-server"}},
+            "endpoints": [{"addresses": [address]}], "ports": [{"port": port}]},
         {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService", "metadata": {"name": "v1beta1.metrics.k8s.io"}, "spec": {
             "group": "metrics.k8s.io", "version": "v1beta1", "groupPriorityMinimum": 100, "versionPriority": 100,
-            "insecureSkipTLSVerify": true, "service": {"name": "metrics-server", "namespace": "kube-system", "port": port},
+            "insecureSkipTLSVerify": true, "service": {"name": "metrics-server", "namespace": "kube-system", "port": 443},
         }},
     ]})
 }
@@ -180,13 +192,14 @@ impl Prometheus {
     fn start(world: &World, ca: &Path) -> Result<Self> {
         let kubectl = &world.kubectl;
         let account = json!([{"kind": "ServiceAccount", "name": "prometheus", "namespace": kubectl.namespace()}]);
+        let metadata = json!({"name": "skerry-test-prometheus", "labels": guest::marks()});
         let manifest = json!({"apiVersion": "v1", "kind": "List", "items": [
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "prometheus"}},
-            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "prometheus"}, "rules": [
+            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": metadata, "rules": [
                 {"apiGroups": [""], "resources": ["nodes/metrics"], "verbs": ["get"]},
             ]},
-            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "prometheus"},
-                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "prometheus"}, "subjects": account},
+            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": metadata,
+                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": metadata["name"]}, "subjects": account},
         ]});
         kubectl.apply(&manifest.to_string())?;
         let dir = world.dir().join("prometheus");

@@ -8,7 +8,7 @@ use skerry_tests::ports;
 use skerry_tests::process::{Piped, pipe};
 use skerry_tests::wait::until;
 
-use super::{attach, forward, noise, start_pod};
+use super::{attach, forward, noise, start_pod, terminal};
 use crate::world::{World, story};
 
 #[test]
@@ -49,6 +49,9 @@ fn at_the_box(world: &World) -> Result<()> {
         back.output.len(),
         back.errors
     );
+    let mut shell = world.edge.command(&["exec"])?;
+    let code = terminal(shell.args(["-n", namespace, "-it", "ops", "-c", "box", "--", "sh"]))?;
+    ensure!(code == Some(5), "the shell's exit code came as {code:?}");
     attach(world.edge.command(&["attach"])?.args(["-n", namespace, "-i", "ops", "-c", "echo"]))?;
     let local = ports::free()?;
     forward(world.edge.command(&["port-forward"])?.args(["-n", namespace, "ops", &format!("{local}:8080")]), local)?;

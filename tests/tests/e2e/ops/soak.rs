@@ -12,7 +12,7 @@ use skerry_tests::manifests::{GRACE, container};
 use skerry_tests::procfs;
 use skerry_tests::wait::until;
 
-use super::{DIALECTS, start_pod};
+use super::{DIALECTS, FAR, start_pod};
 use crate::world::{World, story};
 
 /// What goes through one session.
@@ -28,6 +28,7 @@ const ROOM_OF_ALL: f64 = 16.0;
 fn a_gibibyte_comes_back_as_it_was() -> Result<()> {
     story("ops-gib", |world| {
         start_pod(world)?;
+        world.relay.set(|line| line.latency = FAR);
         for transport in ["quic", "websocket"] {
             world.carry_over(transport)?;
             for dialect in DIALECTS {
@@ -76,7 +77,7 @@ fn there_and_back(world: &World, dialect: &'static str) -> Result<(Vec<u8>, Vec<
 fn fifty_sessions_at_once_each_get_their_own() -> Result<()> {
     story("ops-fifty", |world| {
         start_pod(world)?;
-        world.relay.set(|line| line.latency = Duration::from_millis(25));
+        world.relay.set(|line| line.latency = FAR);
         for transport in ["quic", "websocket"] {
             world.carry_over(transport)?;
             let before = memory(world)?;
@@ -121,6 +122,7 @@ fn a_log_that_is_read_slowly_fills_no_memory() -> Result<()> {
             },
         });
         world.run_pods(&pod.to_string(), "app=loud", 1)?;
+        world.relay.set(|line| line.latency = FAR);
         sleep(Duration::from_secs(5));
         let before = memory(world)?;
         let mut follow = start(world, &["logs", "-f", "loud", "--tail=1"], "true")?;
@@ -148,7 +150,7 @@ fn a_flood_holds_up_neither_the_node_nor_its_objects() -> Result<()> {
         start_pod(world)?;
         for transport in ["quic", "websocket"] {
             world.carry_over(transport)?;
-            world.relay.set(|line| line.bandwidth = 1 << 20);
+            world.relay.set(|line| (line.bandwidth, line.latency) = (1 << 20, FAR));
             let mut flood = (0..4)
                 .map(|_| start(world, &["exec", "ops", "-c", "box", "--", "cat", "/dev/zero"], "true"))
                 .collect::<Result<Vec<_>>>()?;
