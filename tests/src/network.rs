@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use rand::RngExt as _;
 use serde_json::{Value, json};
 
@@ -14,6 +14,8 @@ use crate::process::run;
 
 /// What the bridges of tests are called.
 pub const BRIDGE_PREFIX: &str = "sk-t";
+/// What is written on the rules of [`Loss`].
+const LOSS_MARK: &str = "skerry-test-loss";
 
 /// Writes a bridge conflist with a name and a subnet that nobody here uses, host-local state in `ipam`.
 pub fn write_conflist(conf_dir: &Path, ipam: &Path) -> Result<()> {
@@ -85,6 +87,42 @@ pub fn forget(network: &Network) {
         if entry.file_name().to_string_lossy().starts_with(&format!("{}-", network.name)) {
             fs::remove_file(entry.path()).ok();
         }
+    }
+}
+
+/// Loses a part of the TCP segments to and from a port of this machine, as a bad line does, for as long as it lives.
+#[derive(Debug)]
+pub struct Loss(());
+
+impl Loss {
+    /// `rate` is from 0 to 1, in each direction. What a run that was killed left goes first.
+    pub fn of(port: u16, rate: f64) -> Result<Self> {
+        let loss = Self(());
+        loss.end();
+        for side in ["--dport", "--sport"] {
+            let (port, rate) = (port.to_string(), rate.to_string());
+            let rule =
+                ["-w", "-I", "INPUT", "-i", "lo", "-p", "tcp", side, &port, "-m", "comment", "--comment", LOSS_MARK];
+            let drop = ["-m", "statistic", "--mode", "random", "--probability", &rate, "-j", "DROP"];
+            let output = run(Command::new(paths::tool("iptables", "iptables")?).args(rule).args(drop), 10)?;
+            ensure!(output.success, "iptables cannot lose segments: {}", output.text());
+        }
+        Ok(loss)
+    }
+
+    fn end(&self) {
+        let Ok(iptables) = paths::tool("iptables", "iptables") else { return };
+        let Ok(saved) = run(Command::new(&iptables).args(["-w", "-S", "INPUT"]), 10) else { return };
+        for rule in saved.stdout.lines().filter(|rule| rule.contains(LOSS_MARK)) {
+            let rest = rule.split_whitespace().skip(1);
+            run(Command::new(&iptables).args(["-w", "-D"]).args(rest), 10).ok();
+        }
+    }
+}
+
+impl Drop for Loss {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

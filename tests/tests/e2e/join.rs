@@ -1,6 +1,6 @@
 //! A box becomes a node.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -9,6 +9,7 @@ use skerry_tests::kubectl::{container_ids, is_ready};
 use skerry_tests::manifests::sleeper;
 use skerry_tests::paths;
 use skerry_tests::runtime::Cni;
+use skerry_tests::wait::until;
 
 use crate::world::{Setup, alone, story};
 
@@ -80,27 +81,44 @@ fn joining_again_changes_nothing() -> Result<()> {
 #[test]
 fn a_join_may_be_interrupted_anywhere() -> Result<()> {
     alone("join-interrupted", Setup { joined: false, ..Setup::default() }, |world| {
-        // A slow line, so that there is something to interrupt: what uses the token up is answered 150 ms later at the earliest.
-        world.relay.set(|line| line.latency = Duration::from_millis(150));
         let token = world.cloud.new_token(&["--uses", "1"])?.token;
         let id = token.split('.').nth(1).context("no id in the token")?;
-        let mut killed_behind_use = 0;
-        for moment in 0.. {
+        let begin = || -> Result<Child> {
             let mut join = world.edge.join_command(&world.address().to_string(), &token, &["--no-start"])?;
-            let mut join = join.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-            std::thread::sleep(Duration::from_millis(60 * moment));
-            if join.try_wait()?.is_some_and(|status| status.success()) {
-                break;
-            }
+            Ok(join.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
+        };
+        let is_used = || -> Result<bool> {
+            let listed = world.cloud.token(&["list"])?.stdout;
+            Ok(listed.lines().any(|line| line.starts_with(id) && line.split_whitespace().nth(2) == Some("0")))
+        };
+        // Whether it had ended by itself, and well.
+        let kill = |mut join: Child| -> Result<bool> {
+            let ended = join.try_wait()?.is_some_and(|status| status.success());
             join.kill()?;
             join.wait()?;
-            let listed = world.cloud.token(&["list"])?.stdout;
-            let used = listed.lines().any(|line| line.starts_with(id) && line.split_whitespace().nth(2) == Some("0"));
-            killed_behind_use += u32::from(used);
-            ensure!(moment < 100, "the join never ends; {listed}");
+            Ok(ended)
+        };
+        // Before its token is used: over this line that takes several times as long.
+        world.relay.set(|line| line.latency = Duration::from_secs(1));
+        for moment in 0..8 {
+            let join = begin()?;
+            std::thread::sleep(Duration::from_millis(60 * moment));
+            ensure!(!kill(join)? && !is_used()?, "the join was faster than its line");
         }
-        // The token was good for one use: interrupted joins of the same box had used it already.
-        ensure!(killed_behind_use > 0, "no join was killed between the use of its token and its end");
+        // Between the use and its end: the answer is on its way for a second.
+        let join = begin()?;
+        until("the token to be used", 60, is_used)?;
+        ensure!(!kill(join)?, "the join had its answer at once");
+        // The token was good for one use, which was this box's, so the box may go on: killed at whatever moment, until one ends by itself.
+        world.relay.set(|line| line.latency = Duration::from_millis(150));
+        for moment in 0.. {
+            let join = begin()?;
+            std::thread::sleep(Duration::from_millis(60 * moment));
+            if kill(join)? {
+                break;
+            }
+            ensure!(moment < 100, "the join never ends");
+        }
         world.edge.join(&world.address().to_string(), &token)?;
         world.relay.heal();
         world.edge.start()?;

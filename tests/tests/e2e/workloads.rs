@@ -418,6 +418,11 @@ fn logs_are_files_where_collectors_look() -> Result<()> {
             Ok((text.lines().count() == 2).then_some(text))
         })?;
         ensure!(text.contains(" stdout F hello") && text.contains(" stderr F oops"), "{text}");
+        let named = format!("talks_{}_main-", world.kubectl.namespace());
+        let links = std::fs::read_dir(world.edge.log_links())?.collect::<Result<Vec<_>, _>>()?;
+        let link = links.iter().find(|link| link.file_name().to_string_lossy().starts_with(&named));
+        let link = link.with_context(|| format!("no link of the container among {links:?}"))?.path();
+        ensure!(std::fs::canonicalize(&link)? == std::fs::canonicalize(&log)?, "{} leads elsewhere", link.display());
         Ok(())
     })
 }

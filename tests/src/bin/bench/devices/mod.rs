@@ -33,6 +33,7 @@ mod load;
 mod local;
 mod mappers;
 mod objects;
+mod recovery;
 mod server;
 mod writes;
 
@@ -46,6 +47,8 @@ pub(crate) enum Part {
     Load,
     /// How long a desired value takes to the device.
     Writes,
+    /// How long what was killed takes to come back.
+    Recovery,
     /// The memory of each mapper.
     Mappers,
     /// Many devices that say nothing.
@@ -74,6 +77,9 @@ pub(crate) fn run(dir: &Path, options: &Options) -> Result<()> {
     }
     if wants(Part::Writes) {
         writes::measure(&bed)?;
+    }
+    if wants(Part::Recovery) {
+        recovery::measure(&mut bed)?;
     }
     if wants(Part::Mappers) {
         mappers::measure(&bed)?;

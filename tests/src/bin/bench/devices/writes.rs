@@ -44,7 +44,7 @@ pub(super) fn start(bed: &Bed) -> Result<Process> {
     Ok(mapper)
 }
 
-fn property(number: usize) -> serde_json::Value {
+pub(super) fn property(number: usize) -> serde_json::Value {
     let visitor = json!({"path": "/state", "jsonPointer": format!("/p{number}"), "writePath": "/limit"});
     json!({"collectCycle": 1000, "visitors": {"protocolName": "valve", "configData": visitor}})
 }

@@ -1,0 +1,89 @@
+//! How long it takes, once what was away is back, until what is wanted reaches the device: a mapper, edgecore, the device, and the broker,
+//! each killed a few times.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::*;
+
+const ROUNDS: usize = 5;
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long each is away.
+const AWAY: Duration = Duration::from_secs(3);
+
+pub(super) fn measure(bed: &mut Bed) -> Result<()> {
+    let way = Relay::start(([127, 0, 0, 1], bed.server.port()).into())?;
+    let url = format!("http://{}", way.address());
+    bed.create("devicemodels", 1, |_| objects::model("gate", "ReadWrite"))?;
+    bed.create("devices", 1, |_| objects::device("gate-0", "gate", &json!({"url": url}), writes::property))?;
+    let mut mapper = bed.mapper("http", "gate")?;
+    bed.reached("gate-", 1)?;
+    let mut values = (3000_u32..).map(|value| value.to_string());
+    let mut next = || values.next().context("numbers do not end");
+
+    told("mapper", || {
+        let value = next()?;
+        mapper.signal(Signal::SIGKILL)?;
+        bed.local.write("gate-0", "p0", &value)?;
+        sleep(AWAY);
+        let begin = Instant::now();
+        mapper = bed.mapper("http", "gate")?;
+        Ok(bed.server.written(&value, PATIENCE)? - begin)
+    })?;
+    told("device", || {
+        let value = next()?;
+        way.close();
+        bed.local.write("gate-0", "p0", &value)?;
+        sleep(AWAY);
+        let begin = Instant::now();
+        way.open();
+        Ok(bed.server.written(&value, PATIENCE)? - begin)
+    })?;
+    told("edgecore", || {
+        let value = next()?;
+        bed.edge.kill();
+        sleep(AWAY);
+        let begin = Instant::now();
+        bed.edge.start()?;
+        // Nobody takes a write before it is there.
+        until("a write to be taken", 60, || Ok(bed.local.write("gate-0", "p0", &value).is_ok()))?;
+        Ok(bed.server.written(&value, PATIENCE)? - begin)
+    })?;
+    broker(bed)?;
+    mapper.stop(Duration::from_secs(5));
+    Ok(())
+}
+
+/// edgecore starts the broker itself, and starts another when it dies; retained values are there again then.
+fn broker(bed: &mut Bed) -> Result<()> {
+    bed.edge.configure("mqtt_broker", "auto")?;
+    bed.edge.stop();
+    bed.edge.start()?;
+    let retained = || {
+        let mut command = Command::new(paths::tool("mosquitto_sub", "mosquitto-clients")?);
+        command.args(["-C", "1", "-W", "1", "-t", "devices/default/gate-0/p0"]).stderr(Stdio::null());
+        Ok(!command.output()?.stdout.is_empty())
+    };
+    until("the value at the broker", 60, retained)?;
+    let edgecore = bed.edgecore()?;
+    told("broker", || {
+        let of = |entry: &procfs::Entry| entry.parent == edgecore && entry.program() == "mosquitto";
+        let broker = procfs::processes().into_iter().find(of).context("there is no broker of edgecore's")?;
+        let begin = Instant::now();
+        kill(Pid::from_raw(broker.pid), Signal::SIGKILL)?;
+        until("another broker with the value", 60, retained)?;
+        Ok(begin.elapsed())
+    })?;
+    bed.edge.configure("mqtt_broker", "off")?;
+    bed.edge.stop();
+    bed.edge.start()
+}
+
+/// Has something go away and come back, a few times: the median of how long it took, and the worst.
+fn told(what: &str, mut returns: impl FnMut() -> Result<Duration>) -> Result<()> {
+    let times: Vec<f64> = (0..ROUNDS).map(|_| Ok(returns()?.as_secs_f64())).collect::<Result<_>>()?;
+    let (median, worst) = median(times);
+    eprintln!("{what} back: median {median:.2} s, worst {worst:.2} s of {ROUNDS}");
+    println!("devices.recovery.s\t{what}\t{worst:.2}\ts");
+    Ok(())
+}
