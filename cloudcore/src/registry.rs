@@ -4,7 +4,7 @@
 //! registry gave to that node, than what the edge says it has seen, and not behind the wall clock. No other replica gives the same: the
 //! lowest bits are this process's own, by chance. The end of a session removes that session and no other. Of two boxes with one identity, a
 //! clone or a data directory that was copied, the one that came last stays for as long as it is connected: else they would end each other's
-//! sessions for ever.
+//! sessions for ever, as they do at two replicas, which do not see each other's.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,9 +44,9 @@ pub enum BeginError {
     Epoch(u64),
     /// The session that stands took over from this box, so that there are two of them.
     #[error(
-        "another box with the identity of node {0} has taken over: a clone of this one, or of its data directory; on the one that is not to be \
-         {0} run `edgecore reset`, give it a machine id of its own (`rm /etc/machine-id && systemd-machine-id-setup`) and join it under \
-         another name"
+        "another box with the identity of node {0} has taken over, such as a clone of this one or of its data directory; on the one that is \
+         not to be {0} run `edgecore reset`, give it a machine id of its own (`rm /etc/machine-id && systemd-machine-id-setup`) and join it \
+         under another name"
     )]
     Twin(String),
 }
@@ -78,9 +78,9 @@ struct Node {
 #[derive(Debug)]
 struct Session {
     uid: String,
-    /// Stands for the box: its boot and its store.
+    /// Stands for one start of the agent on one box.
     who: u64,
-    /// From which other box's session it took over. A box that starts anew, or whose store was replaced, is never again who it was.
+    /// Whose session it took over that was somebody else. An agent that starts anew is never again who it was.
     ousted: Option<u64>,
     evict: oneshot::Sender<Eviction>,
     /// Once it stands.
@@ -107,8 +107,7 @@ impl Sessions {
         Self { most, own: rand::random_range(0..STEP), inner: Arc::default() }
     }
 
-    /// Begins a session and evicts the node's older one. `who` stands for the box as long as neither its boot nor its store is another; `now`
-    /// is Unix milliseconds.
+    /// Begins a session and evicts the node's older one. `who` stands for one start of the agent on one box; `now` is Unix milliseconds.
     pub fn begin(&self, node: &NodeIdentity, who: u64, last_epoch: u64, now: u64) -> Result<Place, BeginError> {
         let mut inner = self.lock();
         let inner = &mut *inner;

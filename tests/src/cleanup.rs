@@ -77,6 +77,7 @@ pub fn sweep(dir: &Path) -> Result<()> {
     remove_brokers(dir);
     remove_links_into(dir, Path::new("/var/log/containers"));
     remove_locks(dir);
+    network::end_losses();
     fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
 

@@ -95,10 +95,10 @@ pub fn forget(network: &Network) {
 pub struct Loss(());
 
 impl Loss {
-    /// `rate` is from 0 to 1, in each direction. What a run that was killed left goes first.
+    /// `rate` is from 0 to 1, in each direction.
     pub fn of(port: u16, rate: f64) -> Result<Self> {
+        end_losses();
         let loss = Self(());
-        loss.end();
         for side in ["--dport", "--sport"] {
             let (port, rate) = (port.to_string(), rate.to_string());
             let rule =
@@ -109,20 +109,21 @@ impl Loss {
         }
         Ok(loss)
     }
-
-    fn end(&self) {
-        let Ok(iptables) = paths::tool("iptables", "iptables") else { return };
-        let Ok(saved) = run(Command::new(&iptables).args(["-w", "-S", "INPUT"]), 10) else { return };
-        for rule in saved.stdout.lines().filter(|rule| rule.contains(LOSS_MARK)) {
-            let rest = rule.split_whitespace().skip(1);
-            run(Command::new(&iptables).args(["-w", "-D"]).args(rest), 10).ok();
-        }
-    }
 }
 
 impl Drop for Loss {
     fn drop(&mut self) {
-        self.end();
+        end_losses();
+    }
+}
+
+/// Ends what a [`Loss`] loses, also that of a run that was killed.
+pub fn end_losses() {
+    let Ok(iptables) = paths::tool("iptables", "iptables") else { return };
+    let Ok(saved) = run(Command::new(&iptables).args(["-w", "-S", "INPUT"]), 10) else { return };
+    for rule in saved.stdout.lines().filter(|rule| rule.contains(LOSS_MARK)) {
+        let rest = rule.split_whitespace().skip(1);
+        run(Command::new(&iptables).args(["-w", "-D"]).args(rest), 10).ok();
     }
 }
 

@@ -380,7 +380,7 @@ pub fn hello(node: &str) -> wire::Hello {
         protocol_min: *skerry_proto::sync::PROTOCOL.start(),
         protocol_max: *skerry_proto::sync::PROTOCOL.end(),
         node: node.to_owned(),
-        boot_id: "00000000-0000-0000-0000-000000000000".to_owned(),
+        run_id: "00000000-0000-0000-0000-000000000000".to_owned(),
         store_id: "empty".to_owned(),
         last_epoch: 0,
         digests: skerry_proto::sync::COLLECTIONS

@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
 use rand::RngExt as _;
-use skerry_proto::sync::{Collection, Hub, HubInput, HubOutput, Reason};
+use skerry_proto::sync::{COLLECTIONS, Hub, HubInput, HubOutput, Reason};
 use skerry_proto::transport::{End, Event};
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
@@ -27,10 +27,10 @@ use crate::secrets::SecretStore;
 
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 const CHECK_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a session waits for the watches to come as far as another replica's had, once its pods are known; bookmarks come every minute at
-/// the latest.
+/// How long a session waits for the watches to come as far as another replica's had, once all is listed; bookmarks come every minute at the
+/// latest.
 const CATCH_UP: Duration = Duration::from_secs(75);
-/// The same while its pods are not known: all that there is has to be listed first, which sessions that come again and again only hold up.
+/// The same while not all is listed, which sessions that come again and again only hold up.
 const LIST: Duration = Duration::from_secs(240);
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -183,10 +183,10 @@ where
     }
 }
 
-/// Which box it is that says Hello.
+/// Which start of which box it is that says Hello.
 fn who(hello: &Hello) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (&hello.boot_id, &hello.store_id).hash(&mut hasher);
+    (&hello.run_id, &hello.store_id).hash(&mut hasher);
     hasher.finish()
 }
 
@@ -231,7 +231,7 @@ where
     S: SecretStore,
 {
     let Driven { feed, hub, outputs } = &mut *driven;
-    let mut catch_up = clock::monotonic() + LIST;
+    let mut patience = Patience::new(clock::monotonic());
     let mut pace = Pace::default();
     // Whoever opens a stream on it now is sent behind the Welcome.
     place.offer(wire.streams());
@@ -273,7 +273,7 @@ where
                     return None;
                 }
             },
-            () = tokio::time::sleep(catch_up.saturating_sub(clock::monotonic())), if hub.is_behind() => {
+            () = tokio::time::sleep(patience.until.saturating_sub(clock::monotonic())), if hub.is_behind() => {
                 warn!(node = shown(node), "the edge knows of newer changes than the watches here have come to");
                 let (_, said) = later("behind", "this replica of cloudcore has not seen what the node was told by another one");
                 return said;
@@ -295,9 +295,7 @@ where
                     FeedEvent::Keep(collection, entry) => hub.step(now, HubInput::Keep(collection, entry)),
                     FeedEvent::Gone(collection, uid) => hub.step(now, HubInput::Gone(collection, uid)),
                     FeedEvent::Complete(collection) => {
-                        if collection == Collection::Pods {
-                            catch_up = now + CATCH_UP;
-                        }
+                        patience.listed(now);
                         hub.step(now, HubInput::Complete(collection))
                     }
                     FeedEvent::Ask(collection) => hub.ask(collection),
@@ -306,6 +304,28 @@ where
                     FeedEvent::Reported { id, refused } => hub.step(now, HubInput::Reported { id, refused }),
                 });
             },
+        }
+    }
+}
+
+/// Until when a session may lag behind what its edge has seen.
+#[derive(Debug)]
+struct Patience {
+    until: Duration,
+    /// Collections.
+    unlisted: usize,
+}
+
+impl Patience {
+    fn new(now: Duration) -> Self {
+        Self { until: now + LIST, unlisted: COLLECTIONS.len() }
+    }
+
+    /// One more collection is complete.
+    fn listed(&mut self, now: Duration) {
+        self.unlisted = self.unlisted.saturating_sub(1);
+        if self.unlisted == 0 {
+            self.until = now + CATCH_UP;
         }
     }
 }
@@ -398,5 +418,17 @@ mod tests {
         assert_eq!(lives(FULL + 1000 * slow, |second| if second <= 50 { slow } else { 0 }), 50 + 28);
         assert_eq!(lives(FULL + slow, |_| 0), 28);
         assert_eq!(lives(FULL - 1, |_| slow), 28, "whoever is listened to has to be heard");
+    }
+
+    #[test]
+    fn who_lists_has_longer_to_catch_up() {
+        let mut patience = Patience::new(Duration::ZERO);
+        let late = Duration::from_secs(200);
+        for _ in 1..COLLECTIONS.len() {
+            patience.listed(late);
+        }
+        assert_eq!(patience.until, LIST);
+        patience.listed(late);
+        assert_eq!(patience.until, late + CATCH_UP);
     }
 }

@@ -373,7 +373,7 @@ fn hello(name: &str, last_epoch: u64) -> Body {
         protocol_min: 1,
         protocol_max: 1,
         node: name.to_owned(),
-        boot_id: "boot".to_owned(),
+        run_id: "run".to_owned(),
         store_id: "store".to_owned(),
         last_epoch,
         digests: Vec::new(),
@@ -657,6 +657,40 @@ async fn a_newer_session_takes_over_and_the_older_ones_end_leaves_it_alone() {
     );
     cloud.front.backend.deletions.send(gone).unwrap();
     assert_eq!(second.goodbye().await.0, Reason::NodeDeleted);
+}
+
+#[tokio::test]
+async fn the_other_of_two_boxes_with_one_identity_is_told_so() {
+    let mut cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let (mut first, ..) = cloud.session(&identity, "box-1", 0).await;
+    let mut clone = cloud.connect(&identity).await;
+    let Body::Hello(hello) = hello("box-1", 0) else { unreachable!() };
+    clone.send(Body::Hello(Hello { run_id: "another".to_owned(), ..hello.clone() })).await;
+    assert!(matches!(clone.body().await, Body::Welcome(_)));
+    assert_eq!(first.goodbye().await.0, Reason::Superseded);
+    let mut again = cloud.connect(&identity).await;
+    again.send(Body::Hello(hello.clone())).await;
+    let (reason, said) = again.goodbye().await;
+    assert!(
+        reason == Reason::Refused && said.message.contains("another box with the identity of node box-1"),
+        "{said:?}"
+    );
+    drop(clone);
+    until_gone(&cloud).await;
+    let mut later = cloud.connect(&identity).await;
+    later.send(Body::Hello(hello)).await;
+    assert!(matches!(later.body().await, Body::Welcome(_)), "it is the only one now");
+}
+
+async fn until_gone(cloud: &Cloud) {
+    tokio::time::timeout(PATIENCE, async {
+        while !cloud.front.sessions.nodes().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test]

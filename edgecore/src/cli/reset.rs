@@ -53,12 +53,14 @@ impl Reset {
         // A damaged configuration must not keep anybody from cleaning up.
         let config = match Config::load(data_dir) {
             Ok(config) => config,
-            // Without one nothing was joined from here: what lies in the system's directories is not this data directory's.
-            Err(config::ConfigError::Missing(_)) => {
+            // Without one, and without an agent that ran, nothing was joined from here: what lies in the system's directories is not this
+            // data directory's.
+            Err(config::ConfigError::Missing(_)) if !data_dir.join(app::LOCK).exists() => {
                 let mut config = Config::new(&"localhost".parse()?, "unknown");
                 config.dmi_socket = PathBuf::new();
                 // What a join that was broken off left. Where none began, nothing is edgecore's.
                 if data_dir.join(join::LOCK).exists() {
+                    let _lock = app::lock(&data_dir.join(join::LOCK))?;
                     remove_state(data_dir, &config, false)?;
                 }
                 writeln!(out, "{} has not joined a cluster: there is nothing to reset", data_dir.display())?;

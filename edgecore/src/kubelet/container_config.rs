@@ -313,10 +313,12 @@ pub fn container_config(input: ContainerInput<'_>) -> Result<cri::ContainerConfi
     })
 }
 
-/// What ends it in place of the image's signal (KEP-4960), as the apiserver has checked it.
+/// What ends it in place of the image's signal (KEP-4960), as the apiserver has checked it. The runtime spells those of real time out:
+/// `SIGRTMIN+3` is `SIGRTMINPLUS3`.
 fn stop_signal(container: &Container) -> cri::Signal {
     let named = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.stop_signal.as_deref());
-    named.and_then(cri::Signal::from_str_name).unwrap_or_default()
+    let spelt = named.map(|name| name.replace('+', "PLUS").replace('-', "MINUS"));
+    spelt.and_then(|name| cri::Signal::from_str_name(&name)).unwrap_or_default()
 }
 
 /// The log file of an instance, below the pod's log directory.

@@ -338,9 +338,9 @@ impl Link {
     async fn machine(&self) -> Result<Edge, store::Error> {
         let rows = self.store.index().await?;
         let epoch = self.store.epoch().await?;
-        let boot = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.unwrap_or_default();
+        let run = tokio::fs::read_to_string("/proc/sys/kernel/random/uuid").await.unwrap_or_default();
         let agent = concat!("edgecore ", env!("CARGO_PKG_VERSION"));
-        let edge = Edge::new(&self.node, boot.trim(), self.store.store_id(), agent, epoch, rows);
+        let edge = Edge::new(&self.node, run.trim(), self.store.store_id(), agent, epoch, rows);
         Ok(edge.with_revisions(self.store.revisions().await?))
     }
 

@@ -22,7 +22,7 @@ const ACK_EVERY: u64 = 16;
 #[derive(Debug)]
 pub struct Edge {
     node: String,
-    boot_id: String,
+    run_id: String,
     store_id: String,
     agent: String,
     last_epoch: u64,
@@ -141,7 +141,7 @@ impl Edge {
     /// An edge whose store holds `rows`.
     pub fn new(
         node: &str,
-        boot_id: &str,
+        run_id: &str,
         store_id: &str,
         agent: &str,
         last_epoch: u64,
@@ -149,7 +149,7 @@ impl Edge {
     ) -> Self {
         let mut edge = Self {
             node: node.to_owned(),
-            boot_id: boot_id.to_owned(),
+            run_id: run_id.to_owned(),
             store_id: store_id.to_owned(),
             agent: agent.to_owned(),
             last_epoch,
@@ -259,7 +259,7 @@ impl Edge {
             protocol_min: *PROTOCOL.start(),
             protocol_max: *PROTOCOL.end(),
             node: self.node.clone(),
-            boot_id: self.boot_id.clone(),
+            run_id: self.run_id.clone(),
             store_id: self.store_id.clone(),
             last_epoch: self.last_epoch,
             digests: digests.map(|(collection, rows)| rows.digest.to_wire(collection)).collect(),

@@ -5,14 +5,13 @@ use std::fs::{self, OpenOptions};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _};
+use rand::RngExt as _;
 use serde_json::{Value, json};
 use skerry_tests::kubectl::{is_ready, restarts};
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::wait::until;
 
-use crate::world::{World, story};
+use crate::world::{World, seeded, story};
 
 #[test]
 fn edgecore_is_killed_while_nothing_happens() -> Result<()> {
@@ -280,14 +279,4 @@ fn back_in_step(world: &World, before: &BTreeMap<(String, String), String>) -> R
     world.wait_ready("app=sleeper", 3)?;
     world.kubectl.delete("pod", "three")?;
     world.kubectl.wait_gone("pod", "three", 60)
-}
-
-/// A generator whose seed is printed and can be given as `SEED`.
-fn seeded() -> Result<StdRng> {
-    let seed = match std::env::var("SEED") {
-        Ok(text) => text.parse()?,
-        Err(_) => rand::rng().random(),
-    };
-    eprintln!("SEED={seed}");
-    Ok(StdRng::seed_from_u64(seed))
 }

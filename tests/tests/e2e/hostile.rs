@@ -16,7 +16,7 @@ use skerry_tests::procfs;
 use skerry_tests::wait::{eventually, until};
 
 use crate::linkcut::{config, reader};
-use crate::world::{World, story};
+use crate::world::{World, seeded, story};
 
 /// The hostile node's name.
 pub(crate) const NODE: &str = "hostile";
@@ -272,7 +272,7 @@ fn hundreds_of_sessions_that_break_leave_nothing() -> Result<()> {
         let session = world.session()?;
         let pid = world.cloud.pid().context("cloudcore does not run")?;
         let (address, identity) = enter(world)?;
-        let mut random = rand::rng();
+        let mut random = seeded()?;
         let mut break_off = |times: u32| -> Result<()> {
             for _ in 0..times {
                 let mut session = match random.random_bool(0.5) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use skerry_proto::{ADDRESSES_ANNOTATION, EDGE_LABEL};
+use skerry_tests::guest;
 use skerry_tests::kubectl::{container_ids, is_ready};
 use skerry_tests::manifests::sleeper;
 use skerry_tests::paths;
@@ -99,13 +100,13 @@ fn a_join_may_be_interrupted_anywhere() -> Result<()> {
             Ok(ended)
         };
         // Before its token is used: over this line that takes several times as long.
-        world.relay.set(|line| line.latency = Duration::from_secs(1));
+        world.relay.set(|line| line.latency = Duration::from_secs(3));
         for moment in 0..8 {
             let join = begin()?;
             std::thread::sleep(Duration::from_millis(60 * moment));
             ensure!(!kill(join)? && !is_used()?, "the join was faster than its line");
         }
-        // Between the use and its end: the answer is on its way for a second.
+        // Between the use and its end: the answer is on its way for three seconds.
         let join = begin()?;
         until("the token to be used", 60, is_used)?;
         ensure!(!kill(join)?, "the join had its answer at once");
@@ -120,6 +121,7 @@ fn a_join_may_be_interrupted_anywhere() -> Result<()> {
             ensure!(moment < 100, "the join never ends");
         }
         world.edge.join(&world.address().to_string(), &token)?;
+        guest::mark_node(world.admin(), world.edge.name())?;
         world.relay.heal();
         world.edge.start()?;
         world.wait_node_ready()

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use skerry_proto::wire::{Goodbye, goodbye::Reason};
 use skerry_tests::cloudcore::kubelet_address;
+use skerry_tests::guest;
 use skerry_tests::manifests::{list, sleeper};
 use skerry_tests::paths;
 use skerry_tests::peer::{self, Session};
@@ -91,7 +92,8 @@ fn the_certificate_of_a_deleted_node_is_refused() -> Result<()> {
         };
         refusals().context("after the Node was deleted")?;
         // One of that name, made by somebody, is another Node.
-        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "short-lived"}});
+        let node =
+            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "short-lived", "labels": guest::marks()}});
         world.admin().create(&node)?;
         refusals().context("after another Node of that name was made")?;
         world.admin().delete("node", "short-lived")?;

@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use serde_json::{Value, json};
 use skerry_tests::cloudcore::{Cloudcore, kubelet_address};
 use skerry_tests::controlplane::{ControlPlane, theirs};
@@ -399,4 +401,14 @@ pub(crate) fn refused(output: &Output, words: &[&str]) -> Result<()> {
 
 fn janitor() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_testbed"))
+}
+
+/// A generator whose seed is printed and can be given as `SEED`.
+pub(crate) fn seeded() -> Result<StdRng> {
+    let seed = match std::env::var("SEED") {
+        Ok(text) => text.parse()?,
+        Err(_) => rand::rng().random(),
+    };
+    eprintln!("SEED={seed}");
+    Ok(StdRng::seed_from_u64(seed))
 }

@@ -59,6 +59,24 @@ fn a_rich_container() {
 }
 
 #[test]
+fn stop_signals_are_spelt_as_the_runtime_does() {
+    let signals = [
+        (None, cri::Signal::RuntimeDefault),
+        (Some("SIGUSR1"), cri::Signal::Sigusr1),
+        (Some("SIGRTMIN"), cri::Signal::Sigrtmin),
+        (Some("SIGRTMIN+3"), cri::Signal::Sigrtminplus3),
+        (Some("SIGRTMAX-14"), cri::Signal::Sigrtmaxminus14),
+    ];
+    for (named, signal) in signals {
+        let mut pod: Pod = serde_json::from_value(rich_pod()).unwrap();
+        for container in &mut pod.spec.as_mut().unwrap().containers {
+            container.lifecycle.get_or_insert_default().stop_signal = named.map(str::to_owned);
+        }
+        assert_eq!(make(&pod, "main", None).unwrap().stop_signal(), signal, "{named:?}");
+    }
+}
+
+#[test]
 fn a_sidecar() {
     let pod = serde_json::from_value(rich_pod()).unwrap();
     insta::assert_debug_snapshot!(ordered(make(&pod, "proxy", None).unwrap()));

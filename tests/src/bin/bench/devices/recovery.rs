@@ -1,5 +1,5 @@
-//! How long it takes, once what was away is back, until what is wanted reaches the device: a mapper, edgecore, the device, and the broker,
-//! each killed a few times.
+//! How long it takes, once what was away is back, until what is wanted reaches the device: a mapper and edgecore, which are killed, and the
+//! device, whose way is closed. And how long from the death of a broker until the next one has its retained values.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -8,7 +8,7 @@ use super::*;
 
 const ROUNDS: usize = 5;
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long each is away.
+/// How long each is away; the broker for as long as edgecore takes to start another.
 const AWAY: Duration = Duration::from_secs(3);
 
 pub(super) fn measure(bed: &mut Bed) -> Result<()> {
