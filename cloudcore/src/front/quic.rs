@@ -23,6 +23,7 @@ use super::http;
 use super::places::Place;
 use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Stranger, Wire, session, shake};
 use crate::backend::Backend;
+use crate::metrics::Metrics;
 use crate::pki::{CaError, CertificateAuthority};
 use crate::secrets::SecretStore;
 use crate::supervise::Tasks;
@@ -36,6 +37,9 @@ const MAX_WAITERS: usize = MAX_HANDSHAKES / 2;
 const MAX_WAITING: u64 = 4 << 20;
 /// Between stateless resets, each smaller than what it answers: after a start there may be thousands of connections that are not known.
 const RESET_INTERVAL: Duration = Duration::from_millis(1);
+/// As long as no more sessions than these stand, a connection may hand over as many datagrams at once as the socket takes, for which it keeps
+/// room from then on, 14 KB: half again as much goes to an edge. Beyond, it is one at a time.
+const BATCHED: i64 = 100;
 /// What the system is asked to hold of what came and what goes, in bytes: thousands of edges share one socket.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -59,7 +63,12 @@ pub fn bind(port: u16) -> io::Result<UdpSocket> {
 
 /// QUIC with the TLS of the port. Each cloudcore of a CA, also one that was started anew, can tell an edge that a connection is not known
 /// to it (a stateless reset, RFC 9000, 10.3): otherwise only silence would.
-pub fn endpoint(socket: UdpSocket, tls: &ServerConfig, authority: &CertificateAuthority) -> Result<Endpoint, CaError> {
+pub fn endpoint(
+    socket: UdpSocket,
+    tls: &ServerConfig,
+    authority: &CertificateAuthority,
+    metrics: Metrics,
+) -> Result<Endpoint, CaError> {
     let broken = |error: &dyn std::fmt::Display| CaError::Damaged(error.to_string());
     let mut config = transport::server_config(tls).map_err(|error| broken(&error))?;
     config.max_incoming(MAX_HANDSHAKES).incoming_buffer_size_total(MAX_WAITING);
@@ -70,22 +79,25 @@ pub fn endpoint(socket: UdpSocket, tls: &ServerConfig, authority: &CertificateAu
     own.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids))).min_reset_interval(RESET_INTERVAL);
     let runtime = Arc::new(quinn::TokioRuntime);
     let socket = runtime.wrap_udp_socket(socket).map_err(|error| broken(&error))?;
-    let socket = Arc::new(OneAtATime(socket));
+    let socket = Arc::new(Shared { socket, metrics });
     Endpoint::new_with_abstract_socket(own, Some(config), socket, runtime).map_err(|error| broken(&error))
 }
 
-/// A socket that is given one datagram at a time: for as many as a socket takes at once, each connection keeps room from its first one on,
-/// however little it sends, which is as much as all else that it needs.
+/// The socket of all connections, which is given one datagram at a time when they are many: for a batch each connection keeps room from its
+/// first datagram on, however little it sends, which is as much as all else that it needs.
 #[derive(Debug)]
-struct OneAtATime(Arc<dyn AsyncUdpSocket>);
+struct Shared {
+    socket: Arc<dyn AsyncUdpSocket>,
+    metrics: Metrics,
+}
 
-impl AsyncUdpSocket for OneAtATime {
+impl AsyncUdpSocket for Shared {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Arc::clone(&self.0).create_io_poller()
+        Arc::clone(&self.socket).create_io_poller()
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.0.try_send(transmit)
+        self.socket.try_send(transmit)
     }
 
     fn poll_recv(
@@ -94,19 +106,23 @@ impl AsyncUdpSocket for OneAtATime {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        self.0.poll_recv(context, buffers, meta)
+        self.socket.poll_recv(context, buffers, meta)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
+        self.socket.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        if self.metrics.sessions() > BATCHED { 1 } else { self.socket.max_transmit_segments() }
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.0.max_receive_segments()
+        self.socket.max_receive_segments()
     }
 
     fn may_fragment(&self) -> bool {
-        self.0.may_fragment()
+        self.socket.may_fragment()
     }
 }
 

@@ -32,7 +32,7 @@ async fn an_edge_of_a_cloudcore_that_was_killed_hears_so_from_the_next() {
     let address = socket.local_addr().unwrap();
     let tls = tls(Arc::clone(&cloud.front.authority), Arc::clone(&cloud.certificate)).unwrap();
     let authority = cloud.authority();
-    let start = |socket| quic::endpoint(socket, &tls, &authority).unwrap();
+    let start = |socket| quic::endpoint(socket, &tls, &authority, cloud.front.metrics.clone()).unwrap();
     let killed = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let first = {
         let _in = killed.enter();
