@@ -38,7 +38,7 @@ const MAX_WAITING: u64 = 4 << 20;
 /// Between stateless resets, each smaller than what it answers: after a start there may be thousands of connections that are not known.
 const RESET_INTERVAL: Duration = Duration::from_millis(1);
 /// As long as no more sessions than these stand, a connection may hand over as many datagrams at once as the socket takes, for which it keeps
-/// room from then on, 14 KB: half again as much goes to an edge. Beyond, it is one at a time.
+/// room from then on, 14 KB: a quarter more goes to an edge in bulk. Beyond, it is one at a time.
 const BATCHED: i64 = 100;
 /// What the system is asked to hold of what came and what goes, in bytes: thousands of edges share one socket.
 const SOCKET_BUFFER: usize = 4 << 20;
