@@ -382,6 +382,16 @@ fn hello(name: &str, last_epoch: u64) -> Body {
     })
 }
 
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let waiting = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    // Whoever said nothing is waited for until it is told so.
+    tokio::time::timeout(4 * PATIENCE, waiting).await.expect(what);
+}
+
 fn request(name: &str, identity: &Identity) -> JoinRequest {
     JoinRequest {
         node: name.to_owned(),
@@ -677,20 +687,10 @@ async fn the_other_of_two_boxes_with_one_identity_is_told_so() {
         "{said:?}"
     );
     drop(clone);
-    until_gone(&cloud).await;
+    until("the clone's session ends", || cloud.front.sessions.nodes().is_empty()).await;
     let mut later = cloud.connect(&identity).await;
     later.send(Body::Hello(hello)).await;
     assert!(matches!(later.body().await, Body::Welcome(_)), "it is the only one now");
-}
-
-async fn until_gone(cloud: &Cloud) {
-    tokio::time::timeout(PATIENCE, async {
-        while !cloud.front.sessions.nodes().is_empty() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .unwrap();
 }
 
 #[tokio::test]

@@ -188,13 +188,15 @@ pub fn due(logs_root: &Path, size: u64) -> Vec<PathBuf> {
     for (_, pod) in pod_dirs(logs_root).unwrap_or_default() {
         for container in names_in(&pod).unwrap_or_default() {
             let directory = pod.join(container);
-            for name in names_in(&directory).unwrap_or_default() {
+            let names = names_in(&directory).unwrap_or_default();
+            for name in &names {
                 let Some(number) = name.find(".log") else { continue };
-                let file = directory.join(&name[..number + ".log".len()]);
-                let is_current = file.ends_with(&name);
-                let is_due = match fs::symlink_metadata(&file) {
-                    Ok(data) => is_current && data.len() >= size,
-                    Err(error) => !is_current && error.kind() == io::ErrorKind::NotFound,
+                let current = &name[..number + ".log".len()];
+                let file = directory.join(current);
+                let is_due = if name == current {
+                    fs::symlink_metadata(&file).is_ok_and(|data| data.len() >= size)
+                } else {
+                    !names.iter().any(|other| other == current)
                 };
                 if is_due && !due.contains(&file) {
                     due.push(file);

@@ -116,9 +116,7 @@ async fn another_box_of_the_same_image_does_not_join_while_the_first_is_connecte
     assert_eq!(cloud.join(&token, &stranger).await.unwrap_err().1.reason, "name_taken");
     assert!(no.message.contains("machine-id") && no.message.contains("--node-name"), "{}", no.message);
     drop(edge);
-    while cloud.front.sessions.has("box-1") {
-        tokio::task::yield_now().await;
-    }
+    until("the first box's session ends", || !cloud.front.sessions.has("box-1")).await;
     // Its lease lasts a little longer.
     cloud.script().leased.insert("box-1".to_owned(), welcome.epoch);
     cloud.join(&token, &clone).await.unwrap();

@@ -105,13 +105,3 @@ async fn a_thousand_broken_connections_leave_one_session_and_nothing_else() {
     assert_eq!(cloud.front.requests.available_permits(), MAX_REQUESTS);
     assert!(!last.events.is_closed(), "the last session stands");
 }
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let waiting = async {
-        while !holds() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    // Whoever said nothing is waited for until it is told so.
-    tokio::time::timeout(4 * PATIENCE, waiting).await.expect(what);
-}
