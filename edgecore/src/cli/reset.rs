@@ -30,8 +30,6 @@ use crate::{app, cni, files, identity, store};
 /// How long the agent may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// What the names in the directory of an identity begin with.
-const IDENTITY: [&str; 3] = ["node.crt", "node.key", "ca.crt"];
 /// In how many parts the name of a pod's directory comes, of which the last is the UID: `<uid>`.
 const POD_PARTS: usize = 1;
 /// The same of the directory of its logs: `<namespace>_<name>_<uid>`.
@@ -432,7 +430,7 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
     for entry in entries(&identity)? {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if IDENTITY.iter().any(|known| name.starts_with(*known)) {
+        if identity::FILES.iter().any(|known| name.starts_with(*known)) {
             files::remove(&entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
         }
     }

@@ -26,6 +26,8 @@ const CERTIFICATE: &str = "node.crt";
 const KEY: &str = "node.key";
 const NEW_KEY: &str = "node.key.new";
 const CA: &str = "ca.crt";
+/// What the names of its files begin with.
+pub const FILES: [&str; 3] = [CERTIFICATE, KEY, CA];
 /// What every node's common name begins with.
 const NODE_PREFIX: &str = "system:node:";
 
