@@ -163,7 +163,7 @@ async fn start(
     let serving = ServerCertificate::issue(Arc::clone(&authority), &[kubelet], clock::wall())?;
     let serving = Arc::new(serving);
     let tls = front::tls(Arc::clone(&authority), Arc::clone(&certificate))?;
-    let endpoint = front::quic::endpoint(datagrams, &tls, &authority.current(), metrics.clone())?;
+    let endpoint = front::quic::endpoint(datagrams, &tls, &authority.current())?;
 
     let options =
         BackendOptions { cluster_domain: config.cluster_domain.clone(), cluster_dns: config.cluster_dns.clone() };

@@ -71,11 +71,6 @@ impl Metrics {
         Standing(self.clone())
     }
 
-    /// How many sessions stand.
-    pub fn sessions(&self) -> i64 {
-        self.0.sessions.get()
-    }
-
     /// A session was begun or refused.
     pub fn session_start(&self, result: &'static str) {
         self.0.starts.get_or_create(&Outcome { result }).inc();

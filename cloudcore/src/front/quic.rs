@@ -1,21 +1,16 @@
 //! QUIC on the port's number: the handshake, and the session of who proves to be a node.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Incoming, Runtime as _, UdpPoller, VarInt};
-use quinn_proto::HashedConnectionIdGenerator;
+use quinn_proto::{EndpointConfig, HashedConnectionIdGenerator, VarInt};
 use ring::hmac;
 use rustls::ServerConfig;
-use rustls::pki_types::CertificateDer;
 use skerry_proto::mux::Side;
-use skerry_proto::transport;
+use skerry_proto::transport::{self, Caller, Endpoint};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tracing::{debug, info};
 
@@ -23,7 +18,6 @@ use super::http;
 use super::places::Place;
 use super::{Front, HANDSHAKE_PATIENCE, MAX_HANDSHAKES, Stranger, Wire, session, shake};
 use crate::backend::Backend;
-use crate::metrics::Metrics;
 use crate::pki::{CaError, CertificateAuthority};
 use crate::secrets::SecretStore;
 use crate::supervise::Tasks;
@@ -37,9 +31,6 @@ const MAX_WAITERS: usize = MAX_HANDSHAKES / 2;
 const MAX_WAITING: u64 = 4 << 20;
 /// Between stateless resets, each smaller than what it answers: after a start there may be thousands of connections that are not known.
 const RESET_INTERVAL: Duration = Duration::from_millis(1);
-/// As long as no more sessions than these stand, a connection may hand over as many datagrams at once as the socket takes, for which it keeps
-/// room from then on, 14 KB: a quarter more goes to an edge in bulk. Beyond, it is one at a time.
-const BATCHED: i64 = 100;
 /// What the system is asked to hold of what came and what goes, in bytes: thousands of edges share one socket.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -63,12 +54,7 @@ pub fn bind(port: u16) -> io::Result<UdpSocket> {
 
 /// QUIC with the TLS of the port. Each cloudcore of a CA, also one that was started anew, can tell an edge that a connection is not known
 /// to it (a stateless reset, RFC 9000, 10.3): otherwise only silence would.
-pub fn endpoint(
-    socket: UdpSocket,
-    tls: &ServerConfig,
-    authority: &CertificateAuthority,
-    metrics: Metrics,
-) -> Result<Endpoint, CaError> {
+pub fn endpoint(socket: UdpSocket, tls: &ServerConfig, authority: &CertificateAuthority) -> Result<Endpoint, CaError> {
     let broken = |error: &dyn std::fmt::Display| CaError::Damaged(error.to_string());
     let mut config = transport::server_config(tls).map_err(|error| broken(&error))?;
     config.max_incoming(MAX_HANDSHAKES).incoming_buffer_size_total(MAX_WAITING);
@@ -77,53 +63,7 @@ pub fn endpoint(
     let resets = hmac::Key::new(hmac::HMAC_SHA256, &authority.secret_for("QUIC stateless resets"));
     let mut own = EndpointConfig::new(Arc::new(resets));
     own.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids))).min_reset_interval(RESET_INTERVAL);
-    let runtime = Arc::new(quinn::TokioRuntime);
-    let socket = runtime.wrap_udp_socket(socket).map_err(|error| broken(&error))?;
-    let socket = Arc::new(Shared { socket, metrics });
-    Endpoint::new_with_abstract_socket(own, Some(config), socket, runtime).map_err(|error| broken(&error))
-}
-
-/// The socket of all connections, which is given one datagram at a time when they are many: for a batch each connection keeps room from its
-/// first datagram on, however little it sends, which is as much as all else that it needs.
-#[derive(Debug)]
-struct Shared {
-    socket: Arc<dyn AsyncUdpSocket>,
-    metrics: Metrics,
-}
-
-impl AsyncUdpSocket for Shared {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Arc::clone(&self.socket).create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.socket.try_send(transmit)
-    }
-
-    fn poll_recv(
-        &self,
-        context: &mut Context<'_>,
-        buffers: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        self.socket.poll_recv(context, buffers, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        if self.metrics.sessions() > BATCHED { 1 } else { self.socket.max_transmit_segments() }
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.socket.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.socket.may_fragment()
-    }
+    Endpoint::new(own, Some(config), socket).map_err(|error| broken(&error))
 }
 
 impl<B: Backend, S: SecretStore> Front<B, S> {
@@ -133,33 +73,33 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         // Whose place is not free yet.
         let mut waiting = VecDeque::new();
         loop {
-            let incoming = tokio::select! {
+            let caller = tokio::select! {
                 () = self.stop.cancelled() => break,
                 () = connections.reap() => continue,
                 () = self.handshakes.room(), if !waiting.is_empty() => {
-                    if let Some(incoming) = waiting.pop_front() {
+                    if let Some(caller) = waiting.pop_front() {
                         let (front, place) = (Arc::clone(&self), self.handshakes.take());
-                        connections.spawn(front.quic_connection(incoming, place));
+                        connections.spawn(front.quic_connection(caller, place));
                     }
                     continue;
                 }
-                incoming = endpoint.accept() => incoming,
+                caller = endpoint.accept() => caller,
             };
             // It ends when it is closed, which only happens below.
-            let Some(incoming) = incoming else { break };
+            let Some(caller) = caller else { break };
             // Whoever sends from an address that is not his own gets no place while places are short, and keeps nobody from hearing so.
-            if self.handshakes.taken() + waiting.len() > MAX_HANDSHAKES / 2 && !incoming.remote_address_validated() {
-                // The client comes again with a token; one that cannot be told so comes again by itself.
-                let _ = incoming.retry();
+            if self.handshakes.taken() + waiting.len() > MAX_HANDSHAKES / 2 && !caller.remote_address_validated() {
+                // The client comes again with a token.
+                caller.retry();
             } else if waiting.len() < MAX_WAITERS {
-                waiting.push_back(incoming);
+                waiting.push_back(caller);
             } else {
                 // The client takes it for an answer and comes again later.
-                incoming.refuse();
+                drop(caller);
             }
         }
         drop(waiting);
-        endpoint.set_server_config(None);
+        endpoint.ignore_new();
         let cut = connections.drain(drain).await;
         if cut > 0 {
             info!(connections = cut, "connections that did not end in time were cut");
@@ -168,16 +108,15 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
     }
 
-    async fn quic_connection(self: Arc<Self>, incoming: Incoming, place: Place) {
-        if let Some((wire, certificate, request)) = Box::pin(self.open(incoming, place)).await {
+    async fn quic_connection(self: Arc<Self>, caller: Caller, place: Place) {
+        if let Some((wire, certificate, request)) = Box::pin(self.open(caller, place)).await {
             Box::pin(session::run(&self, wire, certificate, request)).await;
         }
     }
 
-    async fn open(self: &Arc<Self>, incoming: Incoming, place: Place) -> Option<Stranger> {
-        let peer = incoming.remote_address();
-        let handshake = async { incoming.accept()?.await };
-        let connection = match shake(handshake, place).await {
+    async fn open(self: &Arc<Self>, caller: Caller, place: Place) -> Option<Stranger> {
+        let peer = caller.remote_address();
+        let connection = match shake(caller.accept(), place).await {
             Ok(connection) => connection,
             Err(what) => {
                 self.metrics.handshake_failed();
@@ -185,7 +124,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 return None;
             }
         };
-        let chain = connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
+        let chain = connection.peer_certificates();
         let certificate = match http::node(chain.as_ref().and_then(|chain| chain.first())) {
             Ok(certificate) => certificate,
             Err(no) => {

@@ -219,7 +219,7 @@ impl Cloud {
             }
         };
         let address = listener.local_addr().unwrap();
-        let endpoint = quic::endpoint(datagrams, &tls, &front.authority.current(), front.metrics.clone()).unwrap();
+        let endpoint = quic::endpoint(datagrams, &tls, &front.authority.current()).unwrap();
         let quic = crate::supervise::spawn("quic", Arc::clone(&front).serve_quic(endpoint, Duration::from_secs(5)));
         let serving = crate::supervise::spawn("port", Arc::clone(&front).serve(listener, tls, Duration::from_secs(5)));
         drop(crate::supervise::spawn("deletions", Arc::clone(&front).watch_deletions()));

@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::ConnectionError;
+use quinn_proto::ConnectionError;
 use serde::{Deserialize, Serialize};
 use skerry_proto::mux::Side;
 use skerry_proto::payload::Refusal;
@@ -233,8 +233,8 @@ async fn over_quic(
                 SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
                 SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
             };
-            let endpoint = quinn::Endpoint::client(local).map_err(failed)?;
-            let connecting = endpoint.connect_with(config, address, &server.host);
+            let endpoint = transport::Endpoint::client(local).map_err(failed)?;
+            let connecting = endpoint.connect(config, address, &server.host);
             let connection = connecting.map_err(|error| failed(io::Error::other(error)))?.await;
             let connection = connection.map_err(|error| quic_error(server, error))?;
             Wire::over_quic(connection, Side::Edge, ()).await.map_err(|end| ended(server, end))
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn why_there_is_no_quic_is_said_in_words_that_help() {
-        use quinn::{ConnectionClose, TransportErrorCode};
+        use quinn_proto::{ConnectionClose, TransportErrorCode};
         let server = Server { host: "cloud".to_owned(), port: 1 };
         let told = |error| quic_error(&server, error).to_string();
         let peer = |error_code| {

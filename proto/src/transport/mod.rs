@@ -17,7 +17,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite;
 
 use self::quic::Quic;
-pub use self::quic::{ALPN, alert, client_config, lost, server_config};
+pub use self::quic::{ALPN, Caller, Connection, Endpoint, alert, client_config, lost, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
 use crate::mux::{CUT, Class, Side, Waiting};
@@ -99,7 +99,7 @@ pub enum End {
     /// The WebSocket broke.
     #[error("the connection broke")]
     WebSocket(#[source] tungstenite::Error),
-    /// QUIC broke. Where the peer's TLS said so, the source is a [`rustls::Error`](quinn::rustls::Error).
+    /// QUIC broke. Where the peer's TLS said so, the source is a [`rustls::Error`](quinn_proto::rustls::Error).
     #[error("the connection broke")]
     Quic(#[source] io::Error),
     /// The peer sent what is no frame, or one that may not be.
@@ -114,7 +114,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
     }
 
     /// On a QUIC connection made with [`client_config`] and [`server_config`].
-    pub async fn over_quic(connection: quinn::Connection, side: Side, meter: M) -> Result<Self, End> {
+    pub async fn over_quic(connection: Connection, side: Side, meter: M) -> Result<Self, End> {
         Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), Carrier::new(side), meter))
     }
 

@@ -1,26 +1,34 @@
 //! Frames on QUIC: one unidirectional stream for each class and side, strictly prioritised (RFC 9000).
+//!
+//! The protocol is [`quinn_proto`]'s, which does no IO; what does it (`endpoint.rs`, `connection.rs`) keeps for a connection that is idle
+//! nothing but the connection itself.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
 use std::ops::Range;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use prost::Message as _;
-use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
-use quinn::{
-    Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, TransportErrorCode, VarInt,
-    WriteError, rustls,
+use quinn_proto::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use quinn_proto::{
+    ConnectionError, Dir, IdleTimeout, ReadError, Side, StreamId, TransportErrorCode, VarInt, WriteError, rustls,
 };
 
+pub use self::connection::Connection;
+pub use self::endpoint::{Caller, Endpoint};
 use super::{BURST, End, Meter, congestion, longest, malformed};
 use crate::frame::Lane;
 use crate::mux::{Class, MAX_WINDOW, class_of};
 use crate::streams::Carrier;
 use crate::wire::Frame;
+
+mod connection;
+mod endpoint;
+#[cfg(test)]
+mod tests;
 
 /// The protocol as TLS negotiates it (RFC 7301).
 pub const ALPN: &[u8] = b"skerry/1";
@@ -30,34 +38,32 @@ pub const ALPN: &[u8] = b"skerry/1";
 const CLASS_WINDOW: u32 = MAX_WINDOW as u32;
 /// Longer than a session that hears nothing lives: it is the session that ends then, and says so.
 const IDLE: Duration = Duration::from_secs(60);
-/// Bytes that are read at once.
-const CHUNK: usize = 4 << 10;
 
 const LANE_COUNT: usize = 4;
 /// The lanes of one side, from the highest priority to the lowest; the QUIC stream's number among its side's is the place here.
 const LANES: [Option<Class>; LANE_COUNT] = [None, Some(Class::Api), Some(Class::Ops), Some(Class::Device)];
 
 /// QUIC as a node: `tls` proves it and names whom it trusts.
-pub fn client_config(tls: &rustls::ClientConfig) -> Result<quinn::ClientConfig, NoInitialCipherSuite> {
+pub fn client_config(tls: &rustls::ClientConfig) -> Result<quinn_proto::ClientConfig, NoInitialCipherSuite> {
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![ALPN.to_vec()];
-    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    let mut config = quinn_proto::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     config.transport_config(transport());
     Ok(config)
 }
 
 /// QUIC as the cloud: `tls` proves it and says who may come.
-pub fn server_config(tls: &rustls::ServerConfig) -> Result<quinn::ServerConfig, NoInitialCipherSuite> {
+pub fn server_config(tls: &rustls::ServerConfig) -> Result<quinn_proto::ServerConfig, NoInitialCipherSuite> {
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![ALPN.to_vec()];
-    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    let mut config = quinn_proto::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     config.transport_config(transport());
     Ok(config)
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "four")]
-fn transport() -> Arc<quinn::TransportConfig> {
-    let mut config = quinn::TransportConfig::default();
+fn transport() -> Arc<quinn_proto::TransportConfig> {
+    let mut config = quinn_proto::TransportConfig::default();
     config
         .max_concurrent_uni_streams(VarInt::from_u32(LANE_COUNT as u32))
         .max_concurrent_bidi_streams(VarInt::from_u32(0))
@@ -72,46 +78,36 @@ fn transport() -> Arc<quinn::TransportConfig> {
     Arc::new(config)
 }
 
-type Accepting = Pin<Box<dyn Future<Output = Result<RecvStream, ConnectionError>> + Send + Sync>>;
-
 pub(super) struct Quic {
     connection: Connection,
-    outgoing: [Outgoing; LANE_COUNT],
-    incoming: [Option<Incoming>; LANE_COUNT],
-    /// Until the peer has opened all.
-    accepting: Option<Accepting>,
-    /// The connection is gone; what came before is still read.
-    gone: Option<ConnectionError>,
-}
-
-struct Outgoing {
-    stream: SendStream,
-    /// What of a frame QUIC has not taken yet.
-    unsent: Bytes,
-}
-
-struct Incoming {
-    stream: RecvStream,
-    unread: Lane,
+    /// What of a frame of each lane QUIC has not taken yet.
+    unsent: [Bytes; LANE_COUNT],
+    /// What the peer sends on each lane, from when it has opened it.
+    unread: [Option<Lane>; LANE_COUNT],
 }
 
 impl std::fmt::Debug for Quic {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Quic").field(&self.connection.remote_address()).finish()
+        f.debug_tuple("Quic").field(&self.connection).finish()
     }
 }
 
 impl Quic {
     pub(super) async fn open(connection: Connection) -> Result<Self, End> {
-        let accepting = accept(&connection);
-        let open = async |place: usize| {
-            let stream = connection.open_uni().await.map_err(lost)?;
-            // A stream that was just opened has not been closed.
-            let _ = stream.set_priority(-i32::try_from(place).unwrap_or_default());
-            Ok(Outgoing { stream, unsent: Bytes::new() })
-        };
-        let outgoing = [open(0).await?, open(1).await?, open(2).await?, open(3).await?];
-        Ok(Self { connection, outgoing, incoming: Default::default(), accepting: Some(accepting), gone: None })
+        poll_fn(|context| {
+            let mut state = connection.line().state();
+            while let Some(stream) = state.quic.streams().open(Dir::Uni) {
+                let place = i32::try_from(stream.index()).unwrap_or(i32::MAX);
+                // A stream that was just opened has not been closed.
+                let _ = state.quic.send_stream(stream).set_priority(-place);
+                if stream.index() + 1 == LANES.len() as u64 {
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            state.poll_gone(context).map(|cause| Err(lost(cause)))
+        })
+        .await?;
+        Ok(Self { connection, unsent: Default::default(), unread: Default::default() })
     }
 
     pub(super) fn poll_send(
@@ -130,79 +126,101 @@ impl Quic {
         meter: &impl Meter,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), End>> {
-        let (mut sent, mut blocked, mut is_bounded) = (0, false, false);
-        for (lane, class) in self.outgoing[places.clone()].iter_mut().zip(&LANES[places]) {
+        let (mut sent, mut blocked) = (0, false);
+        // From when there is something to write.
+        let mut writer = None;
+        'lanes: for place in places {
+            let unsent = &mut self.unsent[place];
             loop {
-                if lane.unsent.is_empty() {
+                if unsent.is_empty() {
                     if sent == BURST {
                         context.waker().wake_by_ref();
-                        return Poll::Pending;
+                        blocked = true;
+                        break 'lanes;
                     }
-                    let Poll::Ready(frame) = carrier.poll_frame_of(*class, context) else { break };
-                    lane.unsent = frame.encode_length_delimited_to_vec().into();
-                    meter.sent(lane.unsent.len());
+                    let Poll::Ready(frame) = carrier.poll_frame_of(LANES[place], context) else { break };
+                    *unsent = frame.encode_length_delimited_to_vec().into();
+                    meter.sent(unsent.len());
                     sent += 1;
                 }
-                if !std::mem::replace(&mut is_bounded, true) {
-                    bound(&self.connection);
+                let state = writer.get_or_insert_with(|| {
+                    let mut state = self.connection.line().state();
+                    bound(&mut state.quic);
+                    state
+                });
+                if let Some(cause) = state.gone.clone() {
+                    return Poll::Ready(Err(lost(cause)));
                 }
-                match Pin::new(&mut lane.stream).poll_write(context, &lane.unsent) {
-                    Poll::Ready(Ok(taken)) => lane.unsent.advance(taken),
-                    Poll::Ready(Err(WriteError::ConnectionLost(error))) => return Poll::Ready(Err(lost(error))),
-                    Poll::Ready(Err(_)) => {
-                        return Poll::Ready(Err(End::Garbage("a stream of the session was stopped".to_owned())));
-                    }
-                    Poll::Pending => {
+                let stream = lane(state.quic.side(), place);
+                match state.quic.send_stream(stream).write(unsent) {
+                    Ok(taken) => unsent.advance(taken),
+                    Err(WriteError::Blocked) => {
+                        state.wait(context);
                         blocked = true;
                         break;
                     }
+                    Err(_) => return Poll::Ready(Err(End::Garbage("a stream of the session was stopped".to_owned()))),
                 }
             }
+        }
+        if writer.take().is_some() {
+            self.connection.line().inbox.wake();
         }
         if blocked { Poll::Pending } else { Poll::Ready(Ok(())) }
     }
 
     pub(super) fn poll_receive(&mut self, meter: &impl Meter, context: &mut Context<'_>) -> Poll<Result<Frame, End>> {
-        while let Some(accepting) = &mut self.accepting {
-            let Poll::Ready(accepted) = accepting.as_mut().poll(context) else { break };
-            let stream = match accepted {
-                Ok(stream) => stream,
-                Err(error) => {
-                    (self.accepting, self.gone) = (None, Some(error));
-                    break;
-                }
-            };
-            let place = usize::try_from(stream.id().index()).unwrap_or(usize::MAX);
-            let Some(lane) = self.incoming.get_mut(place) else {
+        let mut state = self.connection.line().state();
+        while let Some(stream) = state.quic.streams().accept(Dir::Uni) {
+            let place = usize::try_from(stream.index()).unwrap_or(usize::MAX);
+            let Some(unread) = self.unread.get_mut(place) else {
                 return Poll::Ready(Err(End::Garbage(format!("a stream number {place} that no class has"))));
             };
-            *lane = Some(Incoming { stream, unread: Lane::default() });
-            let complete = self.incoming.iter().all(Option::is_some);
-            self.accepting = (!complete).then(|| accept(&self.connection));
+            *unread = Some(Lane::default());
         }
         // The last words may have come together with the end: it counts when nothing more can be read.
-        let mut end = None;
-        for (lane, class) in self.incoming.iter_mut().zip(LANES) {
-            let Some(lane) = lane else { continue };
-            let Poll::Ready(frame) = lane.poll_frame(longest(class), context) else { continue };
-            let (frame, bytes) = match frame {
-                Ok(frame) => frame,
-                Err(garbage @ End::Garbage(_)) => return Poll::Ready(Err(garbage)),
-                // The last one: that the connection is gone, and why, says more than that control has sent all.
-                Err(other) => {
-                    end = Some(other);
-                    continue;
+        let mut is_finished = false;
+        for (place, (unread, class)) in self.unread.iter_mut().zip(LANES).enumerate() {
+            let Some(unread) = unread else { continue };
+            loop {
+                if let Some((frame, bytes)) = unread.take(longest(class)).map_err(|error| malformed(&error))? {
+                    meter.received(bytes);
+                    if class_of(&frame) != Some(class) {
+                        return Poll::Ready(Err(End::Garbage(
+                            "a frame came on the stream of another class".to_owned(),
+                        )));
+                    }
+                    return Poll::Ready(Ok(frame));
                 }
-            };
-            meter.received(bytes);
-            if class_of(&frame) != Some(class) {
-                return Poll::Ready(Err(End::Garbage("a frame came on the stream of another class".to_owned())));
+                let stream = lane(!state.quic.side(), place);
+                let mut stream = state.quic.recv_stream(stream);
+                let Ok(mut chunks) = stream.read(true) else {
+                    is_finished = true;
+                    break;
+                };
+                let read = chunks.next(usize::MAX);
+                if chunks.finalize().should_transmit() {
+                    self.connection.line().inbox.wake();
+                }
+                match read {
+                    Ok(Some(chunk)) => unread.hear(&chunk.bytes),
+                    Err(ReadError::Blocked) => {
+                        // Most sessions are idle.
+                        unread.rest();
+                        break;
+                    }
+                    Ok(None) | Err(ReadError::Reset(_)) => {
+                        is_finished = true;
+                        break;
+                    }
+                }
             }
-            return Poll::Ready(Ok(frame));
         }
-        match self.gone.clone().map(lost).or(end) {
-            Some(end) => Poll::Ready(Err(end)),
-            None => Poll::Pending,
+        match state.poll_gone(context) {
+            // That the connection is gone, and why, says more than that control has sent all.
+            Poll::Ready(cause) => Poll::Ready(Err(lost(cause))),
+            Poll::Pending if is_finished => Poll::Ready(Err(End::Closed)),
+            Poll::Pending => Poll::Pending,
         }
     }
 
@@ -210,10 +228,19 @@ impl Quic {
     /// a peer that does not read it is not waited for.
     pub(super) async fn finish(&mut self, carrier: &mut Carrier, meter: &impl Meter) -> Result<(), End> {
         poll_fn(|context| self.poll_lanes(0..1, carrier, meter, context)).await?;
-        let control = &mut self.outgoing[0].stream;
-        // It was not closed before, or the connection is gone.
-        let _ = control.finish();
-        let _ = control.stopped().await;
+        let line = self.connection.line();
+        let mut is_told = false;
+        poll_fn(|context| {
+            let mut state = line.state();
+            if !std::mem::replace(&mut is_told, true) {
+                let control = lane(state.quic.side(), 0);
+                // It was not closed before, or the connection is gone.
+                let _ = state.quic.send_stream(control).finish();
+                line.inbox.wake();
+            }
+            if state.is_finished { Poll::Ready(()) } else { state.poll_gone(context).map(drop) }
+        })
+        .await;
         Ok(())
     }
 
@@ -222,42 +249,18 @@ impl Quic {
     }
 }
 
-impl Incoming {
-    fn poll_frame(&mut self, longest: usize, context: &mut Context<'_>) -> Poll<Result<(Frame, usize), End>> {
-        loop {
-            if let Some(frame) = self.unread.take(longest).map_err(|error| malformed(&error))? {
-                return Poll::Ready(Ok(frame));
-            }
-            let mut chunk = [0; CHUNK];
-            let bytes = match self.stream.poll_read(context, &mut chunk) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(End::Closed)),
-                Poll::Ready(Ok(bytes)) => bytes,
-                Poll::Ready(Err(ReadError::ConnectionLost(error))) => return Poll::Ready(Err(lost(error))),
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(End::Closed)),
-                Poll::Pending => {
-                    // Most sessions are idle.
-                    self.unread.rest();
-                    return Poll::Pending;
-                }
-            };
-            self.unread.hear(&chunk[..bytes]);
-        }
-    }
+/// The stream of a lane of this side.
+fn lane(side: Side, place: usize) -> StreamId {
+    StreamId::new(side, Dir::Uni, place as u64)
 }
 
 /// Lets QUIC take no more than it may send now: while something waits that congestion control does not let go, it acknowledges nothing, and
 /// two sides that both wait so wait until a timer of theirs ends it. What is urgent is also in front of whatever has not been handed over.
-fn bound(connection: &Connection) {
-    let path = connection.stats().path;
-    let mtu = u64::from(path.current_mtu);
+fn bound(quic: &mut quinn_proto::Connection) {
+    let mtu = u64::from(quic.current_mtu());
     // It wants room for a whole datagram, and counts what a datagram has beside data.
-    let room = path.cwnd.saturating_sub(mtu) / 16 * 15;
-    connection.set_send_window(room.max(mtu));
-}
-
-fn accept(connection: &Connection) -> Accepting {
-    let connection = connection.clone();
-    Box::pin(async move { connection.accept_uni().await })
+    let room = quic.congestion_state().window().saturating_sub(mtu) / 16 * 15;
+    quic.set_send_window(room.max(mtu));
 }
 
 /// Why a connection is gone.

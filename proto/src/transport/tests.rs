@@ -1,10 +1,10 @@
 //! Both transports over loopback sockets: what goes in at one side comes out at the other, whatever it runs on.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quinn::rustls;
+use quinn_proto::rustls;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio_tungstenite::tungstenite::protocol::Role;
@@ -12,6 +12,8 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 use super::*;
 use crate::mux::{CUT, Class};
 use crate::wire::Ping;
+
+pub(super) const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 type Pair = (Wire<DuplexStream, ()>, Wire<DuplexStream, ()>);
 
@@ -31,14 +33,15 @@ async fn websocket() -> Pair {
 }
 
 /// The connections are between the endpoints, which have to be kept.
-async fn quic() -> (Pair, [quinn::Endpoint; 2]) {
+async fn quic() -> (Pair, [Endpoint; 2]) {
     let (cloud, edge, endpoints) = connections().await;
     let cloud = Wire::over_quic(cloud, Side::Cloud, ()).await.unwrap();
     let edge = Wire::over_quic(edge, Side::Edge, ()).await.unwrap();
     ((cloud, edge), endpoints)
 }
 
-async fn connections() -> (quinn::Connection, quinn::Connection, [quinn::Endpoint; 2]) {
+/// Of a server and of who trusts it.
+pub(super) fn configs() -> (quinn_proto::ServerConfig, quinn_proto::ClientConfig) {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let rcgen::CertifiedKey { cert, signing_key } =
         rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
@@ -56,12 +59,19 @@ async fn connections() -> (quinn::Connection, quinn::Connection, [quinn::Endpoin
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let listening = quinn::Endpoint::server(server_config(&server).unwrap(), loopback).unwrap();
-    let dialling = quinn::Endpoint::client(loopback).unwrap();
-    let connecting =
-        dialling.connect_with(client_config(&client).unwrap(), listening.local_addr().unwrap(), "localhost").unwrap();
-    let accepting = async { listening.accept().await.unwrap().await.unwrap() };
+    (server_config(&server).unwrap(), client_config(&client).unwrap())
+}
+
+pub(super) fn listen(config: quinn_proto::ServerConfig) -> Endpoint {
+    let socket = std::net::UdpSocket::bind(LOOPBACK).unwrap();
+    Endpoint::new(quinn_proto::EndpointConfig::default(), Some(config), socket).unwrap()
+}
+
+pub(super) async fn connections() -> (Connection, Connection, [Endpoint; 2]) {
+    let (server, client) = configs();
+    let (listening, dialling) = (listen(server), Endpoint::client(LOOPBACK).unwrap());
+    let connecting = dialling.connect(client, listening.local_addr().unwrap(), "localhost").unwrap();
+    let accepting = async { listening.accept().await.unwrap().accept().await.unwrap() };
     let (edge, cloud) = tokio::join!(connecting, accepting);
     (cloud, edge.unwrap(), [listening, dialling])
 }
@@ -149,12 +159,12 @@ async fn frames_and_streams_over_quic() {
 
 #[tokio::test]
 async fn last_words_that_came_with_the_end_are_heard() {
-    let (cloud, edge, _endpoints) = connections().await;
-    let closed = edge.clone();
+    let (cloud, edge, [_listening, dialling]) = connections().await;
     let cloud = Wire::<DuplexStream, ()>::over_quic(cloud, Side::Cloud, ()).await.unwrap();
     let mut edge = Wire::<DuplexStream, ()>::over_quic(edge, Side::Edge, ()).await.unwrap();
     cloud.finish("over", Some(goodbye(7)), Duration::from_secs(10)).await;
-    closed.closed().await;
+    // Its connection is over.
+    dialling.wait_idle().await;
     // It has something to say, too, which it finds that it cannot.
     edge.push(ping(1));
     loop {
@@ -185,7 +195,7 @@ async fn last_words_do_not_wait_for_streams_that_nobody_reads() {
     let patience = Duration::from_secs(3600);
     let finished = tokio::time::timeout(Duration::from_secs(20), cloud.finish("over", Some(goodbye(7)), patience));
     let heard = async {
-        let mut edge = Wire::<DuplexStream, ()>::over_quic(edge.clone(), Side::Edge, ()).await.unwrap();
+        let mut edge = Wire::<DuplexStream, ()>::over_quic(edge, Side::Edge, ()).await.unwrap();
         let heard = edge.next(true).await.unwrap();
         // It is kept: a lane that was let go would tell the cloud so.
         (heard, edge)
@@ -263,7 +273,12 @@ async fn who_does_not_read_is_not_sent_more_than_fits() {
 
 /// What an edge of its own making sends on QUIC streams, and how the cloud's end takes it.
 async fn garbage(lane: usize, bytes: &[u8]) -> End {
-    let (cloud, edge, _endpoints) = connections().await;
+    let (server, client) = configs();
+    let (listening, dialling) = (listen(server), quinn::Endpoint::client(LOOPBACK).unwrap());
+    let connecting = dialling.connect_with(client, listening.local_addr().unwrap(), "localhost").unwrap();
+    let accepting = async { listening.accept().await.unwrap().accept().await.unwrap() };
+    let (edge, cloud) = tokio::join!(connecting, accepting);
+    let edge = edge.unwrap();
     let mut cloud = Wire::<DuplexStream, ()>::over_quic(cloud, Side::Cloud, ()).await.unwrap();
     let mut streams = Vec::new();
     for _ in 0..=lane {
@@ -275,7 +290,7 @@ async fn garbage(lane: usize, bytes: &[u8]) -> End {
 
 #[test]
 fn why_a_connection_is_gone_is_told() {
-    use quinn::{ApplicationClose, ConnectionClose, ConnectionError, TransportErrorCode};
+    use quinn_proto::{ApplicationClose, ConnectionClose, ConnectionError, TransportErrorCode};
     let said = |reason: &'static str| {
         let reason = Bytes::from_static(reason.as_bytes());
         lost(ConnectionError::ApplicationClosed(ApplicationClose { error_code: 1_u32.into(), reason }))

@@ -32,7 +32,7 @@ pub enum Transport {
 pub(super) enum Dialler {
     WebSocket(Arc<ClientConfig>),
     /// With a socket of the node's own, so that no node waits in another's queue.
-    Quic(quinn::Endpoint),
+    Quic(transport::Endpoint, quinn_proto::ClientConfig),
 }
 
 impl Dialler {
@@ -40,9 +40,8 @@ impl Dialler {
         Ok(match transport {
             Transport::WebSocket => Self::WebSocket(config.clone()),
             Transport::Quic => {
-                let mut endpoint = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-                endpoint.set_default_client_config(transport::client_config(config)?);
-                Self::Quic(endpoint)
+                let endpoint = transport::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+                Self::Quic(endpoint, transport::client_config(config)?)
             }
         })
     }
@@ -51,8 +50,9 @@ impl Dialler {
     pub(super) async fn connect(&self, cloud: SocketAddr) -> Result<Wire> {
         match self {
             Self::WebSocket(config) => over_websocket(cloud, config.clone()).await,
-            Self::Quic(endpoint) => {
-                let connection = endpoint.connect(cloud, &cloud.ip().to_string())?.await.context("QUIC")?;
+            Self::Quic(endpoint, config) => {
+                let connection =
+                    endpoint.connect(config.clone(), cloud, &cloud.ip().to_string())?.await.context("QUIC")?;
                 Ok(Wire::over_quic(connection, Side::Edge, ()).await?)
             }
         }

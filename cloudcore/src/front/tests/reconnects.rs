@@ -30,21 +30,21 @@ fn is_deserted(cloud: &Cloud) -> bool {
 }
 
 /// Connects as far as `stage`, from 0: a connection, TLS, an upgrade, a Hello, its Welcome.
-async fn connect(cloud: &Cloud, identity: &Identity, quic: &quinn::Endpoint, stage: u32, is_quic: bool) -> Held {
+async fn connect(cloud: &Cloud, identity: &Identity, quic: &transport::Endpoint, stage: u32, is_quic: bool) -> Held {
     if is_quic {
         let config = transport::client_config(&client(Some(identity), &cloud.front.authority.current())).unwrap();
-        let connection = quic.connect_with(config, cloud.address, "localhost").unwrap().await.unwrap();
+        let connection = quic.connect(config, cloud.address, "localhost").unwrap().await.unwrap();
         if stage < 2 {
             return Box::new(connection);
         }
-        let mut wire = transport::Wire::<TcpStream, ()>::over_quic(connection.clone(), Side::Edge, ()).await.unwrap();
+        let mut wire = transport::Wire::<TcpStream, ()>::over_quic(connection, Side::Edge, ()).await.unwrap();
         if stage >= 3 {
             wire.push(Frame { body: Some(hello("box-1", 0)) });
             // What is pushed goes when it is waited for; an answer may come or not.
             let patience = if stage == 3 { Duration::from_millis(1) } else { PATIENCE };
             let _ = tokio::time::timeout(patience, wire.next(true)).await;
         }
-        return Box::new((connection, wire));
+        return Box::new(wire);
     }
     if stage == 0 {
         return Box::new(TcpStream::connect(cloud.address).await.unwrap());
@@ -71,7 +71,7 @@ async fn a_thousand_broken_connections_leave_one_session_and_nothing_else() {
     let mut random = StdRng::seed_from_u64(seed);
     let mut cloud = Cloud::start().await;
     let identity = cloud.node("box-1").await;
-    let quic = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let quic = transport::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     until("joining is over", || is_deserted(&cloud)).await;
     let before = descriptors();
     let (edge, ..) = cloud.session(&identity, "box-1", 0).await;

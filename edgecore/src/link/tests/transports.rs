@@ -24,7 +24,7 @@ impl Bed {
 }
 
 /// A hub without wishes, until the session ends.
-async fn serve_quic(connection: quinn::Connection) -> String {
+async fn serve_quic(connection: transport::Connection) -> String {
     let mut wire = Wire::over_quic(connection, Side::Cloud, ()).await.unwrap();
     let mut hub: Option<Hub> = None;
     loop {
@@ -55,17 +55,16 @@ async fn serve_quic(connection: quinn::Connection) -> String {
     }
 }
 
-fn endpoint(udp: std::net::UdpSocket, tls: &rustls::ServerConfig) -> quinn::Endpoint {
-    udp.set_nonblocking(true).unwrap();
+fn endpoint(udp: std::net::UdpSocket, tls: &rustls::ServerConfig) -> transport::Endpoint {
     let config = transport::server_config(tls).unwrap();
-    quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(config), udp, Arc::new(quinn::TokioRuntime)).unwrap()
+    transport::Endpoint::new(quinn_proto::EndpointConfig::default(), Some(config), udp).unwrap()
 }
 
 #[tokio::test]
 async fn where_udp_comes_through_the_link_is_quic() {
     let (mut bed, udp) = Bed::with_udp(Transport::Auto).await;
     let endpoint = endpoint(udp, &bed.tls);
-    let connection = endpoint.accept().await.unwrap().await.unwrap();
+    let connection = endpoint.accept().await.unwrap().accept().await.unwrap();
     let serving = serve_quic(connection);
     let story = async {
         let state = bed.state(|state| matches!(state, LinkState::Online { .. })).await;
@@ -82,11 +81,11 @@ async fn a_cloud_that_says_no_over_quic_is_heard_and_quic_stays() {
     let endpoint = endpoint(udp, &bed.tls);
     let refusing = async {
         for _ in 0..3 {
-            let connection = endpoint.accept().await.unwrap().await.unwrap();
+            let connection = endpoint.accept().await.unwrap().accept().await.unwrap();
             connection.close(1_u32.into(), b"too many requests at once");
         }
         // Once more, and it may.
-        serve_quic(endpoint.accept().await.unwrap().await.unwrap()).await
+        serve_quic(endpoint.accept().await.unwrap().accept().await.unwrap()).await
     };
     let story = async {
         let told =

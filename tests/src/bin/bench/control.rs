@@ -201,17 +201,13 @@ fn tls() -> Result<(ServerConfig, ClientConfig)> {
     Ok((server, client))
 }
 
-async fn quic(socket: std::net::UdpSocket, relay: &Relay) -> Result<(Wire, Wire, [quinn::Endpoint; 2])> {
+async fn quic(socket: std::net::UdpSocket, relay: &Relay) -> Result<(Wire, Wire, [transport::Endpoint; 2])> {
     let (server, client) = tls()?;
-    let listening = quinn::Endpoint::new(
-        quinn::EndpointConfig::default(),
-        Some(transport::server_config(&server)?),
-        socket,
-        Arc::new(quinn::TokioRuntime),
-    )?;
-    let dialling = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-    let connecting = dialling.connect_with(transport::client_config(&client)?, relay.address(), NAME)?;
-    let accepting = async { anyhow::Ok(listening.accept().await.context("the endpoint is closed")?.await?) };
+    let config = transport::server_config(&server)?;
+    let listening = transport::Endpoint::new(quinn_proto::EndpointConfig::default(), Some(config), socket)?;
+    let dialling = transport::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let connecting = dialling.connect(transport::client_config(&client)?, relay.address(), NAME)?;
+    let accepting = async { anyhow::Ok(listening.accept().await.context("the endpoint is closed")?.accept().await?) };
     let (edge, cloud) = tokio::join!(connecting, accepting);
     let cloud = Wire::over_quic(cloud?, Side::Cloud, ()).await?;
     let edge = Wire::over_quic(edge?, Side::Edge, ()).await?;

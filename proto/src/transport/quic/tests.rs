@@ -1,0 +1,107 @@
+//! What becomes of connections and endpoints, over loopback sockets.
+
+use quinn_proto::ConnectError;
+use tokio::time::timeout;
+
+use super::super::tests::{LOOPBACK, configs, connections, listen};
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How it ends.
+async fn gone(connection: &Connection) -> ConnectionError {
+    let gone = poll_fn(|context| connection.line().state().poll_gone(context));
+    timeout(PATIENCE, gone).await.expect("it ends")
+}
+
+/// Two connections between which nothing is said, as `accept` takes them.
+async fn call<T>(accept: impl AsyncFnOnce(&Endpoint) -> T) -> (Result<Connection, ConnectionError>, T) {
+    let (server, client) = configs();
+    let (listening, dialling) = (listen(server), Endpoint::client(LOOPBACK).unwrap());
+    let connecting = dialling.connect(client, listening.local_addr().unwrap(), "localhost").unwrap();
+    timeout(PATIENCE, async { tokio::join!(connecting, accept(&listening)) }).await.expect("it is decided")
+}
+
+#[tokio::test]
+async fn who_lets_go_of_all_leaves_nothing() {
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let before = tasks();
+    let (cloud, edge, endpoints) = connections().await;
+    assert_eq!(tasks(), before + 4);
+    drop(cloud);
+    assert!(matches!(gone(&edge).await, ConnectionError::ApplicationClosed(_)));
+    drop(edge);
+    for endpoint in &endpoints {
+        timeout(PATIENCE, endpoint.wait_idle()).await.expect("stragglers are not waited for that long");
+    }
+    drop(endpoints);
+    let ended = async {
+        while tasks() > before {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, ended).await.expect("their tasks end");
+}
+
+#[tokio::test]
+async fn a_connection_outlives_who_held_its_endpoint() {
+    let (cloud, edge, endpoints) = connections().await;
+    drop(endpoints);
+    edge.close(VarInt::from_u32(7), b"over");
+    let ConnectionError::ApplicationClosed(closed) = gone(&cloud).await else { panic!("it hears why") };
+    assert_eq!((closed.error_code, &closed.reason[..]), (VarInt::from_u32(7), &b"over"[..]));
+}
+
+#[tokio::test]
+async fn a_caller_that_is_let_go_is_refused() {
+    let (edge, ()) = call(async |listening| drop(listening.accept().await)).await;
+    let Err(ConnectionError::ConnectionClosed(closed)) = edge else { panic!("{edge:?}") };
+    assert_eq!(closed.error_code, TransportErrorCode::CONNECTION_REFUSED);
+}
+
+#[tokio::test]
+async fn a_caller_shows_first_that_the_address_is_his() {
+    let (edge, cloud) = call(async |listening| {
+        let caller = listening.accept().await.unwrap();
+        assert!(!caller.remote_address_validated());
+        let address = caller.remote_address();
+        caller.retry();
+        let again = listening.accept().await.unwrap();
+        assert_eq!((again.remote_address_validated(), again.remote_address()), (true, address));
+        again.accept().await
+    })
+    .await;
+    edge.unwrap();
+    cloud.unwrap();
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_closed_tells_everybody() {
+    let (cloud, edge, [listening, _dialling]) = connections().await;
+    let (_, client) = configs();
+    let (second, third) = (Endpoint::client(LOOPBACK).unwrap(), Endpoint::client(LOOPBACK).unwrap());
+    let address = listening.local_addr().unwrap();
+    let waiting = second.connect(client.clone(), address, "localhost").unwrap();
+    let caller = listening.accept().await.unwrap();
+    listening.close(VarInt::from_u32(7), b"over");
+    assert!(matches!(gone(&edge).await, ConnectionError::ApplicationClosed(closed) if closed.reason == "over"));
+    assert!(matches!(gone(&cloud).await, ConnectionError::LocallyClosed));
+    assert!(matches!(caller.accept().await, Err(ConnectionError::LocallyClosed)));
+    let refused = timeout(PATIENCE, waiting).await.unwrap();
+    assert!(matches!(refused, Err(ConnectionError::ConnectionClosed(_))), "{refused:?}");
+    let late = third.connect(client.clone(), address, "localhost").unwrap();
+    let refused = timeout(PATIENCE, late).await.unwrap();
+    assert!(matches!(refused, Err(ConnectionError::ConnectionClosed(_))), "{refused:?}");
+    assert!(listening.accept().await.is_none());
+    let connected = listening.connect(client, LOOPBACK, "localhost").map(drop);
+    assert_eq!(connected, Err(ConnectError::EndpointStopping));
+}
+
+#[tokio::test]
+async fn who_is_not_listening_any_more_is_silent() {
+    let (server, client) = configs();
+    let (listening, dialling) = (listen(server), Endpoint::client(LOOPBACK).unwrap());
+    listening.ignore_new();
+    let connecting = dialling.connect(client, listening.local_addr().unwrap(), "localhost").unwrap();
+    assert!(timeout(Duration::from_millis(50), connecting).await.is_err());
+}
