@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use prost::Message as _;
-use quinn_proto::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use quinn_proto::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig};
 use quinn_proto::{
     ConnectionError, Dir, IdleTimeout, ReadError, Side, StreamId, TransportErrorCode, VarInt, WriteError, rustls,
 };
@@ -29,6 +29,7 @@ mod connection;
 mod endpoint;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 /// The protocol as TLS negotiates it (RFC 7301).
 pub const ALPN: &[u8] = b"skerry/1";
@@ -56,7 +57,7 @@ pub fn client_config(tls: &rustls::ClientConfig) -> Result<quinn_proto::ClientCo
 pub fn server_config(tls: &rustls::ServerConfig) -> Result<quinn_proto::ServerConfig, NoInitialCipherSuite> {
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![ALPN.to_vec()];
-    let mut config = quinn_proto::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    let mut config = quinn_proto::ServerConfig::with_crypto(Arc::new(tls::Config::new(tls)?));
     config.transport_config(transport());
     Ok(config)
 }

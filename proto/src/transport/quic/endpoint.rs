@@ -240,10 +240,11 @@ impl Shared {
             if let Err(error) = readable {
                 break error;
             }
-            if let Err(error) = self.read_some(&mut buffer, size) {
-                break error;
+            match self.read_some(&mut buffer, size) {
+                Ok(true) => {}
+                Ok(false) => tokio::task::yield_now().await,
+                Err(error) => break error,
             }
-            tokio::task::yield_now().await;
         };
         let broken = TransportError {
             code: TransportErrorCode::INTERNAL_ERROR,
@@ -253,7 +254,8 @@ impl Shared {
         self.close_all(|line| line.lose(ConnectionError::TransportError(broken.clone())));
     }
 
-    fn read_some(&self, buffer: &mut [u8], size: usize) -> io::Result<()> {
+    /// Whether that was all.
+    fn read_some(&self, buffer: &mut [u8], size: usize) -> io::Result<bool> {
         for _ in 0..ROUNDS {
             let mut metas = [RecvMeta::default(); BATCH_SIZE];
             let mut parts = buffer.chunks_mut(size).map(IoSliceMut::new);
@@ -264,13 +266,13 @@ impl Shared {
                 Ok(count) => {
                     self.hear(parts.iter().zip(&metas).take(count).map(|(part, meta)| (&part[..meta.len], meta)))
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 // It says something of one peer, or of who wants to be one.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     fn hear<'a>(&self, came: impl Iterator<Item = (&'a [u8], &'a RecvMeta)>) {

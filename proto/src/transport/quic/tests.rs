@@ -1,10 +1,13 @@
 //! What becomes of connections and endpoints, over loopback sockets.
 
 use quinn_proto::ConnectError;
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::super::tests::{LOOPBACK, configs, connections, listen};
+use super::super::{Event, Wire};
 use super::*;
+use crate::mux;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -104,4 +107,32 @@ async fn who_is_not_listening_any_more_is_silent() {
     listening.ignore_new();
     let connecting = dialling.connect(client, listening.local_addr().unwrap(), "localhost").unwrap();
     assert!(timeout(Duration::from_millis(50), connecting).await.is_err());
+}
+
+#[tokio::test]
+async fn keys_change_and_nobody_notices() {
+    use crate::wire::{Ping, frame::Body};
+    let (cloud, edge, _endpoints) = connections().await;
+    let lines = [Arc::clone(cloud.line()), Arc::clone(edge.line())];
+    let mut cloud = Wire::<TcpStream, ()>::over_quic(cloud, mux::Side::Cloud, ()).await.unwrap();
+    let mut edge = Wire::<TcpStream, ()>::over_quic(edge, mux::Side::Edge, ()).await.unwrap();
+    for token in 0..6 {
+        // One side and the other; who has just changed his goes on with them.
+        lines[token % 2].state().quic.force_key_update();
+        let ping = Frame { body: Some(Body::Ping(Ping { token: token as u64 })) };
+        for _ in 0..2 {
+            cloud.push(ping.clone());
+            let heard = async {
+                loop {
+                    tokio::select! {
+                        heard = edge.next(true) => break heard,
+                        sent = cloud.next(true) => assert!(matches!(sent, Ok(Event::Drained)), "{sent:?}"),
+                    }
+                }
+            };
+            let heard = timeout(PATIENCE, heard).await.expect("it comes").unwrap();
+            assert!(matches!(heard, Event::Frame(frame) if frame == ping));
+            std::mem::swap(&mut cloud, &mut edge);
+        }
+    }
 }
