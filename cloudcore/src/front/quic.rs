@@ -12,7 +12,7 @@ use rustls::ServerConfig;
 use skerry_proto::mux::Side;
 use skerry_proto::transport::{self, Caller, Endpoint};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::http;
 use super::places::Place;
@@ -85,8 +85,10 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                 }
                 caller = endpoint.accept() => caller,
             };
-            // It ends when it is closed, which only happens below.
-            let Some(caller) = caller else { break };
+            let Some(caller) = caller else {
+                warn!("the socket of QUIC is broken: nodes come over WebSockets only until cloudcore is started again");
+                break;
+            };
             // Whoever sends from an address that is not his own gets no place while places are short, and keeps nobody from hearing so.
             if self.handshakes.taken() + waiting.len() > MAX_HANDSHAKES / 2 && !caller.remote_address_validated() {
                 // The client comes again with a token.
@@ -99,7 +101,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
             }
         }
         drop(waiting);
-        endpoint.ignore_new();
+        endpoint.stop_listening();
         let cut = connections.drain(drain).await;
         if cut > 0 {
             info!(connections = cut, "connections that did not end in time were cut");

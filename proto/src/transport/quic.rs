@@ -57,6 +57,8 @@ pub fn client_config(tls: &rustls::ClientConfig) -> Result<quinn_proto::ClientCo
 pub fn server_config(tls: &rustls::ServerConfig) -> Result<quinn_proto::ServerConfig, NoInitialCipherSuite> {
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![ALPN.to_vec()];
+    // There is nothing after a handshake (`tls.rs`).
+    tls.send_tls13_tickets = 0;
     let mut config = quinn_proto::ServerConfig::with_crypto(Arc::new(tls::Config::new(tls)?));
     config.transport_config(transport());
     Ok(config)
@@ -83,6 +85,8 @@ pub(super) struct Quic {
     connection: Connection,
     /// What of a frame of each lane QUIC has not taken yet.
     unsent: [Bytes; LANE_COUNT],
+    /// The lanes whose priority QUIC knows: it keeps nothing for a stream of which it knows nothing.
+    is_ranked: [bool; LANE_COUNT],
     /// What the peer sends on each lane, from when it has opened it.
     unread: [Option<Lane>; LANE_COUNT],
 }
@@ -98,9 +102,6 @@ impl Quic {
         poll_fn(|context| {
             let mut state = connection.line().state();
             while let Some(stream) = state.quic.streams().open(Dir::Uni) {
-                let place = i32::try_from(stream.index()).unwrap_or(i32::MAX);
-                // A stream that was just opened has not been closed.
-                let _ = state.quic.send_stream(stream).set_priority(-place);
                 if stream.index() + 1 == LANES.len() as u64 {
                     return Poll::Ready(Ok(()));
                 }
@@ -108,7 +109,7 @@ impl Quic {
             state.poll_gone(context).map(|cause| Err(lost(cause)))
         })
         .await?;
-        Ok(Self { connection, unsent: Default::default(), unread: Default::default() })
+        Ok(Self { connection, unsent: Default::default(), is_ranked: [false; LANE_COUNT], unread: Default::default() })
     }
 
     pub(super) fn poll_send(
@@ -153,6 +154,10 @@ impl Quic {
                     return Poll::Ready(Err(lost(cause)));
                 }
                 let stream = lane(state.quic.side(), place);
+                if !std::mem::replace(&mut self.is_ranked[place], true) {
+                    // Nothing has closed it before.
+                    let _ = state.quic.send_stream(stream).set_priority(-i32::try_from(place).unwrap_or_default());
+                }
                 match state.quic.send_stream(stream).write(unsent) {
                     Ok(taken) => unsent.advance(taken),
                     Err(WriteError::Blocked) => {

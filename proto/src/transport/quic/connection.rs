@@ -19,6 +19,8 @@ use super::rustls;
 
 /// Datagrams that wait for their connection; what comes beyond is lost, as the network loses it.
 const MAX_INBOX: usize = 1024;
+/// Of these as many are looked at before something is sent, and others have their turn.
+const TURN: usize = 128;
 /// Datagrams that are sent before what came is looked at.
 const BURST: usize = 20;
 
@@ -50,7 +52,7 @@ pub(super) struct State {
     /// Who waits for something to happen.
     user: Option<Waker>,
     is_established: bool,
-    /// The peer has all of a stream that was finished, or wants no more of one.
+    /// The peer has all of the first stream, which was finished, or wants no more of it.
     pub(super) is_finished: bool,
     /// Why the connection is gone; what came before is still read.
     pub(super) gone: Option<ConnectionError>,
@@ -60,6 +62,8 @@ pub(super) struct State {
 struct Driver {
     line: Arc<Line>,
     timer: Pin<Box<Sleep>>,
+    /// What was taken from the inbox and has not been looked at.
+    came: std::vec::IntoIter<ConnectionEvent>,
     /// What the system did not take, and when it will.
     unsent: Option<(Transmit, Vec<u8>, Writable)>,
 }
@@ -73,11 +77,10 @@ impl std::fmt::Debug for Line {
 }
 
 impl Connection {
-    pub(super) fn begin(endpoint: Arc<Shared>, handle: ConnectionHandle, quic: quinn_proto::Connection) -> Self {
-        let state = State { quic, user: None, is_established: false, is_finished: false, gone: None };
-        let line = Arc::new(Line { endpoint, handle, inbox: Inbox::default(), state: Mutex::new(state) });
+    /// Has its task begin. Where the runtime is being shut down, that ends it at once: nobody may hold the endpoint's state.
+    pub(super) fn begin(line: Arc<Line>) -> Self {
         let timer = Box::pin(tokio::time::sleep_until(now().into()));
-        let driver = Driver { line: Arc::clone(&line), timer, unsent: None };
+        let driver = Driver { line: Arc::clone(&line), timer, came: Vec::new().into_iter(), unsent: None };
         #[expect(clippy::disallowed_methods, reason = "it ends with the connection; what is wrong its user hears")]
         tokio::spawn(driver);
         Self(line)
@@ -141,11 +144,11 @@ impl Inbox {
         self.waiting().wake();
     }
 
-    /// What came; what comes from here on wakes the driver.
-    fn take(&self, context: &Context<'_>) -> Vec<ConnectionEvent> {
+    /// What came, if it is `wanted`; what comes from here on wakes the driver.
+    fn take(&self, context: &Context<'_>, wanted: bool) -> Option<Vec<ConnectionEvent>> {
         let mut waiting = self.waiting();
         waiting.driver = Some(context.waker().clone());
-        std::mem::take(&mut waiting.events)
+        wanted.then(|| std::mem::take(&mut waiting.events))
     }
 }
 
@@ -158,6 +161,11 @@ impl Waiting {
 }
 
 impl Line {
+    pub(super) fn new(endpoint: Arc<Shared>, handle: ConnectionHandle, quic: quinn_proto::Connection) -> Self {
+        let state = State { quic, user: None, is_established: false, is_finished: false, gone: None };
+        Self { endpoint, handle, inbox: Inbox::default(), state: Mutex::new(state) }
+    }
+
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -213,7 +221,9 @@ impl State {
             match event {
                 Event::Connected => self.is_established = true,
                 Event::ConnectionLost { reason } => self.end(reason),
-                Event::Stream(StreamEvent::Finished { .. } | StreamEvent::Stopped { .. }) => self.is_finished = true,
+                Event::Stream(StreamEvent::Finished { id } | StreamEvent::Stopped { id, .. }) => {
+                    self.is_finished |= id.index() == 0;
+                }
                 Event::Stream(_) => {}
                 Event::HandshakeDataReady | Event::DatagramReceived | Event::DatagramsUnblocked => continue,
             }
@@ -230,10 +240,19 @@ impl Future for Driver {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let line = Arc::clone(&self.line);
-        let came = line.inbox.take(context);
+        let more = line.inbox.take(context, self.came.as_slice().is_empty());
+        if let Some(came) = more {
+            self.came = came.into_iter();
+        }
         let mut state = line.state();
-        for event in came {
+        for event in self.came.by_ref().take(TURN) {
             state.quic.handle_event(event);
+        }
+        if self.came.as_slice().is_empty() {
+            // With what it needed.
+            self.came = Vec::new().into_iter();
+        } else {
+            context.waker().wake_by_ref();
         }
         loop {
             let now = now();

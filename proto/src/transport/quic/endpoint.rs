@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use quinn_proto::{
     ClientConfig, ConnectError, ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, EcnCodepoint,
     EndpointConfig, EndpointEvent, ServerConfig, Transmit, TransportError, TransportErrorCode, VarInt,
@@ -18,13 +18,14 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 
 use super::connection::{Connection, Line};
+use super::tls;
 
 /// Reads of the socket, of a batch each, before others have their turn.
 const ROUNDS: usize = 8;
 /// Datagrams that are handed to the system at once, as far as it can.
 const MAX_SEGMENTS: usize = 10;
 
-/// A UDP socket and the QUIC connections on it (RFC 9000). It lives until nobody holds it and the last connection is gone.
+/// A UDP socket and the QUIC connections on it (RFC 9000). Who lets go of it ends none of them: the socket goes with the last one.
 #[derive(Debug)]
 pub struct Endpoint(Arc<Shared>);
 
@@ -50,11 +51,14 @@ struct State {
     held: bool,
 }
 
+/// Reads the socket.
+struct Reader(Arc<Shared>);
+
 /// Somebody who wants a connection. Letting go of it refuses him.
 #[derive(Debug)]
 pub struct Caller {
-    /// Until it is decided.
-    quic: Option<quinn_proto::Incoming>,
+    /// Until it is decided. Boxed: it is large, and what takes it may live as long as the connection.
+    quic: Option<Box<quinn_proto::Incoming>>,
     address: SocketAddr,
     endpoint: Arc<Shared>,
 }
@@ -67,7 +71,9 @@ impl std::fmt::Debug for Shared {
 
 impl Endpoint {
     /// On a socket that is bound. With `server`, clients may come.
-    pub fn new(config: EndpointConfig, server: Option<ServerConfig>, socket: UdpSocket) -> io::Result<Self> {
+    pub fn new(mut config: EndpointConfig, server: Option<ServerConfig>, socket: UdpSocket) -> io::Result<Self> {
+        // What the cloud's TLS speaks; others are told.
+        config.supported_versions(vec![tls::V1]);
         socket.set_nonblocking(true)?;
         let udp = UdpSocketState::new((&socket).into())?;
         let quic = quinn_proto::Endpoint::new(Arc::new(config), server.map(Arc::new), !udp.may_fragment(), None);
@@ -83,7 +89,7 @@ impl Endpoint {
             clippy::disallowed_methods,
             reason = "it ends with the last connection; what is wrong each of them says"
         )]
-        tokio::spawn(Arc::clone(&shared).read());
+        tokio::spawn(Reader(Arc::clone(&shared)).read());
         Ok(Self(shared))
     }
 
@@ -104,13 +110,15 @@ impl Endpoint {
         remote: SocketAddr,
         server_name: &str,
     ) -> Result<impl Future<Output = Result<Connection, ConnectionError>> + use<>, ConnectError> {
-        let mut state = self.0.state();
-        if state.closed {
-            return Err(ConnectError::EndpointStopping);
-        }
-        let (handle, quic) = state.quic.connect(now(), config, remote, server_name)?;
-        let connection = state.add(&self.0, handle, quic);
-        Ok(connection.established())
+        let line = {
+            let mut state = self.0.state();
+            if state.closed {
+                return Err(ConnectError::EndpointStopping);
+            }
+            let (handle, quic) = state.quic.connect(now(), config, remote, server_name)?;
+            state.add(&self.0, handle, quic)
+        };
+        Ok(Connection::begin(line).established())
     }
 
     /// The next one who wants a connection; none any more when the endpoint is closed or its socket broken. Cancel safe.
@@ -121,7 +129,7 @@ impl Endpoint {
                 let mut state = self.0.state();
                 if let Some(quic) = state.incoming.pop_front() {
                     let address = quic.remote_address();
-                    return Some(Caller { quic: Some(quic), address, endpoint: Arc::clone(&self.0) });
+                    return Some(Caller { quic: Some(Box::new(quic)), address, endpoint: Arc::clone(&self.0) });
                 }
                 if state.closed {
                     return None;
@@ -131,9 +139,11 @@ impl Endpoint {
         }
     }
 
-    /// From here on whoever comes hears nothing, as if nobody was here.
-    pub fn ignore_new(&self) {
-        self.0.state().quic.set_server_config(None);
+    /// From here on nobody comes: who waits is refused, and who comes gets no handshake, as if nobody listened.
+    pub fn stop_listening(&self) {
+        let mut state = self.0.state();
+        state.quic.set_server_config(None);
+        self.0.refuse_waiting(&mut state);
     }
 
     /// Closes every connection and refuses new ones.
@@ -149,7 +159,10 @@ impl Endpoint {
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        self.0.state().held = false;
+        let mut state = self.0.state();
+        state.held = false;
+        self.0.close(&mut state);
+        drop(state);
         self.0.idle.notify_waiters();
     }
 }
@@ -162,17 +175,17 @@ impl Caller {
 
     /// Whether he has shown that he receives what is sent there.
     pub fn remote_address_validated(&self) -> bool {
-        self.quic.as_ref().is_some_and(quinn_proto::Incoming::remote_address_validated)
+        self.quic.as_ref().is_some_and(|quic| quic.remote_address_validated())
     }
 
     /// The connection, when it stands.
     pub async fn accept(mut self) -> Result<Connection, ConnectionError> {
-        let connection = {
+        let line = {
             let mut state = self.endpoint.state();
             // Whoever is left when the endpoint is closed is refused.
             let Some(quic) = self.quic.take_if(|_| !state.closed) else { return Err(ConnectionError::LocallyClosed) };
             let mut answer = Vec::new();
-            match state.quic.accept(quic, now(), &mut answer, None) {
+            match state.quic.accept(*quic, now(), &mut answer, None) {
                 Ok((handle, quic)) => state.add(&self.endpoint, handle, quic),
                 Err(error) => {
                     if let Some(transmit) = error.response {
@@ -182,7 +195,7 @@ impl Caller {
                 }
             }
         };
-        connection.established().await
+        Connection::begin(line).established().await
     }
 
     /// Has him show first that he receives what is sent to his address (RFC 9000, 8.1.2). Who has done so is refused.
@@ -190,7 +203,7 @@ impl Caller {
         let Some(quic) = self.quic.take() else { return };
         let mut answer = Vec::new();
         let mut state = self.endpoint.state();
-        match state.quic.retry(quic, &mut answer) {
+        match state.quic.retry(*quic, &mut answer) {
             Ok(transmit) => self.endpoint.respond(&transmit, &answer),
             Err(error) => self.endpoint.refuse(&mut state, error.into_incoming()),
         }
@@ -200,16 +213,16 @@ impl Caller {
 impl Drop for Caller {
     fn drop(&mut self) {
         if let Some(quic) = self.quic.take() {
-            self.endpoint.refuse(&mut self.endpoint.state(), quic);
+            self.endpoint.refuse(&mut self.endpoint.state(), *quic);
         }
     }
 }
 
 impl State {
-    fn add(&mut self, endpoint: &Arc<Shared>, handle: ConnectionHandle, quic: quinn_proto::Connection) -> Connection {
-        let connection = Connection::begin(Arc::clone(endpoint), handle, quic);
-        self.connections.insert(handle, Arc::clone(connection.line()));
-        connection
+    fn add(&mut self, endpoint: &Arc<Shared>, handle: ConnectionHandle, quic: quinn_proto::Connection) -> Arc<Line> {
+        let line = Arc::new(Line::new(Arc::clone(endpoint), handle, quic));
+        self.connections.insert(handle, Arc::clone(&line));
+        line
     }
 }
 
@@ -221,37 +234,39 @@ impl Drop for State {
     }
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Whoever panicked while he held it is gone with his connection; the others' state is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
+impl Reader {
     /// Hands connections what comes for them, until nobody needs it.
-    async fn read(self: Arc<Self>) {
-        let size = usize::from(u16::MAX).min(self.largest() * self.udp.gro_segments());
+    async fn read(self) {
+        let shared = &*self.0;
+        let size = usize::from(u16::MAX).min(shared.largest() * shared.udp.gro_segments());
         let mut buffer = vec![0; size * BATCH_SIZE];
-        let mut unused = pin!(self.until(|state| !state.held && state.connections.is_empty()));
+        let mut unused = pin!(shared.until(|state| !state.held && state.connections.is_empty()));
         let broken = loop {
             let readable = tokio::select! {
                 () = &mut unused => return,
-                readable = self.io.readable() => readable,
+                readable = shared.io.readable() => readable,
             };
-            if let Err(error) = readable {
-                break error;
-            }
-            match self.read_some(&mut buffer, size) {
-                Ok(true) => {}
+            match readable.and_then(|()| shared.read_some(&mut buffer, size)) {
+                Ok(true) => tokio::task::coop::consume_budget().await,
                 Ok(false) => tokio::task::yield_now().await,
                 Err(error) => break error,
             }
         };
-        let broken = TransportError {
-            code: TransportErrorCode::INTERNAL_ERROR,
-            frame: None,
-            reason: format!("the socket cannot be read: {broken}"),
-        };
-        self.close_all(|line| line.lose(ConnectionError::TransportError(broken.clone())));
+        shared.lose_all(&format!("the socket cannot be read: {broken}"));
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // However it came to that, nobody hears anything any more.
+        self.0.lose_all("the socket is not read any more");
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Where somebody panicked while he held it, the rest goes on as far as it can.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether that was all.
@@ -280,12 +295,11 @@ impl Shared {
         let mut state = self.state();
         let mut answer = Vec::new();
         for (bytes, meta) in came {
-            let mut bytes = BytesMut::from(bytes);
             let ecn = meta.ecn.and_then(|ecn| EcnCodepoint::from_bits(ecn as u8));
-            while !bytes.is_empty() {
-                let datagram = bytes.split_to(meta.stride.min(bytes.len()));
+            for datagram in bytes.chunks(meta.stride.max(1)) {
                 answer.clear();
-                match state.quic.handle(now, meta.addr, meta.dst_ip, ecn, datagram, &mut answer) {
+                // Each by itself: a piece of a batch would keep all of it.
+                match state.quic.handle(now, meta.addr, meta.dst_ip, ecn, datagram.into(), &mut answer) {
                     Some(DatagramEvent::ConnectionEvent(handle, event)) => {
                         if let Some(line) = state.connections.get(&handle) {
                             line.inbox.push(event);
@@ -306,6 +320,20 @@ impl Shared {
     /// The largest datagram that is understood, in bytes.
     fn largest(&self) -> usize {
         usize::try_from(self.state().quic.config().get_max_udp_payload_size()).unwrap_or(usize::MAX)
+    }
+
+    /// Nobody gets a connection any more.
+    fn close(&self, state: &mut State) {
+        state.closed = true;
+        self.refuse_waiting(state);
+        self.arrival.notify_waiters();
+        self.arrival.notify_one();
+    }
+
+    fn refuse_waiting(&self, state: &mut State) {
+        while let Some(incoming) = state.incoming.pop_front() {
+            self.refuse(state, incoming);
+        }
     }
 
     fn refuse(&self, state: &mut State, incoming: quinn_proto::Incoming) {
@@ -350,17 +378,17 @@ impl Shared {
         state.quic.handle_event(handle, event)
     }
 
+    fn lose_all(&self, reason: &str) {
+        let cause = TransportError { code: TransportErrorCode::INTERNAL_ERROR, frame: None, reason: reason.to_owned() };
+        self.close_all(|line| line.lose(ConnectionError::TransportError(cause.clone())));
+    }
+
     fn close_all(&self, close: impl Fn(&Line)) {
         let lines: Vec<_> = {
             let mut state = self.state();
-            state.closed = true;
-            let refused: Vec<_> = state.incoming.drain(..).collect();
-            for incoming in refused {
-                self.refuse(&mut state, incoming);
-            }
+            self.close(&mut state);
             state.connections.values().cloned().collect()
         };
-        self.arrival.notify_one();
         lines.iter().for_each(|line| close(line));
     }
 

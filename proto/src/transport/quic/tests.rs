@@ -104,35 +104,82 @@ async fn an_endpoint_that_is_closed_tells_everybody() {
 async fn who_is_not_listening_any_more_is_silent() {
     let (server, client) = configs();
     let (listening, dialling) = (listen(server), Endpoint::client(LOOPBACK).unwrap());
-    listening.ignore_new();
+    listening.stop_listening();
     let connecting = dialling.connect(client, listening.local_addr().unwrap(), "localhost").unwrap();
     assert!(timeout(Duration::from_millis(50), connecting).await.is_err());
 }
 
-#[tokio::test]
-async fn keys_change_and_nobody_notices() {
+/// Two sides of which one, or the other, changes its keys: each goes on with the other's.
+async fn change_keys(of_the_edge: bool) {
     use crate::wire::{Ping, frame::Body};
     let (cloud, edge, _endpoints) = connections().await;
-    let lines = [Arc::clone(cloud.line()), Arc::clone(edge.line())];
+    let line = Arc::clone(if of_the_edge { edge.line() } else { cloud.line() });
     let mut cloud = Wire::<TcpStream, ()>::over_quic(cloud, mux::Side::Cloud, ()).await.unwrap();
     let mut edge = Wire::<TcpStream, ()>::over_quic(edge, mux::Side::Edge, ()).await.unwrap();
     for token in 0..6 {
-        // One side and the other; who has just changed his goes on with them.
-        lines[token % 2].state().quic.force_key_update();
-        let ping = Frame { body: Some(Body::Ping(Ping { token: token as u64 })) };
-        for _ in 0..2 {
-            cloud.push(ping.clone());
-            let heard = async {
-                loop {
-                    tokio::select! {
-                        heard = edge.next(true) => break heard,
-                        sent = cloud.next(true) => assert!(matches!(sent, Ok(Event::Drained)), "{sent:?}"),
-                    }
-                }
-            };
-            let heard = timeout(PATIENCE, heard).await.expect("it comes").unwrap();
-            assert!(matches!(heard, Event::Frame(frame) if frame == ping));
-            std::mem::swap(&mut cloud, &mut edge);
+        if token == 2 {
+            line.state().quic.force_key_update();
         }
+        let ping = Frame { body: Some(Body::Ping(Ping { token })) };
+        cloud.push(ping.clone());
+        let heard = async {
+            loop {
+                tokio::select! {
+                    heard = edge.next(true) => break heard,
+                    sent = cloud.next(true) => assert!(matches!(sent, Ok(Event::Drained)), "{sent:?}"),
+                }
+            }
+        };
+        let heard = timeout(PATIENCE, heard).await.expect("it comes").unwrap();
+        assert!(matches!(heard, Event::Frame(frame) if frame == ping));
+        std::mem::swap(&mut cloud, &mut edge);
     }
+}
+
+#[tokio::test]
+async fn keys_change_and_nobody_notices() {
+    change_keys(false).await;
+    change_keys(true).await;
+}
+
+#[tokio::test]
+async fn who_speaks_another_version_is_told_which_one_is_spoken() {
+    let (server, mut client) = configs();
+    client.version(0xff00_001d);
+    let (listening, dialling) = (listen(server), quinn::Endpoint::client(LOOPBACK).unwrap());
+    let connecting = dialling.connect_with(client, listening.local_addr().unwrap(), "localhost").unwrap();
+    let told = timeout(PATIENCE, connecting).await.expect("it is told");
+    assert!(matches!(told, Err(ConnectionError::VersionMismatch)), "{told:?}");
+}
+
+#[tokio::test]
+async fn who_waits_for_an_endpoint_that_is_let_go_is_refused() {
+    let (server, client) = configs();
+    let (listening, dialling) = (listen(server), Endpoint::client(LOOPBACK).unwrap());
+    let connecting = dialling.connect(client, listening.local_addr().unwrap(), "localhost").unwrap();
+    let letting_go = async {
+        // It is there when the endpoint goes, in the hands of who took it.
+        let caller = listening.accept().await.unwrap();
+        drop(listening);
+        caller.accept().await
+    };
+    let (edge, cloud) = tokio::join!(timeout(PATIENCE, connecting), letting_go);
+    assert!(matches!(cloud, Err(ConnectionError::LocallyClosed)), "{cloud:?}");
+    assert!(matches!(edge, Ok(Err(ConnectionError::ConnectionClosed(_)))), "{edge:?}");
+}
+
+#[test]
+fn a_runtime_that_is_shut_down_ends_everything() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (cloud, edge, endpoints) = runtime.block_on(connections());
+    // Its tasks are dropped, and what uses them hears so.
+    runtime.shutdown_background();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        gone(&cloud).await;
+        gone(&edge).await;
+        for endpoint in &endpoints {
+            assert!(timeout(PATIENCE, endpoint.accept()).await.expect("nobody can come any more").is_none());
+        }
+    });
 }

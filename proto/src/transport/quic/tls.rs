@@ -4,21 +4,23 @@
 //! a node proves itself once.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use bytes::BytesMut;
 use quinn_proto::crypto::rustls::{NoInitialCipherSuite, QuicServerConfig};
 use quinn_proto::crypto::{
-    ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey, ServerConfig, Session, UnsupportedVersion,
+    CryptoError, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey, ServerConfig, Session,
+    UnsupportedVersion,
 };
 use quinn_proto::transport_parameters::TransportParameters;
 use quinn_proto::{ConnectionId, Side, TransportError, TransportErrorCode};
 use rustls::pki_types::CertificateDer;
-use rustls::quic::{KeyChange, Secrets, ServerConnection, Version};
+use rustls::quic::{KeyChange, PacketKeySet, Secrets, ServerConnection, Version};
 
 use super::rustls;
 
 /// QUIC's first version (RFC 9000), the only one that is spoken.
-const V1: u32 = 1;
+pub(super) const V1: u32 = 1;
 
 /// What sessions begin with.
 pub(super) struct Config {
@@ -50,15 +52,29 @@ impl ServerConfig for Config {
             Ok(connection) => Stage::Shaking(Box::new(connection)),
             Err(error) => Stage::Impossible(error),
         };
-        Box::new(Tls { config: self, secrets: None, stage })
+        Box::new(Tls { config: self, secrets: None, next: None, stage })
     }
 }
 
 struct Tls {
     config: Arc<Config>,
-    /// From which the keys come, from when there are any.
-    secrets: Option<Secrets>,
+    /// From which keys come, from when there are any.
+    secrets: Option<Arc<Mutex<Secrets>>>,
+    /// Those of the next change.
+    next: Option<Arc<Next>>,
     stage: Stage,
+}
+
+/// The keys of a change, which most connections never come to: they are made when they are asked for.
+struct Next {
+    secrets: Arc<Mutex<Secrets>>,
+    keys: OnceLock<PacketKeySet>,
+}
+
+/// One of the two.
+struct NextKey {
+    next: Arc<Next>,
+    is_local: bool,
 }
 
 enum Stage {
@@ -144,15 +160,21 @@ impl Session for Tls {
         match connection.write_hs(buffer)? {
             KeyChange::Handshake { keys } => Some(pair(keys)),
             KeyChange::OneRtt { keys, next } => {
-                self.secrets = Some(next);
+                self.secrets = Some(Arc::new(Mutex::new(next)));
                 Some(pair(keys))
             }
         }
     }
 
     fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
-        let keys = self.secrets.as_mut()?.next_packet_keys();
-        Some(KeyPair { local: Box::new(keys.local), remote: Box::new(keys.remote) })
+        let secrets = Arc::clone(self.secrets.as_ref()?);
+        if let Some(before) = self.next.take() {
+            // Each change follows from the one before.
+            before.keys();
+        }
+        let next = Arc::clone(self.next.insert(Arc::new(Next { secrets, keys: OnceLock::new() })));
+        let local = Box::new(NextKey { next: Arc::clone(&next), is_local: true });
+        Some(KeyPair { local, remote: Box::new(NextKey { next, is_local: false }) })
     }
 
     fn is_valid_retry(&self, _: &ConnectionId, _: &[u8], _: &[u8]) -> bool {
@@ -162,6 +184,41 @@ impl Session for Tls {
 
     fn export_keying_material(&self, _: &mut [u8], _: &[u8], _: &[u8]) -> Result<(), ExportKeyingMaterialError> {
         Err(ExportKeyingMaterialError)
+    }
+}
+
+impl Next {
+    fn keys(&self) -> &PacketKeySet {
+        self.keys.get_or_init(|| self.secrets.lock().unwrap_or_else(PoisonError::into_inner).next_packet_keys())
+    }
+}
+
+impl NextKey {
+    fn key(&self) -> &impl PacketKey {
+        let keys = self.next.keys();
+        if self.is_local { &keys.local } else { &keys.remote }
+    }
+}
+
+impl PacketKey for NextKey {
+    fn encrypt(&self, packet: u64, buffer: &mut [u8], header_len: usize) {
+        PacketKey::encrypt(self.key(), packet, buffer, header_len);
+    }
+
+    fn decrypt(&self, packet: u64, header: &[u8], payload: &mut BytesMut) -> Result<(), CryptoError> {
+        PacketKey::decrypt(self.key(), packet, header, payload)
+    }
+
+    fn tag_len(&self) -> usize {
+        PacketKey::tag_len(self.key())
+    }
+
+    fn confidentiality_limit(&self) -> u64 {
+        PacketKey::confidentiality_limit(self.key())
+    }
+
+    fn integrity_limit(&self) -> u64 {
+        PacketKey::integrity_limit(self.key())
     }
 }
 
