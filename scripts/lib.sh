@@ -6,6 +6,8 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SKERRY_CACHE=${SKERRY_CACHE:-$HOME/.cache/skerry}
 export SKERRY_CACHE
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$SKERRY_CACHE/target}
+# Of several checkouts that share the cache, this one.
+export SKERRY_SOURCE=$repository
 
 say() { printf '%s %s\n' "$(date +%T)" "$*" >&2; }
 

@@ -12,8 +12,12 @@ use crate::{cleanup, procfs};
 /// What the directories of test runs are called.
 pub const RUN_PREFIX: &str = "skerry-test-";
 
-/// The top of the checkout.
+/// The top of the checkout: `$SKERRY_SOURCE`, which the scripts set, or where this was compiled. Checkouts share a cache, and cargo takes what
+/// one has compiled for what another one would.
 pub fn repository() -> PathBuf {
+    if let Some(source) = std::env::var_os("SKERRY_SOURCE") {
+        return PathBuf::from(source);
+    }
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     manifest.parent().unwrap_or(manifest).to_owned()
 }
