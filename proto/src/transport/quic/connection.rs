@@ -1,7 +1,6 @@
 //! One connection: [`quinn_proto`] says what is to be done, a task of the connection's own does it, and who uses it is one other task.
 
 use std::future::{Future, poll_fn};
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -103,11 +102,6 @@ impl Connection {
         Ok(self)
     }
 
-    /// Where the peer is.
-    pub fn remote_address(&self) -> SocketAddr {
-        self.0.state().quic.remote_address()
-    }
-
     /// The certificates that the peer proved itself with, its own first.
     pub fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
         let identity = self.0.state().quic.crypto_session().peer_identity()?;
@@ -172,9 +166,8 @@ impl Line {
 
     pub(super) fn close(&self, code: VarInt, reason: Bytes) {
         let mut state = self.state();
-        if !state.quic.is_closed() {
-            state.quic.close(now(), code, reason);
-        }
+        // Nothing, where it is closed.
+        state.quic.close(now(), code, reason);
         state.end(ConnectionError::LocallyClosed);
         drop(state);
         self.inbox.wake();
