@@ -6,6 +6,7 @@
 
 mod apifaults;
 mod badinput;
+mod bed;
 mod crashes;
 mod devices;
 mod dmi;

@@ -66,10 +66,17 @@ pub(crate) fn story(name: &str, tell: impl FnOnce(&mut World) -> Result<()>) -> 
     Ok(())
 }
 
-/// Tells a story on a stage of its own, which is taken down afterwards.
-pub(crate) fn alone(name: &str, setup: Setup, tell: impl FnOnce(&mut World) -> Result<()>) -> Result<()> {
+/// Takes the common stage down, and keeps others from building one meanwhile.
+#[must_use]
+pub(crate) fn no_stage() -> MutexGuard<'static, Option<World>> {
     let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     drop(pool.take());
+    pool
+}
+
+/// Tells a story on a stage of its own, which is taken down afterwards.
+pub(crate) fn alone(name: &str, setup: Setup, tell: impl FnOnce(&mut World) -> Result<()>) -> Result<()> {
+    let _alone = no_stage();
     let mut world = World::new(setup)?;
     play(&mut world, name, tell)
 }
@@ -399,7 +406,7 @@ pub(crate) fn refused(output: &Output, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn janitor() -> &'static Path {
+pub(crate) fn janitor() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_testbed"))
 }
 

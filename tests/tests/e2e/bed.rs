@@ -1,7 +1,4 @@
 //! The bed itself, proven with the upstream kubelet: what fails here is the bed's fault, not ours.
-#![allow(clippy::disallowed_methods, reason = "the world outside waits")]
-
-use std::path::Path;
 
 use anyhow::{Result, ensure};
 use skerry_tests::controlplane::ControlPlane;
@@ -12,13 +9,16 @@ use skerry_tests::paths::RunDir;
 use skerry_tests::runtime::{Cni, Runtime};
 use skerry_tests::wait::until;
 
+use crate::world::{janitor, no_stage};
+
 #[test]
 fn the_upstream_kubelet_runs_pods_and_survives_a_power_cycle() -> Result<()> {
     if std::env::var_os("KUBECONFIG").is_some_and(|value| !value.is_empty()) {
         eprintln!("skipped: the upstream kubelet needs a certificate that the cluster of $KUBECONFIG does not give");
         return Ok(());
     }
-    let run = RunDir::temporary(Path::new(env!("CARGO_BIN_EXE_testbed")))?;
+    let _alone = no_stage();
+    let run = RunDir::temporary(janitor())?;
     let control = ControlPlane::start(&run.path().join("control"))?;
     let mut runtime = Runtime::start(&run.path().join("runtime"), Cni::Ours)?;
     let mut kubelet = Kubelet::new(&control, &runtime, &run.path().join("kubelet"), "peer")?;
