@@ -67,7 +67,6 @@ pub(crate) fn story(name: &str, tell: impl FnOnce(&mut World) -> Result<()>) -> 
 }
 
 /// Takes the common stage down, and keeps others from building one meanwhile.
-#[must_use]
 pub(crate) fn no_stage() -> MutexGuard<'static, Option<World>> {
     let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     drop(pool.take());
