@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::runtime::Runtime;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 mod udp;
@@ -75,6 +75,8 @@ struct Counters {
 
 /// What a segment carries on an Ethernet.
 const SEGMENT: usize = 1448;
+/// Reads of a direction of a TCP connection that are on their way at a time: a megabyte. Until the first has arrived no more is read.
+const MOST: usize = 64;
 
 impl Relay {
     /// Listens on a free loopback port and passes to `target`.
@@ -284,22 +286,57 @@ async fn connection(
     tokio::select! { () = reset => {} _ = both => {} }
 }
 
+/// Bytes on their way, and when they arrive.
+struct Arrival {
+    at: Instant,
+    bytes: Vec<u8>,
+}
+
+/// Carries one direction until its end of stream has arrived or nobody takes what it carries. As long as its connection, if it is dead.
 async fn pump(
-    mut from: OwnedReadHalf,
+    from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     direction: Direction,
     room: Option<usize>,
+    line: watch::Receiver<Line>,
+    counters: Arc<Counters>,
+) {
+    // A narrow line has room for what it reads at once.
+    let (arrivals, mut arriving) = mpsc::channel(if room.is_some() { 1 } else { MOST });
+    let buffer = vec![0; room.unwrap_or(16 << 10)];
+    let departing = depart(from, buffer, arrivals, direction, line, counters);
+    let arriving = async move {
+        while let Some(Arrival { at, bytes }) = arriving.recv().await {
+            sleep_until(at).await;
+            if to.write_all(&bytes).await.is_err() {
+                return;
+            }
+        }
+        to.shutdown().await.ok();
+    };
+    let departing = async {
+        departing.await;
+        std::future::pending::<()>().await;
+    };
+    tokio::select! { () = departing => {} () = arriving => {} }
+}
+
+/// Takes bytes at the pace of the line and says when they arrive. Ends with the stream, which is a packet like any other: on a dead line nobody
+/// hears of it.
+async fn depart(
+    mut from: OwnedReadHalf,
+    mut buffer: Vec<u8>,
+    arrivals: mpsc::Sender<Arrival>,
+    direction: Direction,
     mut line: watch::Receiver<Line>,
     counters: Arc<Counters>,
 ) {
-    let mut buffer = vec![0; room.unwrap_or(16 << 10)];
     let mut lost = false;
     loop {
         let count = match from.read(&mut buffer).await {
             Ok(0) | Err(_) => break,
             Ok(count) => count,
         };
-        let arrived = Instant::now();
         let now = *line.borrow();
         lost |= flow(&now, direction) == Flow::Swallow;
         if lost {
@@ -312,7 +349,6 @@ async fn pump(
             lost = true;
             continue;
         }
-        sleep_until(arrived + now.latency).await;
         if let Some(nanos) = (count as u64 * 1_000_000_000).checked_div(now.bandwidth) {
             sleep(Duration::from_nanos(nanos)).await;
         }
@@ -321,15 +357,17 @@ async fn pump(
             Direction::Up => counters.up.fetch_add(count as u64, Ordering::Relaxed),
             Direction::Down => counters.down.fetch_add(count as u64, Ordering::Relaxed),
         };
-        if to.write_all(&buffer[..count]).await.is_err() {
-            break;
+        let arrival = Arrival { at: Instant::now() + now.latency, bytes: buffer[..count].to_vec() };
+        if arrivals.send(arrival).await.is_err() {
+            return;
         }
     }
-    // An end of stream is a packet like any other: on a dead line nobody hears it.
     if lost || line.wait_for(|line| flow(line, direction) == Flow::Pass).await.is_err() {
         std::future::pending::<()>().await;
     }
-    to.shutdown().await.ok();
+    // The end is as far away as the bytes before it.
+    let at = Instant::now() + line.borrow().latency;
+    arrivals.send(Arrival { at, bytes: Vec::new() }).await.ok();
 }
 
 fn flow(line: &Line, direction: Direction) -> Flow {
@@ -382,6 +420,28 @@ mod tests {
         assert_eq!(say(&mut stream, "c"), None);
         relay.heal();
         assert_eq!(say(&mut stream, "d"), None, "a connection that lost bytes is dead");
+    }
+
+    #[test]
+    fn what_is_far_away_arrives_late_and_not_one_after_the_other() {
+        let (relay, mut stream) = echo();
+        let far = Duration::from_millis(200);
+        relay.set(|line| line.latency = far);
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let sent: Vec<u8> = (0..4 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
+        let begin = Instant::now();
+        let mut writer = stream.try_clone().unwrap();
+        let writing = std::thread::spawn(move || {
+            writer.write_all(&sent).unwrap();
+            writer.shutdown(std::net::Shutdown::Write).unwrap();
+            sent
+        });
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        assert!(back == writing.join().unwrap(), "other bytes came back");
+        assert!(begin.elapsed() >= 2 * far);
+        // Of 256 reads there and back each would wait for the one before it.
+        assert!(begin.elapsed() < 256 * far);
     }
 
     #[test]

@@ -128,7 +128,9 @@ impl Nat {
         generation: u64,
         rebindings: u64,
     ) -> std::io::Result<Mapping> {
-        let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?);
+        // A NAT with two addresses: which one somebody has changes with each rebinding.
+        let local = Ipv4Addr::new(127, 0, 0, if rebindings.is_multiple_of(2) { 1 } else { 2 });
+        let far = Arc::new(UdpSocket::bind((local, 0)).await?);
         far.connect(target).await?;
         let (near, down, from) = (self.near.clone(), self.down.clone(), far.clone());
         let (line, counters) = (self.line.clone(), self.counters.clone());
