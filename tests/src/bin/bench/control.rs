@@ -1,8 +1,9 @@
 //! How long what is urgent takes while all else floods a narrow line.
 //!
 //! Both ends are the product's own transport on real sockets, in TLS as both programs set it up, with the relay between them at 256 kbit/s
-//! each way; what floods are streams of the classes ops and device in both directions, as much as they take. Control frames are pings of the cloud's, one every 100 ms; what is
-//! told is the time until the edge has them. A fake stands in for cloudcore and edgecore: neither opens streams of these classes by itself.
+//! each way; what floods are streams of the classes ops and device in both directions, as much as they take. Control frames are pings of both, one every 100 ms;
+//! what is told is the time until the other has them. A fake stands in for cloudcore and edgecore, whose own streams would be as many as
+//! whoever uses them opens.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -42,38 +43,51 @@ const GROWING: Duration = Duration::from_secs(6);
 pub(crate) fn run(subject: &'static str) -> Result<()> {
     eprintln!("control frames over {subject} while a line of 256 kbit/s is flooded");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut times = if subject == "quic" {
-        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let relay = Relay::start(socket.local_addr()?)?;
-        let times = runtime.block_on(async {
-            let (cloud, edge, _endpoints) = quic(socket, &relay).await?;
-            measure(&relay, cloud, edge).await
-        })?;
-        // The relay delays TCP a piece at a time, which says nothing of TCP.
-        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let relay = Relay::start(socket.local_addr()?)?;
-        let rate = runtime.block_on(async {
-            let (cloud, edge, _endpoints) = quic(socket, &relay).await?;
-            rate(&relay, cloud, edge).await
-        })?;
-        tell("link.stream.rate", subject, rate / 1e6, "MB/s");
-        times
-    } else {
-        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let relay = Relay::start_narrow(listener.local_addr()?, ROOM)?;
-        runtime.block_on(async {
-            let (cloud, edge) = websocket(listener, &relay).await?;
-            measure(&relay, cloud, edge).await
-        })?
-    };
-    times.sort();
-    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64();
-    eprintln!("median {:.3} s, worst {:.3} s of {}", at(50), at(100), times.len());
-    tell("link.control.p99", subject, at(99), "s");
+    let times = runtime.block_on(async {
+        let (relay, cloud, edge, _endpoints) = pair(subject, Some(ROOM)).await?;
+        measure(&relay, cloud, edge).await
+    })?;
+    let mut worst = 0.0_f64;
+    for (direction, mut times) in ["down", "up"].into_iter().zip(times) {
+        times.sort();
+        let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64();
+        eprintln!(
+            "{direction}: median {:.3} s, 99 of 100 in {:.3} s, worst {:.3} s of {}",
+            at(50),
+            at(99),
+            at(100),
+            times.len()
+        );
+        worst = worst.max(at(99));
+    }
+    tell("link.control.p99", subject, worst, "s");
+    let rate = runtime.block_on(async {
+        let (relay, cloud, edge, _endpoints) = pair(subject, None).await?;
+        rate(&relay, cloud, edge).await
+    })?;
+    tell("link.stream.rate", subject, rate / 1e6, "MB/s");
     Ok(())
 }
 
-async fn measure(relay: &Relay, mut cloud: Wire, mut edge: Wire) -> Result<Vec<Duration>> {
+/// Both ends and the relay between them, with so much room for TCP; and what QUIC runs on.
+async fn pair(subject: &str, room: Option<usize>) -> Result<(Relay, Wire, Wire, Vec<transport::Endpoint>)> {
+    if subject == "quic" {
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let relay = Relay::start(socket.local_addr()?)?;
+        let (cloud, edge, endpoints) = quic(socket, &relay).await?;
+        return Ok((relay, cloud, edge, endpoints.into()));
+    }
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let relay = match room {
+        Some(room) => Relay::start_narrow(listener.local_addr()?, room)?,
+        None => Relay::start(listener.local_addr()?)?,
+    };
+    let (cloud, edge) = websocket(listener, &relay).await?;
+    Ok((relay, cloud, edge, Vec::new()))
+}
+
+/// How long pings took down and up.
+async fn measure(relay: &Relay, mut cloud: Wire, mut edge: Wire) -> Result<[Vec<Duration>; 2]> {
     for streams in [cloud.streams(), edge.streams()] {
         for class in [Class::Ops, Class::Device] {
             for _ in 0..4 {
@@ -81,31 +95,35 @@ async fn measure(relay: &Relay, mut cloud: Wire, mut edge: Wire) -> Result<Vec<D
             }
         }
     }
-    let (mut sent, mut times) = (Vec::new(), Vec::new());
+    let (mut sent, mut times) = (Vec::new(), [Vec::new(), Vec::new()]);
     let mut tick = tokio::time::interval(EVERY);
     let begin = Instant::now();
-    while times.len() < PINGS {
-        tokio::select! {
+    while times.iter().any(|times| times.len() < PINGS) {
+        let (direction, event) = tokio::select! {
             _ = tick.tick(), if sent.len() < PINGS => {
                 // The line first fills up.
                 if begin.elapsed() > Duration::from_secs(5) {
-                    cloud.push(Frame { body: Some(Body::Ping(Ping { token: sent.len() as u64 })) });
+                    for wire in [&mut cloud, &mut edge] {
+                        wire.push(Frame { body: Some(Body::Ping(Ping { token: sent.len() as u64 })) });
+                    }
                     sent.push(Instant::now());
                 } else {
                     relay.set(|line| line.bandwidth = BANDWIDTH);
                 }
+                continue;
             }
-            event = cloud.next(true) => serve(event?),
-            event = edge.next(true) => match event? {
-                Event::Frame(Frame { body: Some(Body::Ping(ping)) }) => {
-                    let sent = sent.get(usize::try_from(ping.token)?).context("a ping that was never sent")?;
-                    times.push(sent.elapsed());
-                }
-                event => serve(event),
-            },
+            event = edge.next(true) => (0, event?),
+            event = cloud.next(true) => (1, event?),
+        };
+        match event {
+            Event::Frame(Frame { body: Some(Body::Ping(ping)) }) => {
+                let sent: &Instant = sent.get(usize::try_from(ping.token)?).context("a ping that was never sent")?;
+                times[direction].push(sent.elapsed());
+            }
+            event => serve(event),
         }
         if begin.elapsed() > Duration::from_secs(180) {
-            bail!("only {} of {PINGS} pings came within three minutes", times.len());
+            bail!("only {} and {} of {PINGS} pings came within three minutes", times[0].len(), times[1].len());
         }
     }
     Ok(times)

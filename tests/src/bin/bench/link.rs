@@ -90,7 +90,7 @@ impl Link {
         let (wire, disk) = (self.wire() - before, written()? - disk);
         eprintln!("{wire} bytes on the wire, {disk} bytes written");
         tell("link.idle.day", self.subject, megabytes(wire) / days, "MB");
-        tell("store.flash.day", "edgecore", megabytes(disk) / days, "MB");
+        tell("store.flash.day", self.subject, megabytes(disk) / days, "MB");
         Ok(())
     }
 
