@@ -22,7 +22,9 @@ use super::{PODS, SHARED, objects};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// As edgecore's: how long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(1);
-const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// As edgecore's, too, and from how long on a session counts as one that stood.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const STOOD: Duration = Duration::from_secs(30);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// What others may know of a node.
@@ -68,9 +70,13 @@ impl Node {
         let name = objects::name(self.index);
         let edge = Edge::new(&name, "00000000-0000-0000-0000-000000000000", "swarm", "swarm", 0, []);
         let mut machine = Machine { edge, rows: Rows::new(), next_report: 1, agreed: false, uid: String::new() };
-        let mut failures = 0;
+        let mut failures: u32 = 0;
         loop {
-            let ended = self.attempt(&mut machine, &mut failures).await;
+            let ended = self.attempt(&mut machine).await;
+            let established = Duration::from_millis(self.seen.established.load(Ordering::Relaxed));
+            if !established.is_zero() && self.begun.elapsed().saturating_sub(established) >= STOOD {
+                failures = 0;
+            }
             self.seen.established.store(0, Ordering::Relaxed);
             self.seen.in_sync.store(false, Ordering::Relaxed);
             self.seen.reported.store(false, Ordering::Relaxed);
@@ -91,7 +97,7 @@ impl Node {
     }
 
     /// One session. When cloudcore ended it: after how long it wants to be dialled again.
-    async fn attempt(&mut self, machine: &mut Machine, failures: &mut u32) -> Result<Option<Duration>> {
+    async fn attempt(&mut self, machine: &mut Machine) -> Result<Option<Duration>> {
         self.generation.borrow_and_update();
         // What it takes to connect is gone before the session begins, which lives long.
         let connecting = Box::pin(tokio::time::timeout(PATIENCE, self.dialler.connect(self.cloud)));
@@ -105,7 +111,6 @@ impl Node {
                     match output {
                         EdgeOutput::Send(frame) => wire.push(frame),
                         EdgeOutput::Established { .. } => {
-                            *failures = 0;
                             let since = u64::try_from(self.begun.elapsed().as_millis())?;
                             self.seen.established.store(since.max(1), Ordering::Relaxed);
                             inputs.push_back(EdgeInput::Report(machine.node_report(self.index)));
