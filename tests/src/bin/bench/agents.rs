@@ -31,6 +31,8 @@ const MANY: usize = 11;
 const ROUNDS: usize = 5;
 /// What memory is given to settle.
 const SETTLE: Duration = Duration::from_secs(20);
+/// How long an agent is idle until what it does each minute has been done twice.
+const IDLE: Duration = Duration::from_secs(150);
 /// How long processor time is counted.
 const WINDOW: Duration = Duration::from_secs(60);
 
@@ -79,9 +81,11 @@ impl Bench {
         if let Agent::Edgecore { .. } = &self.agent {
             tell("cloud.binary", "cloudcore", megabytes(fs::metadata(paths::product("cloudcore")?)?.len()), "MB");
         }
-        eprintln!("{}: idle for {} s", self.name, SETTLE.as_secs());
+        eprintln!("{}: idle for {} s", self.name, IDLE.as_secs());
         sleep(SETTLE);
-        self.say("agent.rss.idle", rss(self.agent.pid()?)?, "MB");
+        let soon = rss(self.agent.pid()?)?;
+        sleep(IDLE - SETTLE);
+        self.say("agent.rss.idle", rss(self.agent.pid()?)?.max(soon), "MB");
         if let Agent::Edgecore { cloud, .. } = &self.agent {
             tell("cloud.rss.idle", "cloudcore", rss(cloud.pid().context("cloudcore does not run")?)?, "MB");
         }
