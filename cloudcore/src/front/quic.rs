@@ -10,7 +10,7 @@ use quinn_proto::{EndpointConfig, HashedConnectionIdGenerator, VarInt};
 use ring::hmac;
 use rustls::ServerConfig;
 use skerry_proto::mux::Side;
-use skerry_proto::transport::{self, Caller, Endpoint};
+use skerry_proto::transport::{self, BUSY, Caller, Endpoint};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tracing::{debug, info, warn};
 
@@ -137,7 +137,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         };
         let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
             debug!(%peer, "too many requests at once, the connection is closed");
-            connection.close(REFUSED, b"too many requests at once");
+            connection.close(BUSY, b"too many requests at once");
             return None;
         };
         // A client that allows no streams would hold its place for ever.

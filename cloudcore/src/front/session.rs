@@ -268,7 +268,7 @@ where
                 }
                 Ok(Event::Drained) => {}
                 Err(End::Garbage(what)) => return Some(goodbye(Reason::Protocol, what)),
-                Err(end @ (End::Closed | End::Told(_) | End::WebSocket(_) | End::Quic(_))) => {
+                Err(end @ (End::Closed | End::Told(_) | End::Busy(_) | End::WebSocket(_) | End::Quic(_))) => {
                     debug!(node = shown(node), "{}", chain(&end));
                     return None;
                 }

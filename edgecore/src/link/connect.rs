@@ -29,6 +29,8 @@ const FIRST_AVOIDANCE: Duration = Duration::from_secs(600);
 /// The longest that QUIC is left alone.
 const LAST_AVOIDANCE: Duration = Duration::from_secs(6 * 3600);
 
+/// How long a cloud is left alone that has no room for a connection. On a WebSocket it says a time of its own.
+const BUSY: Duration = Duration::from_secs(5);
 /// A session on QUIC that stood so long was a good one, even if it fell silent then.
 const GOOD: Duration = Duration::from_secs(300);
 /// So many sessions on QUIC that fall silent before, without a good one between them, say that UDP does not stay open here.
@@ -92,9 +94,9 @@ pub(super) enum ConnectError {
         /// How long it is not to be asked again.
         retry_after: Option<Duration>,
     },
-    /// The server closed the connection and said why.
+    /// The server closed the connection and said why, and perhaps how long it is not to be asked again.
     #[error("the cloud closed the connection: {0}")]
-    Closed(String),
+    Closed(String, Option<Duration>),
     /// It broke before there was a session.
     #[error("{0}")]
     Ended(String),
@@ -105,7 +107,7 @@ impl ConnectError {
     fn is_answer(&self) -> bool {
         match self {
             Self::Dial(error) => error.is_answer(),
-            Self::Refused(..) | Self::Status { .. } | Self::Closed(_) => true,
+            Self::Refused(..) | Self::Status { .. } | Self::Closed(..) => true,
             Self::Ended(_) => false,
         }
     }
@@ -113,8 +115,10 @@ impl ConnectError {
     /// How long the server is not to be asked again, if it said so.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Refused(_, retry_after) | Self::Status { retry_after, .. } => *retry_after,
-            Self::Dial(_) | Self::Closed(_) | Self::Ended(_) => None,
+            Self::Refused(_, retry_after) | Self::Status { retry_after, .. } | Self::Closed(_, retry_after) => {
+                *retry_after
+            }
+            Self::Dial(_) | Self::Ended(_) => None,
         }
     }
 }
@@ -198,7 +202,7 @@ async fn either<T>(
             done = &mut quic, if !quic_failed => match done {
                 Ok(wire) => return Ok((wire, true)),
                 // A cloud that is busy, or does not want this node, is so on both ways.
-                Err(error @ ConnectError::Closed(_)) => return Err(error),
+                Err(error @ ConnectError::Closed(..)) => return Err(error),
                 Err(error) => {
                     if let Some(error) = websocket_failed {
                         return Err(error);
@@ -271,7 +275,8 @@ pub(super) fn ended(server: &Server, end: End) -> ConnectError {
         End::WebSocket(WsError::Io(error)) | End::Quic(error) => DialError::Network(server.clone(), error).into(),
         End::WebSocket(error) => ConnectError::Ended(format!("the connection broke: {error}")),
         End::Closed => ConnectError::Ended("the cloud closed the connection".to_owned()),
-        End::Told(reason) => ConnectError::Closed(reason),
+        End::Told(reason) => ConnectError::Closed(reason, None),
+        End::Busy(reason) => ConnectError::Closed(reason, Some(BUSY)),
         End::Garbage(cause) => ConnectError::Ended(format!("the cloud broke the protocol: {cause}")),
     }
 }
@@ -372,7 +377,7 @@ mod tests {
             let (quic, websocket) = (after(quic, Err(broken("udp"))), after(websocket, Err(broken("tcp"))));
             assert_eq!(either::<()>(quic, websocket, alone()).await.unwrap_err().to_string(), "tcp");
         }
-        let busy = ConnectError::Closed("busy".to_owned());
+        let busy = ConnectError::Closed("busy".to_owned(), None);
         assert!(either(after(20, Err(busy)), never(), alone()).await.unwrap_err().to_string().contains("busy"));
     }
 
@@ -389,6 +394,8 @@ mod tests {
             assert_eq!(retry_after("999999999999", body), Some(MAX_TOLD));
             assert_eq!(retry_after("Wed, 21 Oct 2026 07:28:00 GMT", body), None);
         }
+        let busy = ended(&server, End::Busy("too many requests at once".to_owned()));
+        assert_eq!(busy.retry_after(), Some(BUSY));
     }
 
     #[test]

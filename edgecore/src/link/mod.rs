@@ -245,8 +245,8 @@ impl Link {
         }
         let outcome = match ended {
             Ended::Shutdown => Outcome::Shutdown,
-            Ended::Broken { established, cause, .. } => {
-                Outcome::Ended { stood: stood(established), cause, retry_after: None }
+            Ended::Broken { established, cause, retry_after, .. } => {
+                Outcome::Ended { stood: stood(established), cause, retry_after }
             }
             Ended::Dismissed { goodbye, .. } if goodbye.reason() == Reason::NodeDeleted => {
                 Outcome::Deleted(goodbye.message)

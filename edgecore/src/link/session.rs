@@ -40,6 +40,8 @@ pub(super) enum Ended {
         /// Nothing was heard any more.
         silent: bool,
         cause: String,
+        /// How long the cloud is not to be asked again, if it said so.
+        retry_after: Option<Duration>,
     },
     Dismissed {
         established: bool,
@@ -156,7 +158,7 @@ impl<'a> Session<'a> {
         let ended = loop {
             if let Some((epoch, server_time)) = self.established.take() {
                 if let Err(failed) = self.link.established(epoch, server_time, self.wire.is_quic()).await {
-                    break self.broken(format!("the session's epoch cannot be recorded: {failed}"));
+                    break self.broken(format!("the session's epoch cannot be recorded: {failed}"), None);
                 }
                 self.was_established = true;
                 self.link.streams.send_replace(Some(self.wire.streams()));
@@ -213,20 +215,21 @@ impl<'a> Session<'a> {
                 Event::Wire(Ok(transport::Event::Frame(frame))) => {
                     self.step(EdgeInput::Frame(frame));
                     if self.wire.waiting().control > MAX_UNSENT_EVER {
-                        break self.broken("the cloud asks and does not read".to_owned());
+                        break self.broken("the cloud asks and does not read".to_owned(), None);
                     }
                 }
                 Event::Wire(Err(end)) => {
                     if let End::Garbage(cause) = &end {
                         self.goodbye(Reason::Protocol, cause);
                     }
-                    break self.broken(ended(&self.link.server, end).to_string());
+                    let error = ended(&self.link.server, end);
+                    break self.broken(error.to_string(), error.retry_after());
                 }
                 // There is room for reports again.
                 Event::Wire(Ok(transport::Event::Drained)) => {}
                 Event::Outbox => look = true,
                 Event::Damaged => {
-                    break self.broken("the store lost rows to damage, a new session fetches them".to_owned());
+                    break self.broken("the store lost rows to damage, a new session fetches them".to_owned(), None);
                 }
                 Event::Network => self.step(EdgeInput::Doubt),
                 Event::Timeout => self.step(EdgeInput::Timeout),
@@ -285,7 +288,8 @@ impl<'a> Session<'a> {
                     let silent = goodbye.is_none();
                     self.goodbye = goodbye;
                     if self.ending.is_none() {
-                        self.ending = Some(Ended::Broken { established: self.was_established, silent, cause });
+                        let established = self.was_established;
+                        self.ending = Some(Ended::Broken { established, silent, cause, retry_after: None });
                     }
                 }
             }
@@ -347,8 +351,8 @@ impl<'a> Session<'a> {
         self.goodbye = Some(Goodbye { reason: reason.into(), message: message.to_owned(), retry_after_ms: 0 });
     }
 
-    fn broken(&self, cause: String) -> Ended {
-        Ended::Broken { established: self.was_established, silent: false, cause }
+    fn broken(&self, cause: String, retry_after: Option<Duration>) -> Ended {
+        Ended::Broken { established: self.was_established, silent: false, cause, retry_after }
     }
 }
 

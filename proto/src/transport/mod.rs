@@ -17,7 +17,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite;
 
 use self::quic::Quic;
-pub use self::quic::{ALPN, Caller, Connection, Endpoint, alert, client_config, lost, server_config};
+pub use self::quic::{ALPN, BUSY, Caller, Connection, Endpoint, alert, client_config, lost, server_config};
 use self::ws::Ws;
 pub use self::ws::config as ws_config;
 use crate::mux::{CUT, Class, Side, Waiting};
@@ -96,6 +96,9 @@ pub enum End {
     /// The peer closed the connection, and said why.
     #[error("the other side closed the connection: {0}")]
     Told(String),
+    /// The peer has no room for the connection now.
+    #[error("the other side closed the connection: {0}")]
+    Busy(String),
     /// The WebSocket broke.
     #[error("the connection broke")]
     WebSocket(#[source] tungstenite::Error),

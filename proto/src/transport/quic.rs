@@ -34,6 +34,9 @@ mod tls;
 /// The protocol as TLS negotiates it (RFC 7301).
 pub const ALPN: &[u8] = b"skerry/1";
 
+/// What a client is closed with that is to come again later: the server has no room for it now.
+pub const BUSY: VarInt = VarInt::from_u32(2);
+
 /// What one class may have on its way and unread, in bytes: what one stream may.
 #[expect(clippy::cast_possible_truncation, reason = "a megabyte")]
 const CLASS_WINDOW: u32 = MAX_WINDOW as u32;
@@ -272,6 +275,9 @@ fn bound(quic: &mut quinn_proto::Connection) {
 /// Why a connection is gone.
 pub fn lost(error: ConnectionError) -> End {
     match error {
+        ConnectionError::ApplicationClosed(closed) if closed.error_code == BUSY => {
+            End::Busy(String::from_utf8_lossy(&closed.reason).into_owned())
+        }
         ConnectionError::ApplicationClosed(closed) if !closed.reason.is_empty() => {
             End::Told(String::from_utf8_lossy(&closed.reason).into_owned())
         }
@@ -280,6 +286,8 @@ pub fn lost(error: ConnectionError) -> End {
             // As the TLS of a WebSocket says it.
             Some(alert) => End::Quic(io::Error::new(io::ErrorKind::InvalidData, rustls::Error::AlertReceived(alert))),
             None if closed.error_code == TransportErrorCode::NO_ERROR => End::Closed,
+            // Nobody has looked at who it is: there is no room.
+            None if closed.error_code == TransportErrorCode::CONNECTION_REFUSED => End::Busy(closed.to_string()),
             None => End::Told(closed.to_string()),
         },
         error => End::Quic(io::Error::from(error)),

@@ -302,7 +302,9 @@ fn why_a_connection_is_gone_is_told() {
         lost(ConnectionError::ConnectionClosed(ConnectionClose { error_code, frame_type: None, reason }))
     };
     assert!(matches!(closed(TransportErrorCode::NO_ERROR), End::Closed));
-    assert!(matches!(closed(TransportErrorCode::CONNECTION_REFUSED), End::Told(said) if said.contains("for a reason")));
+    assert!(matches!(closed(TransportErrorCode::CONNECTION_REFUSED), End::Busy(said) if said.contains("for a reason")));
+    let full = ApplicationClose { error_code: BUSY, reason: Bytes::from_static(b"full") };
+    assert!(matches!(lost(ConnectionError::ApplicationClosed(full)), End::Busy(said) if said == "full"));
     let End::Quic(error) = closed(TransportErrorCode::crypto(45)) else { panic!("an alert is TLS's") };
     let expired = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
     assert_eq!(error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()), Some(&expired));
