@@ -38,8 +38,8 @@ use crate::supervise::spawn;
 
 /// What a direction may hold, and so the longest head.
 pub(super) const BUFFER: usize = 64 << 10;
-/// What an upgraded direction holds.
-const COPY_BUFFER: usize = 16 << 10;
+/// What an upgraded direction holds: what a runtime puts into one frame of a command's output.
+const COPY_BUFFER: usize = 32 << 10;
 /// How long both ends may take to have changed their protocol.
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(10);
 /// What a client may have to say yet when the node has ended.
@@ -286,7 +286,16 @@ async fn pump(
 ) -> Result<(), Broke> {
     let (mut from, mut buffer, mut framed) = (pin!(from), vec![0; COPY_BUFFER], Vec::new());
     loop {
-        let bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
+        let mut bytes = from.read(&mut buffer).await.map_err(Broke::Reading)?;
+        // Frames of the link are small, and each piece costs whoever reads it the same: what has come goes as one. An end comes again.
+        let mut broken = None;
+        while bytes > 0 && bytes < buffer.len() && broken.is_none() {
+            match from.read(&mut buffer[bytes..]).now_or_never() {
+                Some(Ok(more @ 1..)) => bytes += more,
+                Some(Err(error)) => broken = Some(error),
+                Some(Ok(0)) | None => break,
+            }
+        }
         let data = match &mut frames {
             _ if bytes == 0 => return Ok(()),
             Some(Frames::Spdy(frames)) => {
@@ -302,6 +311,9 @@ async fn pump(
         };
         to.write_all(data).await.map_err(Broke::Writing)?;
         to.flush().await.map_err(Broke::Writing)?;
+        if let Some(error) = broken {
+            return Err(Broke::Reading(error));
+        }
     }
 }
 
