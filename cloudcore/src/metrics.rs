@@ -118,23 +118,24 @@ impl Drop for Standing {
     }
 }
 
-/// What the kernel says of this process, read when asked.
+/// What the kernel and the runtime say of this process, asked when it is read.
 #[derive(Debug)]
 struct Process;
 
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Some(resident) = resident_bytes() else {
-            return Ok(());
+        let mut gauge = |name, help, unit, value| {
+            let kind = prometheus_client::metrics::MetricType::Gauge;
+            ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, unit, kind)?)
         };
-        let gauge = ConstGauge::new(resident);
-        let metric = encoder.encode_descriptor(
-            "process_resident_memory",
-            "Resident memory of cloudcore",
-            Some(&Unit::Bytes),
-            prometheus_client::metrics::MetricType::Gauge,
-        )?;
-        gauge.encode(metric)
+        if let Some(resident) = resident_bytes() {
+            gauge("process_resident_memory", "Resident memory of cloudcore", Some(&Unit::Bytes), resident)?;
+        }
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let tasks = i64::try_from(runtime.metrics().num_alive_tasks()).unwrap_or(i64::MAX);
+            gauge("skerry_tasks", "Tasks that have not ended", None, tasks)?;
+        }
+        Ok(())
     }
 }
 

@@ -218,7 +218,7 @@ fn a_dead_link_is_noticed_on_both_sides() {
         let id = world.current.unwrap();
         let connection = world.connection(id).unwrap();
         (connection.is_up_lost, connection.is_down_lost) = (up, down);
-        for _ in 0..60 {
+        for _ in 0..30 {
             world.pass_time(Duration::from_secs(1));
             world.deliver_up(world.connections.len() - 1);
             world.deliver_down();
