@@ -402,7 +402,9 @@ async fn remove_network(conf_dir: &Path) -> anyhow::Result<()> {
     let ours = conf_dir.join(cni::FILE);
     files::remove(&ours).with_context(|| format!("cannot remove {}", ours.display()))?;
     remove_tree(Path::new("/var/lib/cni/networks/skerry"))?;
-    if !Path::new("/sys/class/net").join(cni::BRIDGE).exists() {
+    // Unlike what is in /sys, it is that of whoever reads it.
+    let links = std::fs::read_to_string("/proc/self/net/dev").context("cannot look for network interfaces")?;
+    if !links.lines().any(|line| line.trim_start().starts_with(&format!("{}:", cni::BRIDGE))) {
         return Ok(());
     }
     let output = Command::new("ip").args(["link", "delete", cni::BRIDGE]).output().await;
@@ -438,6 +440,7 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
     files::remove(&config.control_socket(data_dir))?;
     if let Some(socket) = config.dmi_socket() {
         files::remove(&socket)?;
+        remove_if_empty(socket.parent());
     }
     for entry in std::fs::read_dir(data_dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -471,8 +474,18 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", data_dir.display()))
         }
-        _ => Ok(()),
+        _ => {
+            if data_dir == Path::new(config::DATA_DIR) {
+                remove_if_empty(data_dir.parent());
+            }
+            Ok(())
+        }
     }
+}
+
+/// A directory that was made for one thing of ours, and may be another's, too.
+fn remove_if_empty(dir: Option<&Path>) {
+    let _ = dir.map(std::fs::remove_dir);
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! A node is taken out of the cluster.
 
+use std::fs;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -175,11 +176,9 @@ fn nothing_is_left(world: &World) -> Result<()> {
     let roots = entries(cgroups).into_iter().chain([cgroups.to_owned()]);
     let pods: Vec<_> = roots.flat_map(|root| entries(&root)).filter(|path| is_called(path, "kubepods")).collect();
     ensure!(pods.is_empty(), "cgroups are left: {pods:?}");
-    for path in [
-        Path::new("/sys/class/net/skerry0"),
-        Path::new("/var/lib/cni/networks/skerry"),
-        &world.runtime.cni_conf_dir().join("10-skerry.conflist"),
-    ] {
+    let links = fs::read_to_string("/proc/self/net/dev")?;
+    ensure!(!links.contains("skerry0:"), "the bridge is left: {links}");
+    for path in [Path::new("/var/lib/cni/networks/skerry"), &world.runtime.cni_conf_dir().join("10-skerry.conflist")] {
         ensure!(!path.exists(), "{} is left", path.display());
     }
     let results = entries(Path::new("/var/lib/cni/results"));
@@ -188,7 +187,7 @@ fn nothing_is_left(world: &World) -> Result<()> {
 }
 
 fn entries(dir: &Path) -> Vec<PathBuf> {
-    std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 fn is_called(path: &Path, prefix: &str) -> bool {
