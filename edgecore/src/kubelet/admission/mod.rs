@@ -7,7 +7,7 @@ mod affinity;
 #[cfg(test)]
 mod tests;
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec, Taint, Toleration, Volume};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Taint, Toleration, Volume};
 
 use super::references::{NodeFacts, PodEvent};
 use super::resources::{Totals, pod_level, pod_requests};
@@ -78,6 +78,23 @@ pub fn unsupported(pod: &Pod) -> Option<PodEvent> {
     {
         let message = format!("volumeDevices of container \"{}\" are not supported on this node", container.name);
         return Some(event("FailedMapVolume", message));
+    }
+    let wanted = |container: &Container| {
+        let resources = container.resources.as_ref()?;
+        let all = resources.limits.iter().flatten().chain(resources.requests.iter().flatten());
+        all.map(|(name, _)| name).find(|name| name.contains('/')).cloned()
+    };
+    if let Some((container, resource)) =
+        spec.containers.iter().chain(init).find_map(|container| Some((&container.name, wanted(container)?)))
+    {
+        let message = format!(
+            "container \"{container}\" wants {resource}: device plugins are not supported on this node; run the pod on another node"
+        );
+        return Some(event("UnexpectedAdmissionError", message));
+    }
+    if spec.resource_claims.as_ref().is_some_and(|claims| !claims.is_empty()) {
+        let message = "resourceClaims are not supported on this node; run the pod on another node";
+        return Some(event("FailedPrepareDynamicResources", message.to_owned()));
     }
     if spec.host_users == Some(false) {
         let message = "Failed to create pod sandbox: hostUsers: false (user namespaces) is not supported on this node";

@@ -216,4 +216,9 @@ fn what_cannot_be_mounted_is_named() {
     assert_eq!(reason(json!({"containers": [], "hostUsers": false})), Some("FailedCreatePodSandBox"));
     let device = json!({"containers": [{"name": "a", "volumeDevices": [{"name": "v", "devicePath": "/dev/x"}]}]});
     assert_eq!(reason(device), Some("FailedMapVolume"));
+    let wants = |resource: &str| json!({"containers": [{"name": "a", "resources": {"limits": {resource: "1"}}}]});
+    assert_eq!((reason(wants("cpu")), reason(wants("ephemeral-storage"))), (None, None));
+    assert_eq!(reason(wants("vendor.com/gpu")), Some("UnexpectedAdmissionError"));
+    let claims = json!({"containers": [{"name": "a"}], "resourceClaims": [{"name": "gpu"}]});
+    assert_eq!(reason(claims), Some("FailedPrepareDynamicResources"));
 }
