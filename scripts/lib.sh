@@ -17,6 +17,10 @@ fail() {
   exit 1
 }
 
+# What nobody has words for: whatever ends a script says what that was.
+set -E
+trap 'printf "\nfailed: %s\nwhat to do: see the message above, mend it and try again\n" "$BASH_COMMAND" >&2' ERR
+
 need_root() {
   [ "$(id -u)" = 0 ] || fail "this starts containers, bridges and mounts" "run it as root (sudo -E $0)"
 }
