@@ -31,16 +31,36 @@ pub(crate) struct Session {
     wake: Arc<Notify>,
     told: Told,
     pub(super) said: Said,
-    complete: BTreeSet<Collection>,
+    complete: Collections,
     /// Pods that wait for something they refer to.
     pub(super) held_back: BTreeSet<String>,
     pub(super) begun: bool,
     /// Collections whose inventory was asked for, because something of them cannot be fetched.
-    asked: BTreeSet<Collection>,
+    asked: Collections,
     /// Collections whose inventory came.
-    answered: BTreeSet<Collection>,
+    answered: Collections,
     /// What the edge holds of what cannot be fetched: it keeps that.
     kept: HashMap<(Collection, String), Entry>,
+}
+
+/// Some collections, in as many bits: there are thousands of sessions.
+#[derive(Clone, Copy, Debug, Default)]
+struct Collections(u32);
+
+impl Collections {
+    fn bit(of: Collection) -> u32 {
+        1 << of as u32
+    }
+
+    fn contains(self, one: Collection) -> bool {
+        self.0 & Self::bit(one) != 0
+    }
+
+    /// Whether it was not among them before.
+    fn insert(&mut self, one: Collection) -> bool {
+        let before = std::mem::replace(self, Self(self.0 | Self::bit(one)));
+        !before.contains(one)
+    }
 }
 
 impl Session {
@@ -174,11 +194,11 @@ impl Closures {
             wake,
             told: Told::default(),
             said: Said::default(),
-            complete: BTreeSet::new(),
+            complete: Collections::default(),
             held_back: BTreeSet::new(),
             begun: false,
-            asked: BTreeSet::new(),
-            answered: BTreeSet::new(),
+            asked: Collections::default(),
+            answered: Collections::default(),
             kept: HashMap::new(),
         }
     }
@@ -307,7 +327,7 @@ impl Closures {
         }
         for collection in [Collection::ConfigMaps, Collection::Secrets] {
             if session.begun
-                && !session.complete.contains(&collection)
+                && !session.complete.contains(collection)
                 && self.stuck(node, collection)
                 && session.asked.insert(collection)
             {
@@ -315,7 +335,7 @@ impl Closures {
             }
         }
         for collection in COLLECTIONS {
-            if !session.complete.contains(&collection) && self.complete(node, session, collection) {
+            if !session.complete.contains(collection) && self.complete(node, session, collection) {
                 session.complete.insert(collection);
                 events.push(FeedEvent::Complete(collection));
             }
@@ -385,7 +405,7 @@ impl Closures {
             Collection::Services => pods && ready(Source::Services),
             Collection::RuntimeClasses => pods && ready(Source::RuntimeClasses),
             Collection::ConfigMaps | Collection::Secrets => {
-                let answered = session.answered.contains(&collection);
+                let answered = session.answered.contains(collection);
                 let known = |known: &Known| match known {
                     Known::Absent | Known::Present(_) => true,
                     Known::Failed => answered,

@@ -191,8 +191,9 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
 
     async fn connection(self: Arc<Self>, stream: TcpStream, acceptor: TlsAcceptor, silent: Place) {
         // What it takes to get there is gone before the session begins, which lives long.
-        if let Some((wire, certificate, request)) = Box::pin(self.upgrade(stream, acceptor, silent)).await {
-            Box::pin(session::run(&self, wire, certificate, request)).await;
+        let session = Box::pin(session::open(&self, self.upgrade(stream, acceptor, silent))).await;
+        if let Some(session) = session {
+            session::run(&self, session).await;
         }
     }
 

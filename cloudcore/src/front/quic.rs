@@ -111,8 +111,9 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     }
 
     async fn quic_connection(self: Arc<Self>, caller: Caller, place: Place) {
-        if let Some((wire, certificate, request)) = Box::pin(self.open(caller, place)).await {
-            Box::pin(session::run(&self, wire, certificate, request)).await;
+        let session = Box::pin(session::open(&self, self.open(caller, place))).await;
+        if let Some(session) = session {
+            session::run(&self, session).await;
         }
     }
 

@@ -11,15 +11,15 @@ use skerry_proto::sync::{COLLECTIONS, Hub, HubInput, HubOutput, Reason};
 use skerry_proto::transport::{End, Event};
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 use tracing::{debug, info, warn};
 
 use super::join::{deleted_message, expired_message, too_old_message};
-use super::{AGENT, Front, Wire, shown};
+use super::{AGENT, Front, Stranger, Wire, shown};
 use crate::backend::{Backend, Feed, FeedEvent, NodeCheck, NodeIdentity};
 use crate::clock;
+use crate::metrics;
 use crate::pki::{NodeCertificate, Standing};
 use crate::registry::{BeginError, Eviction, Place};
 use crate::retry::chain;
@@ -50,46 +50,77 @@ struct Begun {
     restored: bool,
 }
 
-/// Runs a session to its end. `stranger` is held until it has its place among the sessions, whose number is bounded too.
-pub(super) async fn run<B, S>(
-    front: &Front<B, S>,
+/// A session that stands. What lives as long as it does is in one piece, and nothing of how it began: there are thousands.
+pub(super) struct Session<F> {
     wire: Wire,
-    certificate: NodeCertificate,
-    stranger: OwnedSemaphorePermit,
-) where
+    node: NodeIdentity,
+    place: Place,
+    feed: F,
+    hub: Hub,
+    /// What the hub wants done first.
+    outputs: Vec<HubOutput>,
+    _counted: metrics::Standing,
+}
+
+/// The session of whoever comes, says Hello and may have one; others are told why not. A stranger is one of them, whose number is bounded,
+/// until it has its place among the sessions, whose number is bounded too.
+pub(super) async fn open<B, S>(
+    front: &Front<B, S>,
+    coming: impl Future<Output = Option<Stranger>>,
+) -> Option<Box<Session<B::Feed>>>
+where
     B: Backend,
     S: SecretStore,
 {
+    let (wire, certificate, stranger) = coming.await?;
     let mut wire = wire.full_at(FULL);
-    // Boxed, and so is the end: sessions are many and live long, and none is to keep the room that others need for a moment.
-    let begun = Box::pin(begin(front, &mut wire, &certificate)).await;
+    let begun = begin(front, &mut wire, &certificate).await;
     let node = certificate.node;
-    let Begun { hello, mut place, restored } = match begun {
+    let Begun { hello, place, restored } = match begun {
         Ok(begun) => begun,
         Err((result, goodbye)) => {
             front.metrics.session_start(result);
             debug!(node = shown(&node), result, "no session");
-            return Box::pin(finish(wire, goodbye)).await;
+            finish(wire, goodbye).await;
+            return None;
         }
     };
     drop(stranger);
     let epoch = place.epoch();
     front.metrics.session_start("ok");
-    let standing = front.metrics.session();
+    let counted = front.metrics.session();
     info!(node = shown(&node), epoch, agent = hello.agent, "connected");
-    let driven = start(front, &node, &hello, restored, epoch);
-    // It holds on to what the frame came in.
-    drop(hello);
-    let goodbye = drive(front, &mut wire, &node, driven, &mut place).await;
-    drop(standing);
+    let seen = if restored { &[] } else { hello.revisions.as_slice() };
+    let feed = front.backend.open(&node, epoch, hello.last_epoch, seen);
+    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), &hello, epoch, clock::wall_millis(), AGENT);
+    if restored {
+        outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
+    }
+    Some(Box::new(Session { wire, node, place, feed, hub, outputs, _counted: counted }))
+}
+
+/// Runs a session to its end.
+pub(super) async fn run<B, S>(front: &Front<B, S>, mut session: Box<Session<B::Feed>>)
+where
+    B: Backend,
+    S: SecretStore,
+{
+    let goodbye = drive(front, &mut session).await;
     info!(
-        node = shown(&node),
-        epoch,
+        node = shown(&session.node),
+        epoch = session.place.epoch(),
         "disconnected: {}",
         goodbye.as_ref().map_or("the connection ended", |said| &said.message)
     );
-    drop(place);
-    Box::pin(finish(wire, goodbye)).await;
+    // Boxed, for no session is to keep the room that its end needs.
+    Box::pin(finish(session.over(), goodbye)).await;
+}
+
+impl<F> Session<F> {
+    /// Lets go of all but the connection.
+    fn over(self: Box<Self>) -> Wire {
+        self.wire
+    }
 }
 
 async fn finish(wire: Wire, goodbye: Option<Goodbye>) {
@@ -190,47 +221,13 @@ fn who(hello: &Hello) -> u64 {
     hasher.finish()
 }
 
-/// What a session is about.
-struct Driven<F> {
-    feed: F,
-    hub: Hub,
-    /// What the hub wants done first.
-    outputs: Vec<HubOutput>,
-}
-
-fn start<B, S>(
-    front: &Front<B, S>,
-    node: &NodeIdentity,
-    hello: &Hello,
-    restored: bool,
-    epoch: u64,
-) -> Box<Driven<B::Feed>>
-where
-    B: Backend,
-    S: SecretStore,
-{
-    let seen = if restored { &[] } else { hello.revisions.as_slice() };
-    let feed = front.backend.open(node, epoch, hello.last_epoch, seen);
-    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, epoch, clock::wall_millis(), AGENT);
-    if restored {
-        outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
-    }
-    Box::new(Driven { feed, hub, outputs })
-}
-
 /// Runs the hub until the session ends; says what the edge should hear.
-async fn drive<B, S>(
-    front: &Front<B, S>,
-    wire: &mut Wire,
-    node: &NodeIdentity,
-    mut driven: Box<Driven<B::Feed>>,
-    place: &mut Place,
-) -> Option<Goodbye>
+async fn drive<B, S>(front: &Front<B, S>, session: &mut Session<B::Feed>) -> Option<Goodbye>
 where
     B: Backend,
     S: SecretStore,
 {
-    let Driven { feed, hub, outputs } = &mut *driven;
+    let Session { wire, node, place, feed, hub, outputs, .. } = session;
     let mut patience = Patience::new(clock::monotonic());
     let mut pace = Pace::default();
     // Whoever opens a stream on it now is sent behind the Welcome.
@@ -251,6 +248,7 @@ where
         let keeps_up = !wire.is_full();
         let due = hub.next_timeout().saturating_sub(clock::monotonic());
         let due = if keeps_up { due } else { due.min(LOOK) };
+        let late = hub.is_behind().then(|| patience.until.saturating_sub(clock::monotonic()));
         pace.goes_on(keeps_up, wire.waiting().control);
         tokio::select! {
             biased;
@@ -273,12 +271,12 @@ where
                     return None;
                 }
             },
-            () = tokio::time::sleep(patience.until.saturating_sub(clock::monotonic())), if hub.is_behind() => {
-                warn!(node = shown(node), "the edge knows of newer changes than the watches here have come to");
-                let (_, said) = later("behind", "this replica of cloudcore has not seen what the node was told by another one");
-                return said;
-            }
-            () = tokio::time::sleep(due) => {
+            () = tokio::time::sleep(late.map_or(due, |late| late.min(due))) => {
+                if late.is_some_and(|late| late <= due) {
+                    warn!(node = shown(node), "the edge knows of newer changes than the watches here have come to");
+                    let (_, said) = later("behind", "this replica of cloudcore has not seen what the node was told by another one");
+                    return said;
+                }
                 let lives = pace.look(wire.waiting().control);
                 let input = if lives { HubInput::Heard } else { HubInput::Timeout };
                 *outputs = hub.step(clock::monotonic(), input);

@@ -69,9 +69,9 @@ pub struct Wire<T, M> {
 
 #[derive(Debug)]
 enum Transport<T> {
-    // Its buffers are large, and QUIC has none of them.
+    // Its buffers are large, and QUIC has none of them here.
     Ws(Box<Ws<T>>),
-    Quic(Box<Quic>),
+    Quic(Quic),
 }
 
 /// What came of waiting.
@@ -118,7 +118,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin, M: Meter> Wire<T, M> {
 
     /// On a QUIC connection made with [`client_config`] and [`server_config`].
     pub async fn over_quic(connection: Connection, side: Side, meter: M) -> Result<Self, End> {
-        Ok(Self::new(Transport::Quic(Box::new(Quic::open(connection).await?)), Carrier::new(side), meter))
+        Ok(Self::new(Transport::Quic(Quic::open(connection).await?), Carrier::new(side), meter))
     }
 
     fn new(transport: Transport<T>, carrier: Carrier, meter: M) -> Self {

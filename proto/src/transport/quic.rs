@@ -84,8 +84,9 @@ fn transport() -> Arc<quinn_proto::TransportConfig> {
     Arc::new(config)
 }
 
-pub(super) struct Quic {
-    connection: Connection,
+/// What is on its way between frames and QUIC; kept with the connection, in one piece with it.
+#[derive(Default)]
+struct Lanes {
     /// What of a frame of each lane QUIC has not taken yet.
     unsent: [Bytes; LANE_COUNT],
     /// The lanes whose priority QUIC knows: it keeps nothing for a stream of which it knows nothing.
@@ -94,11 +95,8 @@ pub(super) struct Quic {
     unread: [Option<Lane>; LANE_COUNT],
 }
 
-impl std::fmt::Debug for Quic {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Quic").field(&self.connection).finish()
-    }
-}
+#[derive(Debug)]
+pub(super) struct Quic(Connection);
 
 impl Quic {
     pub(super) async fn open(connection: Connection) -> Result<Self, End> {
@@ -112,7 +110,7 @@ impl Quic {
             state.poll_gone(context).map(|cause| Err(lost(cause)))
         })
         .await?;
-        Ok(Self { connection, unsent: Default::default(), is_ranked: [false; LANE_COUNT], unread: Default::default() })
+        Ok(Self(connection))
     }
 
     pub(super) fn poll_send(
@@ -131,11 +129,14 @@ impl Quic {
         meter: &impl Meter,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), End>> {
+        let line = self.0.line();
         let (mut sent, mut blocked) = (0, false);
+        let mut lanes = line.lanes();
         // From when there is something to write.
         let mut writer = None;
         'lanes: for place in places {
-            let unsent = &mut self.unsent[place];
+            let Lanes { unsent, is_ranked, .. } = &mut *lanes;
+            let unsent = &mut unsent[place];
             loop {
                 if unsent.is_empty() {
                     if sent == BURST {
@@ -149,7 +150,7 @@ impl Quic {
                     sent += 1;
                 }
                 let state = writer.get_or_insert_with(|| {
-                    let mut state = self.connection.line().state();
+                    let mut state = line.state();
                     bound(&mut state.quic);
                     state
                 });
@@ -157,7 +158,7 @@ impl Quic {
                     return Poll::Ready(Err(lost(cause)));
                 }
                 let stream = lane(state.quic.side(), place);
-                if !std::mem::replace(&mut self.is_ranked[place], true) {
+                if !std::mem::replace(&mut is_ranked[place], true) {
                     // Nothing has closed it before.
                     let _ = state.quic.send_stream(stream).set_priority(-i32::try_from(place).unwrap_or_default());
                 }
@@ -173,23 +174,25 @@ impl Quic {
             }
         }
         if writer.take().is_some() {
-            self.connection.line().inbox.wake();
+            line.inbox.wake();
         }
         if blocked { Poll::Pending } else { Poll::Ready(Ok(())) }
     }
 
     pub(super) fn poll_receive(&mut self, meter: &impl Meter, context: &mut Context<'_>) -> Poll<Result<Frame, End>> {
-        let mut state = self.connection.line().state();
+        let line = self.0.line();
+        let mut lanes = line.lanes();
+        let mut state = line.state();
         while let Some(stream) = state.quic.streams().accept(Dir::Uni) {
             let place = usize::try_from(stream.index()).unwrap_or(usize::MAX);
-            let Some(unread) = self.unread.get_mut(place) else {
+            let Some(unread) = lanes.unread.get_mut(place) else {
                 return Poll::Ready(Err(End::Garbage(format!("a stream number {place} that no class has"))));
             };
             *unread = Some(Lane::default());
         }
         // The last words may have come together with the end: it counts when nothing more can be read.
         let mut is_finished = false;
-        for (place, (unread, class)) in self.unread.iter_mut().zip(LANES).enumerate() {
+        for (place, (unread, class)) in lanes.unread.iter_mut().zip(LANES).enumerate() {
             let Some(unread) = unread else { continue };
             loop {
                 if let Some((frame, bytes)) = unread.take(longest(class)).map_err(|error| malformed(&error))? {
@@ -209,7 +212,7 @@ impl Quic {
                 };
                 let read = chunks.next(usize::MAX);
                 if chunks.finalize().should_transmit() {
-                    self.connection.line().inbox.wake();
+                    line.inbox.wake();
                 }
                 match read {
                     Ok(Some(chunk)) => unread.hear(&chunk.bytes),
@@ -237,7 +240,7 @@ impl Quic {
     /// a peer that does not read it is not waited for.
     pub(super) async fn finish(&mut self, carrier: &mut Carrier, meter: &impl Meter) -> Result<(), End> {
         poll_fn(|context| self.poll_lanes(0..1, carrier, meter, context)).await?;
-        let line = self.connection.line();
+        let line = self.0.line();
         let mut is_told = false;
         poll_fn(|context| {
             let mut state = line.state();
@@ -254,7 +257,7 @@ impl Quic {
     }
 
     pub(super) fn close(&self, reason: &str) {
-        self.connection.close(VarInt::from_u32(0), reason.as_bytes());
+        self.0.close(VarInt::from_u32(0), reason.as_bytes());
     }
 }
 

@@ -1,7 +1,7 @@
 //! One connection: [`quinn_proto`] says what is to be done, a task of the connection's own does it, and who uses it is one other task.
 
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::time::Sleep;
 
 use super::endpoint::{Shared, now};
-use super::rustls;
+use super::{Lanes, rustls};
 
 /// Datagrams that wait for their connection; what comes beyond is lost, as the network loses it.
 const MAX_INBOX: usize = 1024;
@@ -32,6 +32,8 @@ pub(super) struct Line {
     endpoint: Arc<Shared>,
     handle: ConnectionHandle,
     pub(super) inbox: Inbox,
+    /// The user's own. Whoever has it may take the state below.
+    lanes: Mutex<Lanes>,
     /// Whoever has it may take the endpoint's state, but not the other way round.
     state: Mutex<State>,
 }
@@ -60,14 +62,17 @@ pub(super) struct State {
 /// Does what a connection has to do, until nothing more of it can come.
 struct Driver {
     line: Arc<Line>,
-    timer: Pin<Box<Sleep>>,
     /// What was taken from the inbox and has not been looked at.
     came: std::vec::IntoIter<ConnectionEvent>,
-    /// What the system did not take, and when it will.
-    unsent: Option<(Transmit, Vec<u8>, Writable)>,
+    unsent: Option<Box<Unsent>>,
 }
 
-type Writable = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// What the system did not take, and when it will.
+struct Unsent {
+    transmit: Transmit,
+    bytes: Vec<u8>,
+    writable: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
 
 impl std::fmt::Debug for Line {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -78,10 +83,13 @@ impl std::fmt::Debug for Line {
 impl Connection {
     /// Has its task begin. Where the runtime is being shut down, that ends it at once: nobody may hold the endpoint's state.
     pub(super) fn begin(line: Arc<Line>) -> Self {
-        let timer = Box::pin(tokio::time::sleep_until(now().into()));
-        let driver = Driver { line: Arc::clone(&line), timer, came: Vec::new().into_iter(), unsent: None };
+        let mut driver = Driver { line: Arc::clone(&line), came: Vec::new().into_iter(), unsent: None };
+        let drive = async move {
+            let mut timer = pin!(tokio::time::sleep_until(now().into()));
+            poll_fn(|context| driver.poll(timer.as_mut(), context)).await;
+        };
         #[expect(clippy::disallowed_methods, reason = "it ends with the connection; what is wrong its user hears")]
-        tokio::spawn(driver);
+        tokio::spawn(drive);
         Self(line)
     }
 
@@ -157,7 +165,11 @@ impl Waiting {
 impl Line {
     pub(super) fn new(endpoint: Arc<Shared>, handle: ConnectionHandle, quic: quinn_proto::Connection) -> Self {
         let state = State { quic, user: None, is_established: false, is_finished: false, gone: None };
-        Self { endpoint, handle, inbox: Inbox::default(), state: Mutex::new(state) }
+        Self { endpoint, handle, inbox: Inbox::default(), lanes: Mutex::default(), state: Mutex::new(state) }
+    }
+
+    pub(super) fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -228,10 +240,8 @@ impl State {
     }
 }
 
-impl Future for Driver {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+impl Driver {
+    fn poll(&mut self, mut timer: Pin<&mut Sleep>, context: &mut Context<'_>) -> Poll<()> {
         let line = Arc::clone(&self.line);
         let more = line.inbox.take(context, self.came.as_slice().is_empty());
         if let Some(came) = more {
@@ -265,29 +275,27 @@ impl Future for Driver {
                 return Poll::Ready(());
             }
             let Some(at) = state.quic.poll_timeout() else { return Poll::Pending };
-            if self.timer.deadline() != at.into() {
-                self.timer.as_mut().reset(at.into());
+            if timer.deadline() != at.into() {
+                timer.as_mut().reset(at.into());
             }
-            if self.timer.as_mut().poll(context).is_pending() {
+            if timer.as_mut().poll(context).is_pending() {
                 return Poll::Pending;
             }
         }
     }
-}
 
-impl Driver {
     fn transmit(&mut self, quic: &mut quinn_proto::Connection, now: Instant, context: &mut Context<'_>) {
         let endpoint = &self.line.endpoint;
         let segments = endpoint.segments();
         let mut buffer = Vec::new();
         let mut sent = 0;
         while sent < BURST {
-            let (transmit, bytes) = if let Some((transmit, bytes, mut writable)) = self.unsent.take() {
-                if writable.as_mut().poll(context).is_pending() {
-                    self.unsent = Some((transmit, bytes, writable));
+            let (transmit, bytes) = if let Some(mut unsent) = self.unsent.take() {
+                if unsent.writable.as_mut().poll(context).is_pending() {
+                    self.unsent = Some(unsent);
                     return;
                 }
-                (transmit, bytes)
+                (unsent.transmit, unsent.bytes)
             } else {
                 buffer.clear();
                 let Some(transmit) = quic.poll_transmit(now, segments, &mut buffer) else { return };
@@ -295,7 +303,8 @@ impl Driver {
             };
             if endpoint.send(&transmit, &bytes).is_err() {
                 let line = Arc::clone(&self.line);
-                self.unsent = Some((transmit, bytes, Box::pin(async move { line.endpoint.writable().await })));
+                let writable = Box::pin(async move { line.endpoint.writable().await });
+                self.unsent = Some(Box::new(Unsent { transmit, bytes, writable }));
                 continue;
             }
             sent += transmit.segment_size.map_or(1, |size| transmit.size.div_ceil(size));
