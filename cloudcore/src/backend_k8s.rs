@@ -292,7 +292,6 @@ impl Backend for K8sBackend {
             reports,
             leases: self.leases.clone(),
             ports: self.kubelets.ports.clone(),
-            node: node.clone(),
             epoch,
         }
     }
@@ -314,7 +313,6 @@ pub struct K8sFeed {
     reports: Reports,
     leases: Arc<Leases>,
     ports: Arc<Ports>,
-    node: NodeIdentity,
     epoch: u64,
 }
 
@@ -348,8 +346,8 @@ impl Feed for K8sFeed {
 impl Drop for K8sFeed {
     fn drop(&mut self) {
         self.shared.closures().close(&self.session);
-        self.leases.end(&self.node, self.epoch);
-        self.ports.disconnected(&self.node, self.epoch, clock::wall());
+        self.leases.end(self.session.node(), self.epoch);
+        self.ports.disconnected(self.session.node(), self.epoch, clock::wall());
     }
 }
 

@@ -69,6 +69,11 @@ impl Session {
         self.claims
     }
 
+    /// Whose it is.
+    pub(crate) fn node(&self) -> &NodeIdentity {
+        &self.node
+    }
+
     /// Notified when there may be something to say.
     pub(crate) fn wake(&self) -> Arc<Notify> {
         self.wake.clone()
