@@ -64,6 +64,10 @@ impl Driver for Mqtt {
         "mqtt"
     }
 
+    fn device_keys_of_visitors(&self) -> &'static [&'static str] {
+        &["clientID", "username", "password", "keepAlive", "cleanSession"]
+    }
+
     fn point(&self, property: &PropertyInfo<'_>, visitor: &Config) -> Result<Topic, ConfigError> {
         let (state, command) = (visitor.text("topic"), visitor.text("commandTopic"));
         if state.is_none() && command.is_none() {

@@ -1,6 +1,7 @@
 //! The mapper with mosquitto between it and a device of paho's, and hostile ones.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at the first thing that is not so")]
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -127,6 +128,32 @@ async fn a_device_is_heard_and_told() {
     edge.is("lamp", "ok").await;
     publish(port, "plant/lamp/note", "back").await;
     edge.reads("lamp", "note", "back").await;
+}
+
+#[tokio::test]
+async fn a_device_logs_in_by_what_kubeedges_manifests_have_in_visitors() {
+    let directory = tempfile::tempdir().unwrap();
+    let (port, passwords, config) = (free_port(), directory.path().join("passwd"), directory.path().join("conf"));
+    let made = Command::new("mosquitto_passwd").args(["-c", "-b"]).arg(&passwords).args(["lamp", "secret"]).status();
+    assert!(made.await.unwrap().success());
+    // It may become another user, who is to read it.
+    std::fs::set_permissions(&passwords, std::fs::Permissions::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let rules = format!("listener {port} 127.0.0.1\nallow_anonymous false\npassword_file {}\n", passwords.display());
+    std::fs::write(&config, rules).unwrap();
+    let broker = Command::new("mosquitto").arg("-c").arg(&config).kill_on_drop(true).spawn();
+    let _broker = broker.expect("scripts/install-deps");
+    let place = json!({"ip": "127.0.0.1", "port": port});
+    let visitor = json!({
+        "topic": "plant/lamp/level", "qos": 1, "retain": false, "clientId": "client123", "username": "lamp", "password": "secret",
+        "cleanSession": true, "keepAlive": 60,
+    });
+    let known = device("known", "lamp", &place, &[("level", visitor)]);
+    let stranger = device("stranger", "lamp", &place, &[("level", json!({"topic": "plant/lamp/level"}))]);
+    let edge = Edge::start(directory.path(), vec![lamp_model()], vec![known, stranger]);
+    let _mapper = Process::mapper(MAPPER, &edge, &[]);
+    edge.is("known", "ok").await;
+    edge.is("stranger", "offline").await;
 }
 
 #[tokio::test]

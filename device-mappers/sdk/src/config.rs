@@ -50,6 +50,17 @@ impl Config {
         Self { entries: entries.into() }
     }
 
+    /// The same with what it lacks of some keys, from another.
+    #[must_use]
+    pub(crate) fn or(self, keys: &[&str], other: &Self) -> Self {
+        let lacking: Vec<_> = keys
+            .iter()
+            .filter(|key| self.raw(key).is_none())
+            .filter_map(|key| Some(((*key).into(), other.raw(key)?.clone())))
+            .collect();
+        if lacking.is_empty() { self } else { Self::new(self.entries.into_iter().chain(lacking)) }
+    }
+
     /// The value of a key, whatever its case.
     #[must_use]
     pub fn raw(&self, key: &str) -> Option<&Value> {
@@ -225,6 +236,14 @@ mod tests {
         assert!(config.flag("flag").is_err());
         assert_eq!(config.required("text").unwrap_err().to_string(), "`text` is missing from configData");
         assert_eq!(config.integer("none", 0, 1), Ok(None));
+    }
+
+    #[test]
+    fn what_is_lacking_is_taken_from_another() {
+        let other = Config::from(json!({"clientId": "c", "username": "u", "password": "p", "topic": "t"}));
+        let config =
+            Config::from(json!({"ip": "h", "userName": "own"})).or(&["clientID", "username", "password"], &other);
+        assert_eq!(config, Config::from(json!({"ip": "h", "userName": "own", "clientID": "c", "password": "p"})));
     }
 
     #[test]

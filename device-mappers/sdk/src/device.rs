@@ -60,12 +60,13 @@ pub(crate) fn key(namespace: &str, name: &str) -> String {
 }
 
 impl Device {
-    /// Puts a device together. What the model lacks is no error here: the property says so when it is to be read.
-    pub(crate) fn new(device: &dmi::Device, model: &dmi::DeviceModel, sinks: &Arc<Sinks>) -> Self {
+    /// Puts a device together, with what it lacks of some keys from its first property that has any. What the model lacks is no error here: the
+    /// property says so when it is to be read.
+    pub(crate) fn new(device: &dmi::Device, model: &dmi::DeviceModel, sinks: &Arc<Sinks>, keys: &[&str]) -> Self {
         let spec = device.spec.clone().unwrap_or_default();
         let empty = dmi::DeviceModelSpec::default();
         let model = model.spec.as_ref().unwrap_or(&empty);
-        let properties = spec
+        let properties: Vec<Property> = spec
             .properties
             .iter()
             .map(|property| {
@@ -73,10 +74,16 @@ impl Device {
                 Property::new(device, property, of_model, sinks)
             })
             .collect();
+        let mut visitors = properties.iter().map(|property| &property.visitor);
+        let other = visitors.find(|visitor| keys.iter().any(|key| visitor.raw(key).is_some()));
+        let config = Config::from(spec.protocol.as_ref());
         Self {
             namespace: device.namespace.clone(),
             name: device.name.clone(),
-            config: Config::from(spec.protocol.as_ref()),
+            config: match other {
+                Some(other) => config.or(keys, other),
+                None => config,
+            },
             properties,
             methods: spec.methods,
         }

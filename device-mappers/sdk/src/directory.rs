@@ -179,7 +179,7 @@ impl<D: Driver> Directory<D> {
             }
             return Entry { device: encoded, model: name, worker };
         };
-        let ready = Arc::new(Device::new(device, model, &self.sinks));
+        let ready = Arc::new(Device::new(device, model, &self.sinks, self.driver.device_keys_of_visitors()));
         let worker = match worker {
             Some(worker) => {
                 worker.updates.send_replace(ready);

@@ -17,6 +17,12 @@ pub trait Driver: Send + Sync + 'static {
     /// What a device says in `protocol.protocolName`.
     fn protocol(&self) -> &'static str;
 
+    /// Keys that manifests of KubeEdge's may have in `visitors` though they are the device's: what the device itself lacks of them it takes from
+    /// its first property that has any.
+    fn device_keys_of_visitors(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Understands the `visitors` of a property.
     ///
     /// # Errors
