@@ -186,9 +186,17 @@ fn property(of: &Property) -> Json {
     let value = |value: &str, at: i64| json!({ "value": value, "metadata": { "timestamp": at } });
     if let Some(wanted) = &of.desired {
         shown["expected"] = value(&wanted.value, wanted.timestamp);
+        // One count of whoever writes, for which KubeEdge has two. Of what was before there is none.
+        if wanted.version > 0 {
+            shown["expected_version"] = json!({ "cloud": wanted.version, "edge": wanted.version });
+        }
     }
     if let Some(reported) = &of.reported {
         shown["actual"] = value(&reported.value, reported.timestamp);
+        // Nobody but the edge measures.
+        if reported.version > 0 {
+            shown["actual_version"] = json!({ "cloud": 0, "edge": reported.version });
+        }
     }
     shown
 }
@@ -219,8 +227,18 @@ mod tests {
             name: name.to_owned(),
             kind: kind.to_owned(),
             access_mode: AccessMode::ReadWrite,
-            desired: desired.map(|value| Wanted { value: value.to_owned(), timestamp: 1, ..Wanted::default() }),
-            reported: reported.map(|value| Value { value: value.to_owned(), timestamp: 2, ..Value::default() }),
+            desired: desired.map(|value| Wanted {
+                value: value.to_owned(),
+                timestamp: 1,
+                version: 4,
+                ..Wanted::default()
+            }),
+            reported: reported.map(|value| Value {
+                value: value.to_owned(),
+                timestamp: 2,
+                version: 8,
+                ..Value::default()
+            }),
             ..Property::default()
         };
         Twin {
@@ -248,12 +266,15 @@ mod tests {
             "optional": false,
             "metadata": { "type": "boolean" },
             "expected": { "value": "true", "metadata": { "timestamp": 1 } },
+            "expected_version": { "cloud": 4, "edge": 4 },
             "actual": { "value": "false", "metadata": { "timestamp": 2 } },
+            "actual_version": { "cloud": 0, "edge": 8 },
         });
         let hours = json!({
             "optional": false,
             "metadata": { "type": "int" },
             "actual": { "value": "3", "metadata": { "timestamp": 2 } },
+            "actual_version": { "cloud": 0, "edge": 8 },
         });
         let got = json(&HEAD.twin([&lamp.properties[0], &lamp.properties[2]]));
         assert_eq!(got, json!({ "event_id": "e", "timestamp": 5, "twin": { "power": power, "hours": hours } }));
