@@ -454,6 +454,8 @@ fn remove_state(data_dir: &Path, config: &Config, again: bool) -> anyhow::Result
                 "machine-id",
                 "machine-id.tmp",
                 mqtt::PASSWORDS,
+                mqtt::ACCESS,
+                "mqtt-access.tmp",
                 app::LOCK,
                 ".probe",
             ]

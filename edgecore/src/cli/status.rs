@@ -150,7 +150,12 @@ fn mqtt(status: &mqtt::Status) -> String {
     if status.dropped > 0 {
         words += &format!(", {} results dropped: the broker does not take them", status.dropped);
     }
-    line("MQTT", &words)
+    let rules = if status.is_own {
+        "the access rules are in force"
+    } else {
+        "the access rules are not in force by themselves: the broker is not edgecore's; docs/mqtt.md says how to give them to it"
+    };
+    line("MQTT", &words) + &line("", rules)
 }
 
 fn certificate(until: Timestamp, now: Timestamp) -> String {
@@ -195,6 +200,7 @@ mod tests {
             mqtt: mqtt::Status {
                 connected: true,
                 message: "127.0.0.1:1883".to_owned(),
+                is_own: false,
                 published: 9,
                 requests: 2,
                 refused: 1,
@@ -211,6 +217,7 @@ mod tests {
         Store:       12 objects, 40 KiB, 3 reports wait, 1 damaged rows dropped (check the disk), the list of pods is not confirmed by the cloud yet
                      1 reports were refused for good, the last one: gone
         MQTT:        127.0.0.1:1883; 2 requests, 9 values published, 1 requests refused
+                     the access rules are not in force by themselves: the broker is not edgecore's; docs/mqtt.md says how to give them to it
         Certificate: valid for another 9d (until 1970-01-11)
         ");
     }

@@ -1,17 +1,17 @@
-//! Who may say what to the broker that edgecore starts: mosquitto's access list, made from the devices.
+//! Who may say what to the broker that edgecore starts, or to another that is given this: mosquitto's access list, made from the devices.
 //!
 //! Whoever is on the box may use the broker as before, without a password, but for two things. The plain topics are edgecore's: others
 //! read them. And of a device whose annotation `skerry.dev/mqtt-writers` names users only these users write any topic, be it an update or what
 //! the device would take for edgecore's word; the others may ask for its twin, and read. Users log in with
 //! the passwords of the file `mqtt-passwd` in the data directory, made with `mosquitto_passwd`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use crate::order;
 
 /// The annotation of a Device: names of users, with commas between.
-const WRITERS: &str = "skerry.dev/mqtt-writers";
+pub(super) const WRITERS: &str = "skerry.dev/mqtt-writers";
 /// What only its writers write of a device: all but `twin/get`. One by one: a device can be called like a namespace, or `twin`, and then
 /// whatever is under one device's topics is not its own.
 const GUARDED: [&str; 7] = [
@@ -41,18 +41,24 @@ impl Writers {
         }
     }
 
+    /// Whether nobody's topics are guarded.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Forgets all.
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
 
-    /// The access list, for the users that there are.
+    /// The access list, for the users that there are, and those that devices name: another broker has users of its own.
     ///
     /// mosquitto looks at what is said of the user first, then at the patterns, and in each at what denies before what allows: so what a
     /// user may read, or write, is allowed before the patterns deny the rest.
     pub(super) fn list(&self, users: &[String]) -> String {
         let mut text = "# Made by edgecore; changes are lost.\n".to_owned();
         self.section(&mut text, None);
+        let users: BTreeSet<&String> = users.iter().chain(self.0.values().flatten()).collect();
         for user in users {
             // Writing into a text does not fail.
             let _ = write!(text, "\nuser {user}\n");

@@ -2,7 +2,7 @@
 //!
 //! edgecore's own listens on 127.0.0.1 for everybody and on a unix socket for edgecore, to which the access list does not apply. It keeps
 //! nothing on disk: what is retained is published again by those whose it is. It ends with edgecore; one that an edgecore left that was
-//! killed is ended by the next.
+//! killed is ended by the next. The access list is also kept in the data directory, for whoever has another broker to be given it.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -15,13 +15,14 @@ use nix::unistd::{Pid, User, chown, geteuid};
 use skerry_proto::sync::Collection;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::process::{Child, Command};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
-use super::PASSWORDS;
-use super::access::{self, Writers};
+use super::access::{self, WRITERS, Writers};
 use super::session::Stream;
-use crate::store::{self, Store};
+use super::{ACCESS, PASSWORDS};
+use crate::store::{self, Change, Store};
 use crate::{clock, files};
 
 /// Where clients look for a broker.
@@ -52,47 +53,93 @@ pub(super) struct Broker {
     at: Option<String>,
     /// Where clients look for a broker.
     pub(super) local: SocketAddr,
+    /// Where mosquitto is looked for.
+    pub(super) binaries: &'static [&'static str],
     store: Store,
     passwords: PathBuf,
+    access: PathBuf,
+    rules: Rules,
     /// Made anew each time; only edgecore and mosquitto can enter it.
     pub(super) dir: PathBuf,
-    own: Option<Own>,
+    own: Option<Child>,
+    /// The one that is used is somebody else's.
+    is_theirs: bool,
     /// Somebody else's was there, or is to be.
     pub(super) is_expected: bool,
     /// Since when there is none.
     missing: Option<Duration>,
 }
 
-struct Own {
-    child: Child,
-    access: String,
+/// The access list as it was made last, and what it is made of.
+struct Rules {
+    list: String,
     passwords: Vec<u8>,
     writers: Writers,
-    /// Whether the access list is of other writers.
+    changes: broadcast::Receiver<Change>,
+    /// Devices may have changed that were not seen.
+    is_unread: bool,
+    /// The list is of other writers.
     is_old: bool,
+    /// It was said that they are not in force.
+    is_told: bool,
 }
 
 impl Broker {
     pub(super) fn new(at: Option<String>, store: Store, data_dir: &Path) -> Self {
-        let (passwords, dir) = (data_dir.join(PASSWORDS), directory(data_dir));
+        let (passwords, access) = (data_dir.join(PASSWORDS), data_dir.join(ACCESS));
         let is_expected = Path::new(SYSTEMD).exists() && Path::new(UNIT).exists();
-        Self { at, local: LOCAL, store, passwords, dir, own: None, is_expected, missing: None }
+        let rules = Rules {
+            list: String::new(),
+            passwords: Vec::new(),
+            writers: Writers::default(),
+            changes: store.changes(),
+            is_unread: true,
+            is_old: true,
+            is_told: false,
+        };
+        Self {
+            at,
+            local: LOCAL,
+            binaries: &BINARIES,
+            store,
+            passwords,
+            access,
+            rules,
+            dir: directory(data_dir),
+            own: None,
+            is_theirs: false,
+            is_expected,
+            missing: None,
+        }
+    }
+
+    /// Whether the one that is used was started here, and has the access list.
+    pub(super) fn is_own(&self) -> bool {
+        self.own.is_some()
     }
 
     /// A connection, and words for where to. Otherwise why there is none, and what to do about it.
     ///
     /// One is started only where it `has_devices`.
     pub(super) async fn connect(&mut self, has_devices: bool) -> Result<(Box<dyn Stream>, String), String> {
-        let Some(address) = &self.at else { return self.connect_auto(has_devices).await };
-        let stream = dial(address).await.map_err(|error| {
-            format!("no broker at {address} ({error}); start it, or correct mqtt_broker in config.toml")
-        })?;
-        Ok((stream, address.clone()))
+        let connected = match &self.at {
+            None => self.connect_auto(has_devices).await,
+            Some(address) => match dial(address).await {
+                Ok(stream) => Ok((stream, address.clone())),
+                Err(error) => {
+                    Err(format!("no broker at {address} ({error}); start it, or correct mqtt_broker in config.toml"))
+                }
+            },
+        };
+        self.is_theirs = connected.is_ok() && self.own.is_none();
+        // Whether it has the rules is to be looked at.
+        self.rules.is_old |= self.is_theirs;
+        connected
     }
 
     async fn connect_auto(&mut self, has_devices: bool) -> Result<(Box<dyn Stream>, String), String> {
         if let Some(own) = &mut self.own
-            && let Ok(Some(status)) = own.child.try_wait()
+            && let Ok(Some(status)) = own.try_wait()
         {
             warn!(%status, "mosquitto ended");
             self.own = None;
@@ -115,7 +162,7 @@ impl Broker {
             if !has_devices {
                 return Err("no broker, and no device that would need one".to_owned());
             }
-            let Some(binary) = BINARIES.iter().map(Path::new).find(|binary| binary.exists()) else {
+            let Some(binary) = self.binaries.iter().map(Path::new).find(|binary| binary.exists()) else {
                 return Err(format!(
                     "no broker: nothing listens on {local} and mosquitto is not installed; `apt install mosquitto` brings it"
                 ));
@@ -136,12 +183,9 @@ impl Broker {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => std::fs::DirBuilder::new().mode(0o700).create(&self.dir)?,
         }
-        let mut writers = Writers::default();
-        read_all(&self.store, &mut writers).await.map_err(io::Error::other)?;
-        let passwords = read_passwords(&self.passwords)?;
-        let access = writers.list(&access::users(&String::from_utf8_lossy(&passwords)));
-        self.write("access", access.as_bytes(), user.as_ref())?;
-        self.write("passwords", &passwords, user.as_ref())?;
+        self.make().await?;
+        self.write("access", self.rules.list.as_bytes(), user.as_ref())?;
+        self.write("passwords", &self.rules.passwords, user.as_ref())?;
         self.write("mosquitto.conf", self.config(user.as_ref()).as_bytes(), user.as_ref())?;
         if let Some(user) = &user {
             chown(&self.dir, Some(user.uid), Some(user.gid))?;
@@ -150,11 +194,12 @@ impl Broker {
         if let Some(pid) = child.id() {
             std::fs::write(self.dir.join("pid"), pid.to_string())?;
         }
-        let own = self.own.insert(Own { child, access, passwords, writers, is_old: false });
+        let own = self.own.insert(child);
+        self.rules.is_told = false;
         let socket = self.dir.join("socket");
         let until = clock::monotonic() + START;
         while UnixStream::connect(&socket).await.is_err() {
-            if let Some(status) = own.child.try_wait()? {
+            if let Some(status) = own.try_wait()? {
                 self.own = None;
                 return Err(io::Error::other(format!(
                     "it ended at once ({status}); see its message in edgecore's log"
@@ -206,31 +251,31 @@ impl Broker {
         Ok(())
     }
 
-    /// Follows the devices and the passwords, and has mosquitto read them again. Can be dropped at any point; never ends.
+    /// Follows the devices and the passwords, keeps the access list, and has mosquitto read it again. Can be dropped at any point; never ends.
     pub(super) async fn follow(&mut self) {
-        if self.own.is_none() {
-            return std::future::pending().await;
-        }
-        let mut changes = self.store.changes();
         let mut look = tokio::time::interval(LOOK);
-        let mut reread = true;
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            // Passwords are only its own broker's.
+            let is_due = self.own.is_some() || self.rules.is_unread || self.rules.is_old;
             tokio::select! {
-                change = changes.recv() => match change {
+                change = self.rules.changes.recv() => match change {
                     Ok(change) if change.collection == Collection::Devices => {
-                        if let Ok(row) = self.store.row(Collection::Devices, &change.uid).await
-                            && let Some(own) = &mut self.own
-                        {
-                            own.is_old |= own.writers.device(&change.key, row.as_ref().map(|row| &row.json[..]));
+                        // Unless the row is read, and this comes to its end.
+                        let was_unread = std::mem::replace(&mut self.rules.is_unread, true);
+                        if let Ok(row) = self.store.row(Collection::Devices, &change.uid).await {
+                            let json = row.as_ref().map(|row| &row.json[..]);
+                            self.rules.is_old |= self.rules.writers.device(&change.key, json);
+                            self.rules.is_unread = was_unread;
                         }
                     }
                     Ok(_) => {}
-                    Err(RecvError::Lagged(_)) => reread = true,
+                    Err(RecvError::Lagged(_)) => self.rules.is_unread = true,
                     Err(RecvError::Closed) => return std::future::pending().await,
                 },
                 // Many changes come together: they are written together.
-                _ = look.tick() => {
-                    if let Err(error) = self.refresh(&mut reread).await {
+                _ = look.tick(), if is_due => {
+                    if let Err(error) = self.refresh().await {
                         warn!(%error, "the MQTT access list cannot be made anew; it stays as it was");
                     }
                 }
@@ -238,42 +283,57 @@ impl Broker {
         }
     }
 
-    async fn refresh(&mut self, reread: &mut bool) -> io::Result<()> {
-        let passwords = read_passwords(&self.passwords)?;
-        let Some(own) = &mut self.own else { return Ok(()) };
-        if std::mem::take(reread) {
-            own.writers.clear();
-            own.is_old = true;
-            read_all(&self.store, &mut own.writers).await.map_err(io::Error::other)?;
+    async fn refresh(&mut self) -> io::Result<()> {
+        let is_new = self.make().await?;
+        if let Some(own) = self.own.as_ref().filter(|_| is_new) {
+            let user = user();
+            self.write("access", self.rules.list.as_bytes(), user.as_ref())?;
+            self.write("passwords", &self.rules.passwords, user.as_ref())?;
+            if let Some(pid) = own.id().and_then(|pid| i32::try_from(pid).ok()) {
+                kill(Pid::from_raw(pid), Signal::SIGHUP)?;
+            }
         }
-        if !own.is_old && own.passwords == passwords {
-            return Ok(());
-        }
-        let access = own.writers.list(&access::users(&String::from_utf8_lossy(&passwords)));
-        own.is_old = false;
-        if own.access == access && own.passwords == passwords {
-            return Ok(());
-        }
-        (own.access, own.passwords) = (access, passwords);
-        let pid = own.child.id();
-        let Some(own) = &self.own else { return Ok(()) };
-        let user = user();
-        self.write("access", own.access.as_bytes(), user.as_ref())?;
-        self.write("passwords", &own.passwords, user.as_ref())?;
-        if let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) {
-            kill(Pid::from_raw(pid), Signal::SIGHUP)?;
+        let lacks = self.is_theirs && !self.rules.writers.is_empty();
+        if lacks && !std::mem::replace(&mut self.rules.is_told, true) {
+            warn!(
+                list = %self.access.display(),
+                "the annotation {WRITERS} is not in force here by itself: the MQTT broker is not edgecore's; give it the access list, as docs/mqtt.md says"
+            );
         }
         Ok(())
+    }
+
+    /// Makes the list of what there is now, and keeps it in the data directory. Answers whether it, or the passwords, changed.
+    async fn make(&mut self) -> io::Result<bool> {
+        let passwords = read_passwords(&self.passwords)?;
+        let rules = &mut self.rules;
+        if rules.is_unread {
+            rules.writers.clear();
+            rules.is_old = true;
+            read_all(&self.store, &mut rules.writers).await.map_err(io::Error::other)?;
+            rules.is_unread = false;
+        }
+        if !rules.is_old && rules.passwords == passwords {
+            return Ok(false);
+        }
+        let list = rules.writers.list(&access::users(&String::from_utf8_lossy(&passwords)));
+        let is_new = rules.list != list || rules.passwords != passwords;
+        if rules.list != list {
+            // There is no secret in it, and somebody else is to read it.
+            files::write(&self.access, list.as_bytes(), 0o644)?;
+        }
+        (rules.list, rules.passwords, rules.is_old) = (list, passwords, false);
+        Ok(is_new)
     }
 
     /// Ends what was started.
     pub(super) async fn end(mut self) {
         let Some(mut own) = self.own.take() else { return };
-        if let Some(pid) = own.child.id().and_then(|pid| i32::try_from(pid).ok()) {
+        if let Some(pid) = own.id().and_then(|pid| i32::try_from(pid).ok()) {
             // It may have ended by itself.
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
-        if tokio::time::timeout(START, own.child.wait()).await.is_err() {
+        if tokio::time::timeout(START, own.wait()).await.is_err() {
             // Ended with what holds it.
             warn!("mosquitto did not end when it was told to");
         }

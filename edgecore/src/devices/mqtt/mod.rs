@@ -55,6 +55,8 @@ mod topic;
 
 /// Name of the file of passwords in the data directory, in the format of `mosquitto_passwd`.
 pub const PASSWORDS: &str = "mqtt-passwd";
+/// Name of the access list in the data directory, as mosquitto's `acl_file` has it: the broker that edgecore starts has the same.
+pub const ACCESS: &str = "mqtt-access";
 
 /// How often a broker is looked for that nobody needs yet.
 const NO_DEVICES: Duration = Duration::from_secs(60);
@@ -85,6 +87,9 @@ pub struct Status {
     pub connected: bool,
     /// Where it is; or why there is none, and what to do about it.
     pub message: String,
+    /// Whether it is edgecore's own, so that the access list is in force.
+    #[serde(default)]
+    pub is_own: bool,
     /// Plain values and states published.
     pub published: u64,
     /// Requests answered.
@@ -119,7 +124,7 @@ async fn serve(parts: Parts, mut broker: Broker) {
         let has_devices = devices.lock().len() > 0;
         let why = match broker.connect(has_devices).await {
             Ok((stream, place)) => {
-                status.send_modify(|status| status.message = place);
+                status.send_modify(|status| (status.message, status.is_own) = (place, broker.is_own()));
                 let (devices, node) = (&devices, node.as_str());
                 let mut session = Session { devices, node, mirror: &mut mirror, outbox: &mut outbox, status: &status };
                 let ended = tokio::select! {
@@ -144,6 +149,8 @@ async fn serve(parts: Parts, mut broker: Broker) {
         tokio::select! {
             () = shutdown.cancelled() => break,
             () = pause(&devices, backoff.wait()) => {}
+            // The list is for whoever has the broker, also before that can be used.
+            () = broker.follow(), if has_devices => {}
         }
     }
     broker.end().await;

@@ -26,20 +26,25 @@ struct Node {
 
 impl Node {
     async fn new() -> Self {
+        Self::with(None, free_port()).await
+    }
+
+    /// With a broker at an address, or whichever is there.
+    async fn with(at: Option<String>, port: u16) -> Self {
         let bed = Bed::new().await;
         bed.heater().await;
         let run = tempfile::tempdir().unwrap();
         std::fs::set_permissions(run.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        let port = free_port();
         let (stop, (status, seen)) = (CancellationToken::new(), watch::channel(Status::default()));
-        let done = Self::serve(&bed, &run, port, status, &stop);
+        let mut broker = broker(&bed, at, port);
+        broker.dir = run.path().join("mqtt");
+        let done = Self::serve(&bed, broker, status, &stop);
         Self { bed, run, port, status: seen, stop, done }
     }
 
     fn serve(
         bed: &Bed,
-        run: &tempfile::TempDir,
-        port: u16,
+        broker: Broker,
         status: watch::Sender<Status>,
         stop: &CancellationToken,
     ) -> tokio::task::JoinHandle<()> {
@@ -52,11 +57,30 @@ impl Node {
             status,
             shutdown: stop.clone(),
         };
-        let mut broker = Broker::new(None, bed.store.clone(), bed.dir.path());
-        broker.dir = run.path().join("mqtt");
-        broker.local.set_port(port);
-        broker.is_expected = false;
         supervise::spawn("mqtt", serve(parts, broker))
+    }
+
+    /// The boiler is written to by this user alone.
+    async fn guard(&self, user: &str) {
+        let json = json!({
+            "metadata": { "name": "boiler", "namespace": "ns", "uid": "u1", "annotations": { "skerry.dev/mqtt-writers": user } },
+            "spec": { "deviceModelRef": { "name": "heater" }, "nodeName": "box", "properties": [{ "name": "temp" }, { "name": "on" }] },
+        });
+        let object =
+            Object::new(Collection::Devices, "ns/boiler".to_owned(), "u1".to_owned(), json.to_string().as_bytes());
+        self.bed.store.apply(vec![Op::Upsert(object)]).await.unwrap();
+    }
+
+    /// Users who have passwords.
+    fn admit(&self, users: &[&str]) -> PathBuf {
+        let passwords = self.bed.dir.path().join(PASSWORDS);
+        for user in users {
+            let create: &[&str] = if passwords.exists() { &["-b"] } else { &["-c", "-b"] };
+            let made =
+                Command::new("mosquitto_passwd").args(create).arg(&passwords).args([user, "secret"]).status().unwrap();
+            assert!(made.success());
+        }
+        passwords
     }
 
     async fn connected(&self) {
@@ -77,6 +101,13 @@ impl Node {
     fn subscribe(&self, topics: &[&str]) -> Heard {
         Heard::new(self.port, topics)
     }
+}
+
+fn broker(bed: &Bed, at: Option<String>, port: u16) -> Broker {
+    let mut broker = Broker::new(at, bed.store.clone(), bed.dir.path());
+    broker.local.set_port(port);
+    broker.is_expected = false;
+    broker
 }
 
 /// What a client hears, from when it has been let in.
@@ -131,10 +162,8 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 #[tokio::test]
 async fn a_broker_that_was_there_or_is_to_be_is_waited_for() {
     let bed = Bed::new().await;
-    let mut broker = Broker::new(None, bed.store.clone(), bed.dir.path());
-    broker.local.set_port(free_port());
+    let mut broker = broker(&bed, None, free_port());
     let listener = std::net::TcpListener::bind(broker.local).unwrap();
-    broker.is_expected = false;
     broker.connect(true).await.unwrap();
     drop(listener);
     let why = broker.connect(true).await.err().unwrap();
@@ -142,6 +171,17 @@ async fn a_broker_that_was_there_or_is_to_be_is_waited_for() {
     let listener = std::net::TcpListener::bind(broker.local).unwrap();
     broker.connect(true).await.unwrap();
     drop(listener);
+}
+
+#[tokio::test]
+async fn where_mosquitto_is_not_installed_it_is_said_how_it_comes() {
+    let bed = Bed::new().await;
+    let mut broker = broker(&bed, None, free_port());
+    broker.binaries = &["/nowhere/mosquitto"];
+    let why = broker.connect(true).await.err().unwrap();
+    assert!(why.contains("mosquitto is not installed") && why.contains("apt install mosquitto"), "{why}");
+    let why = broker.connect(false).await.err().unwrap();
+    assert!(why.contains("no device that would need one"), "{why}");
 }
 
 #[tokio::test]
@@ -197,13 +237,7 @@ async fn clients_are_answered_and_values_are_retained_also_by_a_broker_that_was_
 #[tokio::test]
 async fn only_whom_a_device_names_may_write_to_it() {
     let node = Node::new().await;
-    let passwords = node.bed.dir.path().join(PASSWORDS);
-    for user in ["app1", "app2"] {
-        let create: &[&str] = if passwords.exists() { &["-b"] } else { &["-c", "-b"] };
-        let made =
-            Command::new("mosquitto_passwd").args(create).arg(&passwords).args([user, "secret"]).status().unwrap();
-        assert!(made.success());
-    }
+    node.admit(&["app1", "app2"]);
     node.connected().await;
     let heard = node.subscribe(&["devices/#", "$hw/#"]);
     heard.hears("devices/ns/boiler/$state", "").await;
@@ -214,17 +248,14 @@ async fn only_whom_a_device_names_may_write_to_it() {
     // Not declared: as before.
     node.publish(None, &topic, update("31").as_bytes());
     heard.hears(&result, "31").await;
-    let json = json!({
-        "metadata": { "name": "boiler", "namespace": "ns", "uid": "u1", "annotations": { "skerry.dev/mqtt-writers": "app1" } },
-        "spec": { "deviceModelRef": { "name": "heater" }, "nodeName": "box", "properties": [{ "name": "temp" }, { "name": "on" }] },
-    });
-    let object = Object::new(Collection::Devices, "ns/boiler".to_owned(), "u1".to_owned(), json.to_string().as_bytes());
-    node.bed.store.apply(vec![Op::Upsert(object)]).await.unwrap();
+    node.guard("app1").await;
     let access = node.run.path().join("mqtt/access");
     eventually("the access list", || {
         std::fs::read_to_string(&access).is_ok_and(|list| list.contains("user app2") && list.contains("deny $hw"))
     })
     .await;
+    assert_eq!(std::fs::read(node.bed.dir.path().join(ACCESS)).unwrap(), std::fs::read(&access).unwrap());
+    assert!(node.status.borrow().is_own);
     // Read again by mosquitto within a moment of being told; then nobody else gets through, by neither name.
     eventually("the new list", || node.publish(Some("app1"), &topic, update("32").as_bytes())).await;
     heard.hears(&result, "32").await;
@@ -255,7 +286,12 @@ async fn a_broker_that_is_there_is_used_and_one_that_was_left_is_ended() {
     std::fs::write(dir.join("pid"), left.id().to_string()).unwrap();
     eventually("the one that was left", || std::net::TcpStream::connect(("127.0.0.1", other)).is_ok()).await;
     let (stop, (status, seen)) = (CancellationToken::new(), watch::channel(Status::default()));
-    let next = Node::serve(&bed, &run, port, status, &stop);
+    let at_run = || {
+        let mut broker = broker(&bed, None, port);
+        broker.dir = dir.clone();
+        broker
+    };
+    let next = Node::serve(&bed, at_run(), status, &stop);
     eventually("its successor", || seen.borrow().connected).await;
     assert!(left.try_wait().unwrap().is_some() && seen.borrow().message.ends_with("started by edgecore"));
     stop.cancel();
@@ -264,12 +300,50 @@ async fn a_broker_that_is_there_is_used_and_one_that_was_left_is_ended() {
     let mut theirs = mosquitto(&["-p", &port.to_string()]);
     eventually("mosquitto", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()).await;
     let (stop, (status, seen)) = (CancellationToken::new(), watch::channel(Status::default()));
-    let used = Node::serve(&bed, &run, port, status, &stop);
+    let used = Node::serve(&bed, at_run(), status, &stop);
     eventually("the broker", || seen.borrow().connected).await;
-    assert_eq!(seen.borrow().message, format!("127.0.0.1:{port}"));
+    assert_eq!((seen.borrow().message.clone(), seen.borrow().is_own), (format!("127.0.0.1:{port}"), false));
     assert!(!dir.exists());
     stop.cancel();
     used.await.unwrap();
+    theirs.kill().unwrap();
+    theirs.wait().unwrap();
+}
+
+#[tokio::test]
+async fn another_broker_can_be_given_the_rules() {
+    let (place, port) = (tempfile::tempdir().unwrap(), free_port());
+    let (socket, config) = (place.path().join("socket"), place.path().join("conf"));
+    let node = Node::with(Some(format!("unix://{}", socket.display())), port).await;
+    let passwords = node.admit(&["app1", "app2"]);
+    node.guard("app1").await;
+    let access = node.bed.dir.path().join(ACCESS);
+    eventually("the list", || std::fs::read_to_string(&access).is_ok_and(|list| list.contains("deny $hw"))).await;
+    // As docs/mqtt.md has it.
+    let rules = format!(
+        "user root\nper_listener_settings true\nlistener 0 {}\nallow_anonymous true\nlistener {port} 127.0.0.1\nallow_anonymous true\n\
+         acl_file {}\npassword_file {}\n",
+        socket.display(),
+        access.display(),
+        passwords.display()
+    );
+    std::fs::write(&config, rules).unwrap();
+    let mut theirs = mosquitto(&["-c", config.to_str().unwrap()]);
+    node.connected().await;
+    assert!(!node.status.borrow().is_own);
+    let heard = node.subscribe(&["devices/#", "$hw/#"]);
+    heard.hears("devices/ns/boiler/$state", "").await;
+    let (topic, result) = (format!("{BOILER}/twin/update"), format!("{BOILER}/twin/update/result"));
+    for user in [None, Some("app2"), Some("app1")] {
+        let name = user.unwrap_or("nobody");
+        let update = json!({ "event_id": name, "twin": { "temp": { "expected": { "value": "21" } } } }).to_string();
+        node.publish(user, &topic, update.as_bytes());
+    }
+    heard.hears(&result, "app1").await;
+    let lines = heard.lines.lock().unwrap().join("\n");
+    assert!(!lines.contains("app2") && !lines.contains("nobody"), "{lines}");
+    node.stop.cancel();
+    node.done.await.unwrap();
     theirs.kill().unwrap();
     theirs.wait().unwrap();
 }
