@@ -399,7 +399,8 @@ pub(crate) fn twin_property(sample: Sample) -> dmi::TwinProperty {
 
 /// Whether it is the call that failed, not what it told.
 fn is_broken(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded)
+    use Code::{Cancelled, DeadlineExceeded, ResourceExhausted, Unavailable};
+    matches!(status.code(), Unavailable | Cancelled | DeadlineExceeded | ResourceExhausted)
         || std::error::Error::source(status).is_some()
 }
 

@@ -237,9 +237,17 @@ fn metrics(devices: Devices) -> Answer {
                      # HELP device_refused_total Values and states of mappers that were refused.\n# TYPE device_refused_total counter\ndevice_refused_total {}\n\
                      # HELP device_time_corrected_total Samples from the future, or from before the ones before them, whose time was put right.\n# TYPE device_time_corrected_total counter\ndevice_time_corrected_total {}\n\
                      # HELP device_mapper_connections_refused_total Connections to the device mapper interface that were closed: their process had as many as it may.\n# TYPE device_mapper_connections_refused_total counter\ndevice_mapper_connections_refused_total {}\n\
+                     # HELP device_mapper_floods_total Reports that were refused: their process reported more values than it may.\n# TYPE device_mapper_floods_total counter\ndevice_mapper_floods_total {}\n\
+                     # HELP device_mapper_too_long_total Reports that were refused: they were longer than 4 MiB.\n# TYPE device_mapper_too_long_total counter\ndevice_mapper_too_long_total {}\n\
                      # HELP device_cloud_writes_lost_total Desired values of the cloud that were older than what was written at the box.\n# TYPE device_cloud_writes_lost_total counter\ndevice_cloud_writes_lost_total {}\n\
                      # HELP device_mapper_calls_total Calls of mappers that were answered.\n# TYPE device_mapper_calls_total counter",
-                    counters.values, counters.refused, counters.corrected, counters.refused_connections, counters.lost
+                    counters.values,
+                    counters.refused,
+                    counters.corrected,
+                    counters.refused_connections,
+                    counters.floods,
+                    counters.too_long,
+                    counters.lost
                 );
                 for (kind, calls) in ["register", "update", "remove", "model"].iter().zip(counters.calls) {
                     let _ = writeln!(text, "device_mapper_calls_total{{call=\"{kind}\"}} {calls}");

@@ -33,9 +33,10 @@ use tower::Service as _;
 use tracing::{debug, error, info, warn};
 
 use super::mapper::keep;
+use super::pace::Pace;
 use crate::devices::twin::{MapperId, MapperInfo, Now, ToTell, Twins};
 use crate::devices::{Devices, Refused, convert};
-use crate::supervise;
+use crate::{clock, supervise};
 
 /// Connections of one process; one more is closed.
 const MAX_CONNECTIONS: u32 = 32;
@@ -69,7 +70,7 @@ pub(crate) async fn serve(devices: Devices, path: PathBuf, stop: CancellationTok
             }
         }
     };
-    let open = Open::default();
+    let processes = Processes::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -78,7 +79,7 @@ pub(crate) async fn serve(devices: Devices, path: PathBuf, stop: CancellationTok
         match accepted {
             Ok((stream, _)) => {
                 let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
-                let place = match Place::take(&open, pid.unwrap_or(0)) {
+                let place = match Place::take(&processes, pid.unwrap_or(0), clock::monotonic()) {
                     Ok(place) => place,
                     Err(refused) => {
                         devices.lock().counters.refused_connections += 1;
@@ -94,14 +95,13 @@ pub(crate) async fn serve(devices: Devices, path: PathBuf, stop: CancellationTok
                     }
                 };
                 let known = devices.0.store.pods_known();
-                let service = Service { devices: devices.clone(), pid, known, stop: stop.clone() };
+                let service = Service { devices: devices.clone(), pid, place, known, stop: stop.clone() };
                 let stop = stop.clone();
                 supervise::spawn("dmi connection", async move {
                     tokio::select! {
                         () = stop.cancelled() => {}
                         () = connection(stream, service) => {}
                     }
-                    drop(place);
                 });
             }
             Err(error) => {
@@ -126,42 +126,69 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     listener
 }
 
-/// The connections of each process: those that are open, and how many more were refused meanwhile.
-type Open = Arc<Mutex<HashMap<i32, (u32, u32)>>>;
+/// What is known of each process that is connected, or has reported more than it may.
+#[derive(Clone, Debug, Default)]
+struct Processes(Arc<Mutex<HashMap<i32, Process>>>);
+
+#[derive(Debug, Default)]
+struct Process {
+    /// Those that are open.
+    connections: u32,
+    /// How many more were refused meanwhile.
+    refused: u32,
+    pace: Pace,
+}
 
 /// A connection's place among those of its process.
-struct Place(Open, i32);
+struct Place(Processes, i32);
+
+impl Processes {
+    fn with<T>(&self, act: impl FnOnce(&mut HashMap<i32, Process>) -> T) -> T {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 impl Place {
     /// Or how many the process was refused.
-    fn take(open: &Open, pid: i32) -> Result<Self, u32> {
-        let mut counts = open.lock().unwrap_or_else(PoisonError::into_inner);
-        let (count, refused) = counts.entry(pid).or_default();
-        if *count >= MAX_CONNECTIONS {
-            *refused = refused.saturating_add(1);
-            return Err(*refused);
-        }
-        *count += 1;
-        drop(counts);
-        Ok(Self(Arc::clone(open), pid))
+    fn take(processes: &Processes, pid: i32, now: Duration) -> Result<Self, u32> {
+        processes.with(|all| {
+            // Whoever connects anew has no more for it.
+            all.retain(|_, process| process.connections > 0 || process.pace.is_ahead(now));
+            let process = all.entry(pid).or_default();
+            if process.connections >= MAX_CONNECTIONS {
+                process.refused = process.refused.saturating_add(1);
+                return Err(process.refused);
+            }
+            process.connections += 1;
+            Ok(Self(processes.clone(), pid))
+        })
+    }
+
+    /// A call with so many values; or how many the process was refused.
+    fn report(&self, values: usize, now: Duration) -> Result<(), u64> {
+        self.0.with(|all| {
+            let pace = &mut all.entry(self.1).or_default().pace;
+            if pace.take(values, now) { Ok(()) } else { Err(pace.refused) }
+        })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((count, _)) = counts.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.1);
+        self.0.with(|all| {
+            if let Some(process) = all.get_mut(&self.1) {
+                process.connections -= 1;
+                if process.connections == 0 {
+                    process.refused = 0;
+                }
             }
-        }
+        });
     }
 }
 
 /// Generic over nothing: the generated services, without a router around them.
 async fn connection(stream: UnixStream, service: Service) {
-    let (devices, service) = (service.devices.clone(), Arc::new(service));
+    let (devices, pid, service) = (service.devices.clone(), service.pid, Arc::new(service));
     let manager = DeviceManagerServiceServer::from_arc(Arc::clone(&service));
     let reports = DeviceReportServiceServer::from_arc(service);
     let answer = service_fn(move |request: hyper::Request<Incoming>| {
@@ -173,8 +200,13 @@ async fn connection(stream: UnixStream, service: Service) {
             };
             if answer.as_ref().is_ok_and(|answer| answer.headers().get("grpc-status").is_some_and(|of| of == TOO_LONG))
             {
-                debug!("a report of more than 4 MiB was refused");
-                devices.lock().counters.refused += 1;
+                let mut twins = devices.lock();
+                (twins.counters.refused, twins.counters.too_long) =
+                    (twins.counters.refused + 1, twins.counters.too_long + 1);
+                // Twice as often each time that it is said.
+                if twins.counters.too_long.is_power_of_two() {
+                    warn!(pid, refused = twins.counters.too_long, "a mapper's report of more than 4 MiB was refused");
+                }
             }
             answer
         }
@@ -192,6 +224,7 @@ async fn connection(stream: UnixStream, service: Service) {
 struct Service {
     devices: Devices,
     pid: Option<i32>,
+    place: Place,
     /// Whether this node knows what is its own: false in a new store until the cloud has said it.
     known: watch::Receiver<bool>,
     stop: CancellationToken,
@@ -200,6 +233,19 @@ struct Service {
 impl Service {
     fn reporters(&self) -> Vec<MapperId> {
         self.pid.map(|pid| self.devices.0.links.of_process(pid)).unwrap_or_default()
+    }
+
+    /// Whether the process may report so many values now.
+    fn pace(&self, values: usize) -> Result<(), Status> {
+        let Err(refused) = self.place.report(values, clock::monotonic()) else { return Ok(()) };
+        self.devices.lock().counters.floods += 1;
+        if refused.is_power_of_two() {
+            warn!(
+                pid = self.pid,
+                refused, "a process reports more values than edgecore takes of one; some of them are refused"
+            );
+        }
+        Err(Status::resource_exhausted("this process reports too many values; report what changed, and less often"))
     }
 }
 
@@ -245,6 +291,7 @@ impl DeviceManagerService for Service {
         let said = request.into_inner();
         let key = key(said.device_namespace, &said.device_name);
         let twins = said.reported_device.unwrap_or_default().twins;
+        self.pace(twins.len())?;
         let reporters = self.reporters();
         let taken = self.hear(|of, now| of.report_values(&key, &reporters, &twins, now));
         taken.map_err(|refused| self.refuse(&key, &refused))?;
@@ -257,6 +304,7 @@ impl DeviceManagerService for Service {
     ) -> Result<Response<ReportDeviceStatesResponse>, Status> {
         let said = request.into_inner();
         let key = key(said.device_namespace, &said.device_name);
+        self.pace(1)?;
         let reporters = self.reporters();
         let taken = self.hear(|of, now| of.report_state(&key, &reporters, &said.state, now));
         taken.map_err(|refused| self.refuse(&key, &refused))?;
@@ -271,6 +319,7 @@ impl DeviceReportService for Service {
         if said.len() > MAX_DEVICES {
             return Err(Status::resource_exhausted(format!("one call may speak of {MAX_DEVICES} devices")));
         }
+        self.pace(said.iter().map(|device| device.properties.len() + 1).sum())?;
         let reporters = self.reporters();
         let mut refusals = Vec::new();
         for (said, first) in said.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
@@ -341,7 +390,7 @@ impl Service {
 }
 
 /// Older mappers know no namespaces.
-fn key(mut namespace: String, name: &str) -> String {
+pub(in crate::devices) fn key(mut namespace: String, name: &str) -> String {
     if namespace.is_empty() {
         namespace.push_str("default");
     }
@@ -351,7 +400,7 @@ fn key(mut namespace: String, name: &str) -> String {
 }
 
 /// What a mapper says of itself, if that will do.
-fn info(mapper: skerry_proto::dmi::MapperInfo) -> Result<MapperInfo, Status> {
+pub(in crate::devices) fn info(mapper: skerry_proto::dmi::MapperInfo) -> Result<MapperInfo, Status> {
     let address = String::from_utf8(mapper.address).map_err(|_| Status::invalid_argument("its address is no text"))?;
     let address = address.strip_prefix("unix://").or_else(|| address.strip_prefix("unix:")).unwrap_or(&address);
     let info = MapperInfo {

@@ -62,6 +62,10 @@ pub(crate) struct Counters {
     pub(crate) corrected: u64,
     /// Connections closed because their process had as many as it may.
     pub(crate) refused_connections: u64,
+    /// Calls refused because their process reported more than it may.
+    pub(crate) floods: u64,
+    /// Calls refused because they were longer than any may be.
+    pub(crate) too_long: u64,
     /// Words of the cloud that were older than what was written at the box.
     pub(crate) lost: u64,
     /// Calls of mappers that failed.
