@@ -36,6 +36,8 @@ impl Upstream {
         let failed = match written {
             Ok(_) => None,
             Err(error) if verdict(&error) == Verdict::NotFound => {
+                // A second request, of what the node may have written.
+                lock(&queue.state).device_written(clock::monotonic());
                 let metadata = json!({"namespace": namespace, "name": name, "ownerReferences": owners});
                 let body = json!({
                     "apiVersion": format!("{GROUP}/{VERSION}"), "kind": "DeviceStatus", "metadata": metadata, "status": status,
