@@ -1,9 +1,12 @@
 //! Whether a Device fits its DeviceModel, which no rule of a CRD can look at, and what would cost a rule too much.
 
-use skerry_proto::device::{DeviceModelSpec, DeviceSpec};
+use skerry_proto::device::{DeviceModelSpec, DeviceProperty, DeviceSpec};
 
 /// The longest text made of what is wrong, in bytes.
 const LONGEST: usize = 1000;
+
+/// Protocols of the mappers that ship, which push to fewer places than a Device can name. What others do is theirs.
+const OURS: [&str; 5] = ["http", "modbus", "mqtt", "opcua", "virtualProtocol"];
 
 /// What is wrong, for people; `None`: nothing.
 pub(super) fn problem(device: &DeviceSpec, model: Option<&DeviceModelSpec>) -> Option<String> {
@@ -25,6 +28,16 @@ pub(super) fn problem(device: &DeviceSpec, model: Option<&DeviceModelSpec>) -> O
             problems.push(format!("as desired, property {} {unfit}", property.name));
         }
     }
+    if OURS.contains(&protocol) {
+        for property in &device.properties {
+            problems.extend(unserved(property).map(|sink| {
+                format!(
+                    "property {} is pushed to {sink}, which Skerry's mappers do not do: use mqtt, http, file or dbMethod.influxdb2",
+                    property.name
+                )
+            }));
+        }
+    }
     let has = |name: &String| device.properties.iter().any(|property| property.name == *name);
     for method in &device.methods {
         let absent = method.property_names.iter().filter(|name| !has(name));
@@ -38,6 +51,19 @@ pub(super) fn problem(device: &DeviceSpec, model: Option<&DeviceModelSpec>) -> O
     let mut text = problems.join("; ");
     text.truncate(text.floor_char_boundary(LONGEST));
     Some(text)
+}
+
+/// Where a property is to be pushed that no mapper of Skerry's serves.
+fn unserved(property: &DeviceProperty) -> impl Iterator<Item = &'static str> {
+    let push = property.push_method.as_ref();
+    let db = push.and_then(|push| push.db_method.as_ref());
+    let sinks = [
+        (push.is_some_and(|push| push.otel.is_some()), "otel"),
+        (db.is_some_and(|db| db.redis.is_some()), "dbMethod.redis"),
+        (db.is_some_and(|db| db.tdengine.is_some()), "dbMethod.TDEngine"),
+        (db.is_some_and(|db| db.mysql.is_some()), "dbMethod.mysql"),
+    ];
+    sinks.into_iter().filter_map(|(is_there, sink)| is_there.then_some(sink))
 }
 
 #[cfg(test)]
@@ -70,6 +96,26 @@ mod tests {
             {"name": "speed", "desired": {"value": "101"}}, {"name": "heat", "desired": {"value": "1"}}, {"name": "sped"},
         ]));
         insta::assert_snapshot!(problem.unwrap(), @r#"as desired, property speed is 101, above its maximum 100; as desired, property heat cannot be written: the device model says ReadOnly; property sped is not in the DeviceModel m; method stop names property brake, which the device does not have"#);
+    }
+
+    #[test]
+    fn places_that_no_mapper_pushes_to_are_named() {
+        let push = json!({
+            "mqtt": {"address": "tcp://h:1883", "topic": "t"}, "otel": {"endpointURL": "http://h"},
+            "dbMethod": {"redis": {"redisClientConfig": {"addr": "h"}}, "influxdb2": {"influxdb2ClientConfig": {"url": "http://h"}}},
+        });
+        let properties = json!([{"name": "speed", "pushMethod": push}, {"name": "heat"}, {"name": "brake"}]);
+        let problem = found(&properties).unwrap();
+        assert!(problem.starts_with("property speed is pushed to otel, which"), "{problem}");
+        assert!(
+            problem.contains("; property speed is pushed to dbMethod.redis, which") && !problem.contains("to mqtt,"),
+            "{problem}"
+        );
+        // Another mapper may do it.
+        let device = json!({"protocol": {"protocolName": "lorawan"}, "properties": properties});
+        let device = serde_json::from_value(device).unwrap();
+        let problem = super::problem(&device, Some(&DeviceModelSpec::default())).unwrap();
+        assert!(!problem.contains("pushed"), "{problem}");
     }
 
     #[test]
