@@ -17,6 +17,10 @@ const STEP: Duration = Duration::from_secs(15);
 const FASTER: [(&str, u64); 4] = [("two", 500), ("four", 250), ("six", 166), ("eight", 125)];
 /// What edgecore may come to hold more under the load, MB; what leaks is more, after ten minutes of ten thousand values a second.
 const GROWTH: f64 = 2.0;
+/// What may be written of devices in the apiserver: so many a second, and so many at once.
+const WRITES: f64 = 5.0;
+/// What a write in the apiserver may take to the device over the narrow line, in seconds, the median.
+const NARROW_WRITE: f64 = 0.2;
 /// For how long telemetry is asked for over the narrow line.
 const STREAM: Duration = Duration::from_secs(30);
 
@@ -52,15 +56,18 @@ pub(super) fn measure(bed: &Bed, time: Duration) -> Result<()> {
     tell("devices.lost", "sink", float(counts.lost), "1");
     tell("devices.cpu.10k", "edgecore+mapper", used.iter().sum::<f64>() * 10_000.0 / rate, "%");
     let ours = float(undisturbed.len() as u64);
-    tell("devices.api.writes", "cloudcore", (bed.writes()? - writes - ours) / seconds, "1/s");
+    let written = bed.writes()? - writes - ours;
+    tell("devices.api.writes", "cloudcore", written / seconds, "1/s");
     tell("devices.rss.1000", "edgecore", last - base, "MB");
     tell("devices.rss.growth", "edgecore", last - first, "MB");
-    stream(bed, &mut desire, undisturbed)?;
+    let narrow = stream(bed, &mut desire, undisturbed)?;
     bed.relay.set(|line| line.bandwidth = 0);
     drop((mapper, valve));
     let is_whole = lost + counts.lost == 0;
     sustained(bed, if is_whole { rate } else { 0.0 })?;
     ensure!(is_whole, "values were lost: {lost} on the way to edgecore, {} on the way to the sink", counts.lost);
+    ensure!(written <= WRITES * seconds + WRITES, "{written} were written in the apiserver in {seconds:.0} s");
+    ensure!(narrow <= NARROW_WRITE, "a write took {narrow:.3} s to the device over the narrow line");
     ensure!(last - first < GROWTH, "edgecore grew by {:.1} MB in {seconds:.0} s", last - first);
     Ok(())
 }
@@ -106,8 +113,9 @@ fn next() -> u64 {
     NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
 }
 
-/// All values are asked for from the cloud, of which the line carries a part: what is written to a device passes all the same.
-fn stream(bed: &Bed, desire: &mut objects::Desire, undisturbed: Vec<f64>) -> Result<()> {
+/// All values are asked for from the cloud, of which the line carries a part: what is written to a device passes all the same. Answers the
+/// longer of what that takes beside reports and beside values.
+fn stream(bed: &Bed, desire: &mut objects::Desire, undisturbed: Vec<f64>) -> Result<f64> {
     eprintln!("all values are asked for over 256 kbit/s, for {} s", STREAM.as_secs());
     let up = bed.relay.bytes().0;
     // At the port of the node's kubelet: the apiserver's proxy goes to no loopback address.
@@ -131,6 +139,7 @@ fn stream(bed: &Bed, desire: &mut objects::Desire, undisturbed: Vec<f64>) -> Res
     ensure!(is_read, "the client ended that reads the values");
     ensure!(bed.cloud.metric("skerry_sessions")? == 1.0, "the session did not stand");
     eprintln!("{carried:.0} bytes a second went up");
+    let mut longest = 0.0_f64;
     for (subject, times) in [("reports", undisturbed), ("values", disturbed)] {
         let count = times.len();
         let (median, worst) = median(times);
@@ -138,8 +147,9 @@ fn stream(bed: &Bed, desire: &mut objects::Desire, undisturbed: Vec<f64>) -> Res
             "a write in the apiserver was at the device after {median:.3} s beside {subject}, at worst {worst:.3} s, of {count}"
         );
         tell("devices.desired.narrow.s", subject, median, "s");
+        longest = longest.max(median);
     }
-    Ok(())
+    Ok(longest)
 }
 
 /// The highest rate at which nothing is lost.
