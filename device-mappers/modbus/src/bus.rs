@@ -25,6 +25,8 @@ pub struct Bus {
     transaction: u16,
     /// When connecting failed last, and why: who asks right after is told the same.
     failed: Option<(Duration, String)>,
+    /// The device on a serial line that did not answer in time, and until when it may.
+    late: Option<(u8, Duration)>,
 }
 
 /// Why there is no answer.
@@ -51,7 +53,7 @@ impl Bus {
     /// A bus that is not connected yet.
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, stream: None, transaction: 0, failed: None }
+        Self { endpoint, stream: None, transaction: 0, failed: None, late: None }
     }
 
     /// Where it is.
@@ -128,6 +130,11 @@ impl Bus {
                 tokio::time::timeout(patience, exchange).await
             }
             Endpoint::Serial(settings) => {
+                if let Some((_, until)) = self.late.take_if(|(late, _)| *late == unit) {
+                    // A line has no numbers: what it still says to the request before would be taken for the answer to this one.
+                    let said = exchange(&mut *stream, Vec::new(), frame::parse_rtu, |_, from| from == unit);
+                    let _ = tokio::time::timeout(until.saturating_sub(clock::monotonic()), said).await;
+                }
                 quiet(&mut *stream, settings.baud).await;
                 let exchange = exchange(&mut *stream, frame::rtu(unit, pdu), frame::parse_rtu, |_, from| from == unit);
                 tokio::time::timeout(patience, exchange).await
@@ -140,10 +147,11 @@ impl Bus {
             }
             Ok(Err(why)) => Err(NoAnswer::Gone(why)),
             // The answer may come later, and some devices give it the number of the next request: on TCP, a new connection is safe from
-            // it; on a serial line, the silence before the next request.
+            // it; on a serial line, it is waited for before the next request, for as long again.
             Err(_) => {
                 if matches!(self.endpoint, Endpoint::Serial(_)) {
                     self.stream = Some(stream);
+                    self.late = Some((unit, clock::monotonic() + patience));
                 }
                 Err(NoAnswer::Silent(format!(
                     "unit {unit} does not answer within {patience:?}; see `slaveID` and `timeout`"

@@ -1,8 +1,9 @@
-//! A device that answers to some registers and takes no notice of others.
+//! Devices that answer to some registers and take no notice of others, and what answers like no device at all.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at the first thing that is not so")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::json;
 use skerry_mapper::testing::{Edge, Process, desire, device, model};
@@ -92,4 +93,39 @@ async fn a_register_that_is_not_answered_to_takes_no_other_with_it() {
     edge.is("one", "offline").await;
     off.store(false, Ordering::SeqCst);
     edge.is("one", "unhealthy").await;
+}
+
+#[tokio::test]
+async fn what_is_no_device_is_tried_again_and_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let config = json!({"ip": "127.0.0.1", "port": port, "slaveID": 1, "timeout": 300});
+    let one = device("one", "m", &config, &[("a", json!({"register": "HoldingRegister", "offset": 0, "limit": 1}))]);
+    let edge = Edge::start(directory.path(), vec![model("m", &[("a", "INT")])], vec![one]);
+    let _mapper = Process::mapper(MAPPER, &edge, &[]);
+    // What follows the number of the request.
+    for answer in [
+        &b""[..],
+        b"TP/1.1 400 Bad Request\r\n\r\n",
+        // Of another protocol, of no length, of more than there can be, cut off.
+        b"\x01\x00\x00\x05\x01\x03\x02\x00\x07",
+        b"\x00\x00\x00\x00\x01\x03\x02\x00\x07",
+        b"\x00\x00\xff\xff\x01\x03\x02\x00\x07",
+        b"\x00\x00\x00\x05\x01\x03",
+        // Of another function, of another count, of a count that is not its own, an exception that is none.
+        b"\x00\x00\x00\x05\x01\x04\x02\x00\x07",
+        b"\x00\x00\x00\x07\x01\x03\x04\x00\x07\x00\x08",
+        b"\x00\x00\x00\x05\x01\x03\xfa\x00\x07",
+        b"\x00\x00\x00\x03\x01\x83\x00",
+    ] {
+        let accepted = tokio::time::timeout(Duration::from_secs(20), listener.accept()).await.unwrap();
+        let (mut stream, mut request) = (accepted.unwrap().0, [0; 64]);
+        assert!(stream.read(&mut request).await.unwrap() > 2);
+        let _ = stream.write_all(&[&request[..2], answer].concat()).await;
+        let _ = tokio::time::timeout(Duration::from_millis(400), stream.read(&mut request)).await;
+    }
+    drop(listener);
+    edge.is("one", "offline").await;
+    assert_eq!(edge.value("one", "a"), None, "none of it is a value");
 }

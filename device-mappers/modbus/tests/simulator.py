@@ -1,6 +1,8 @@
 """Modbus devices of pymodbus: units 1 and 2 on TCP, or unit 1 on one end of a serial line that this makes.
 
-simulator.py tcp PORT | simulator.py rtu
+simulator.py tcp PORT | simulator.py rtu LINK
+LINK is made a symbolic link to the other end, so that it has one name however often this is started anew. As on any line, nobody answers
+for units that are not there.
 On stdin: `delay SECONDS` makes every answer wait.
 """
 
@@ -71,8 +73,18 @@ async def main():
         ready = "ready"
     else:
         ours, theirs = line()
-        server = ModbusSerialServer([unit(1)], framer=FramerType.RTU, port=ours, baudrate=115200)
-        ready = theirs
+
+        # It would answer for any unit, with an exception.
+        def silent_for_others(sending, frame):
+            return b"" if sending and frame[0] != 1 else frame
+
+        server = ModbusSerialServer(
+            [unit(1)], framer=FramerType.RTU, port=ours, baudrate=115200, trace_packet=silent_for_others
+        )
+        link = sys.argv[2]
+        os.symlink(theirs, f"{link}.new")
+        os.replace(f"{link}.new", link)
+        ready = link
     task = asyncio.create_task(server.serve_forever())
     await asyncio.sleep(0.3)
     print(ready, flush=True)
