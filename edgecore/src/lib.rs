@@ -20,3 +20,16 @@ pub mod runtime;
 pub mod stats;
 pub mod store;
 pub mod supervise;
+
+// What damages input in the tests of proto: its files, for as a feature of it everything would be built once more.
+#[cfg(test)]
+#[path = "../../proto/src/dice.rs"]
+#[allow(dead_code, reason = "not all of it is needed here")]
+mod dice;
+#[cfg(test)]
+#[path = "../../proto/src/fuzz/run.rs"]
+mod fuzz;
+#[cfg(test)]
+#[path = "../../proto/src/fuzz/mutate.rs"]
+#[allow(dead_code, reason = "not all of it is needed here")]
+mod mutate;

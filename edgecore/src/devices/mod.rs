@@ -15,6 +15,8 @@ use crate::store::Store;
 
 pub(crate) mod convert;
 pub(crate) mod dmi;
+#[cfg(test)]
+mod fuzz;
 pub(crate) mod http;
 mod methods;
 pub mod mqtt;

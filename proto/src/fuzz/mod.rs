@@ -3,17 +3,13 @@
 //! Each test here damages valid input ([`corpus`]) by seed ([`mutate`]) and hands it to one of the [`targets`]. `SEED=n` replays one input;
 //! with `FUZZ=n` each goes on for so many seconds, as `scripts/soak fuzz` does.
 
-use std::time::{Duration, Instant};
-
-use crate::dice::{self, Dice};
+use self::run::fuzz;
 
 mod alloc;
 mod corpus;
 mod mutate;
+mod run;
 mod targets;
-
-/// Inputs for each target when nobody asks for more.
-const USUAL: u64 = 3000;
 
 #[test]
 fn frames() {
@@ -63,28 +59,4 @@ fn join_tokens() {
 #[test]
 fn mqtt() {
     fuzz(targets::mqtt, &corpus::mqtt(), mutate::bytes);
-}
-
-/// An input is a string of bytes, or of messages.
-fn fuzz<T: Sync>(target: fn(&[T]), seeds: &[Vec<T>], damaged: fn(&mut Dice, &[Vec<T>]) -> Vec<T>) {
-    seeds.iter().for_each(|seed| target(seed));
-    let one = |seed| target(&damaged(&mut Dice::new(seed), seeds));
-    let seconds = std::env::var("FUZZ").ok().filter(|_| std::env::var("SEED").is_err());
-    let Some(seconds) = seconds.map(|seconds| Duration::from_secs(seconds.parse().unwrap())) else {
-        dice::seeds("RUNS", USUAL, one);
-        return;
-    };
-    let begin = now();
-    while begin.elapsed() < seconds {
-        dice::seeds("RUNS", dice::MANY, |seed| {
-            if begin.elapsed() < seconds {
-                one(seed);
-            }
-        });
-    }
-}
-
-#[expect(clippy::disallowed_methods, reason = "it says how long to go on, and nothing else depends on it")]
-fn now() -> Instant {
-    Instant::now()
 }

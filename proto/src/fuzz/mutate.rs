@@ -1,4 +1,5 @@
-//! Damage: to bytes, to the order of frames in a sequence, and to the fields of a message without knowing which message it is.
+//! Damage: to bytes, to the order of frames in a sequence, and to the fields of a message without knowing which message it is. The tests of
+//! edgecore have this file, too.
 
 use std::ops::Range;
 

@@ -323,6 +323,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn fuzzed_requests_are_answered() {
+        let seeds = [
+            &br#"{"event_id":"1","timestamp":3,"twin":{"a":{"expected":{"value":"x"},"actual":{"value":"7","metadata":{"timestamp":9}}},"b":null}}"#[..],
+            br#"{"event_id":"2","timestamp":4,"state":"online"}"#,
+        ];
+        let answered = |payload: &[u8]| {
+            if let Err(failure) = read(payload) {
+                assert!(failure.code == 400 && failure.reason.len() < 1000, "{failure:?}");
+            }
+        };
+        crate::fuzz::fuzz(answered, &seeds.map(<[u8]>::to_vec), crate::mutate::bytes);
+    }
+
     proptest! {
         #[test]
         fn any_payload_is_answered(payload in proptest::collection::vec(any::<u8>(), 0..200)) {
