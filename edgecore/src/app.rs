@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use k8s_openapi::api::core::v1::NodeStatus;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
 use skerry_proto::footprint;
@@ -66,6 +67,8 @@ pub struct KubeletParts {
     pub wanted: broadcast::Sender<ReportWanted>,
     /// Requests to end every pod.
     pub reset: ResetRequests,
+    /// Where the kubelet puts the node's status.
+    pub status: watch::Sender<Option<NodeStatus>>,
     /// Where the kubelet puts what measures its pods, once it runs.
     pub stats: watch::Sender<Option<Stats>>,
     /// To the container runtime.
@@ -127,6 +130,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let runtime = connect::channel(&config.runtime_endpoint)?;
     let (stats, measured) = watch::channel(None);
+    let (status, own_status) = watch::channel(None);
     let devices = Devices::new(store.clone());
     let (mqtt, mqtt_seen) = watch::channel(mqtt::Status::default());
     let ops = Ops::new(store.clone(), Arc::clone(&config), runtime.clone(), measured)
@@ -140,6 +144,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         server: config.server.clone(),
         store: store.clone(),
         link: link_seen.clone(),
+        status: own_status,
         identity: identity.as_ref().map(|(_, seen)| seen.clone()),
         reset,
         ops: ops.clone(),
@@ -229,6 +234,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         link_state: link_seen,
         wanted,
         reset: ResetRequests::new(resets),
+        status,
         stats,
         runtime,
         shutdown: stop_kubelet.clone(),

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::NodeStatus;
 use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use skerry_proto::sync::Collection;
+use skerry_proto::sync::{Collection, Report};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -56,6 +57,11 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         namespace: Option<String>,
     },
+    /// The events about an object that the cloud does not have yet, as an array; the last one is the newest.
+    Events {
+        /// Of the object.
+        uid: String,
+    },
     /// Ends every pod and starts none any more.
     ResetPrepare,
 }
@@ -66,7 +72,7 @@ pub enum Request {
 pub enum What {
     /// Pods, with the status as this node knows it.
     Pods,
-    /// This node.
+    /// This node, with the status as it knows it itself.
     Nodes,
     /// ConfigMaps that pods here use.
     ConfigMaps,
@@ -164,6 +170,8 @@ pub struct Control {
     pub store: Store,
     /// The link.
     pub link: watch::Receiver<LinkState>,
+    /// How the node fares, once that is known.
+    pub status: watch::Receiver<Option<NodeStatus>>,
     /// The certificate, if there is a usable one.
     pub identity: Option<watch::Receiver<Arc<Identity>>>,
     /// Served by the kubelet.
@@ -247,6 +255,9 @@ impl Control {
         let result = match request {
             Request::Status => self.status().await.and_then(|status| serde_json::to_value(status).map_err(text)),
             Request::Get { what, namespace } => self.get(what, namespace.as_deref()).await.map(Value::Array),
+            Request::Events { uid } => {
+                self.store.events(&uid).await.map(|reports| Value::Array(events(&reports))).map_err(text)
+            }
             Request::ResetPrepare => self.prepare_reset().await.map(|()| Value::Null),
         };
         result.map_or_else(Response::Error, Response::Ok)
@@ -274,7 +285,15 @@ impl Control {
             What::Pods => self.store.notes(POD_STATUS_NOTES).await.map_err(text)?,
             What::Nodes | What::ConfigMaps => Vec::new(),
         };
-        Ok(objects(&rows, &notes, namespace))
+        let mut objects = objects(&rows, &notes, namespace);
+        if what == What::Nodes
+            && let Some(status) = self.status.borrow().as_ref().and_then(|status| serde_json::to_value(status).ok())
+        {
+            for fields in objects.iter_mut().filter_map(Value::as_object_mut) {
+                fields.insert("status".to_owned(), status.clone());
+            }
+        }
+        Ok(objects)
     }
 
     async fn prepare_reset(&self) -> Result<(), String> {
@@ -307,6 +326,11 @@ pub fn objects(rows: &[Row], notes: &[(String, Bytes)], namespace: Option<&str>)
             Some(object)
         })
         .collect()
+}
+
+/// The Events that reports carry.
+pub fn events(reports: &[Report]) -> Vec<Value> {
+    reports.iter().filter_map(|report| serde_json::from_slice(&report.payload).ok()).collect()
 }
 
 /// Counts pods by their status.
@@ -394,7 +418,7 @@ pub fn age_now(since: Timestamp) -> String {
 
 #[cfg(test)]
 mod tests {
-    use skerry_proto::sync::{Object, Op};
+    use skerry_proto::sync::{Object, Op, ReportKind};
 
     use super::*;
 
@@ -422,9 +446,20 @@ mod tests {
         let store = Store::open(dir.path(), Timestamp::UNIX_EPOCH).unwrap();
         let pod = br#"{"metadata":{"name":"a","namespace":"default","uid":"u1"}}"#;
         let object = Object::new(Collection::Pods, "default/a".to_owned(), "u1".to_owned(), pod);
-        store.apply(vec![Op::Upsert(object)]).await.unwrap();
+        let node = br#"{"metadata":{"name":"box","uid":"u0"}}"#;
+        let node = Object::new(Collection::Node, "box".to_owned(), "u0".to_owned(), node);
+        store.apply(vec![Op::Upsert(object), Op::Upsert(node)]).await.unwrap();
         let status = r#"{"phase":"Running","conditions":[{"type":"Ready","status":"True"}]}"#;
         store.remember(POD_STATUS_NOTES, "u1", Bytes::from(status)).await.unwrap();
+        let event = Report {
+            id: 0,
+            kind: ReportKind::Event,
+            namespace: "default".to_owned(),
+            name: "a.1".to_owned(),
+            uid: "u1".to_owned(),
+            payload: Bytes::from(r#"{"reason":"Started"}"#),
+        };
+        store.report(event).await.unwrap();
         let identity = crate::identity::tests::identity("box", dir.path());
         let (reset, mut resets) = mpsc::channel(1);
         let link = LinkState::Offline { since: Timestamp::UNIX_EPOCH, reason: "no route".to_owned() };
@@ -436,6 +471,7 @@ mod tests {
             ops: Ops::new(store.clone(), config, channel, watch::channel(None).1),
             store,
             link: watch::channel(link).1,
+            status: watch::channel(Some(NodeStatus { phase: Some("Here".to_owned()), ..NodeStatus::default() })).1,
             identity: Some(watch::channel(Arc::new(identity)).1),
             reset,
             mqtt: watch::channel(mqtt::Status::default()).1,
@@ -451,6 +487,11 @@ mod tests {
         let get = |namespace: &str| Request::Get { what: What::Pods, namespace: Some(namespace.to_owned()) };
         assert_eq!(ask::<Vec<Value>>(&path, &get("default")).await.unwrap()[0]["status"]["phase"], "Running");
         assert!(ask::<Vec<Value>>(&path, &get("other")).await.unwrap().is_empty());
+        let nodes: Vec<Value> = ask(&path, &Request::Get { what: What::Nodes, namespace: None }).await.unwrap();
+        assert_eq!((nodes.len(), &nodes[0]["status"]["phase"]), (1, &"Here".into()));
+        let events = |uid: &str| Request::Events { uid: uid.to_owned() };
+        assert_eq!(ask::<Vec<Value>>(&path, &events("u1")).await.unwrap()[0]["reason"], "Started");
+        assert!(ask::<Vec<Value>>(&path, &events("u2")).await.unwrap().is_empty());
         let (prepared, ()) = tokio::join!(ask::<Value>(&path, &Request::ResetPrepare), async {
             resets.recv().await.unwrap().send(Err("a pod does not end".to_owned())).unwrap();
         });

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use super::node::find;
-use super::{DataDir, print};
+use super::{DataDir, print, table};
 use crate::clock;
 use crate::config::Config;
 use crate::control::{self, AskError, POD_STATUS_NOTES, Request, What, age};
@@ -23,7 +23,7 @@ pub(super) struct Describe {
 
 #[derive(Subcommand, Debug)]
 enum Kind {
-    /// A pod: its containers, what they do, and why.
+    /// A pod: its containers, what they do, and why; and events that the cloud does not have yet.
     #[command(
         alias = "pods",
         alias = "po",
@@ -50,18 +50,26 @@ impl Describe {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let Kind::Pod(PodArgs { name, namespace, data }) = self.what;
         let config = Config::load(&data.data_dir)?;
+        let socket = config.control_socket(&data.data_dir);
         let request = Request::Get { what: What::Pods, namespace: namespace.clone() };
-        let pods: Vec<Value> = match control::ask(&config.control_socket(&data.data_dir), &request).await {
-            Ok(pods) => pods,
+        let (pods, snapshot): (Vec<Value>, _) = match control::ask(&socket, &request).await {
+            Ok(pods) => (pods, None),
             Err(AskError::NotRunning(_)) => {
                 super::note("edgecore is not running: this is what its store holds, the status may be old");
                 let mut snapshot = Snapshot::open(&data.data_dir)?;
                 let notes = snapshot.notes(POD_STATUS_NOTES)?;
-                control::objects(&snapshot.list(What::Pods.collection())?, &notes, namespace.as_deref())
+                let rows = snapshot.list(What::Pods.collection())?;
+                (control::objects(&rows, &notes, namespace.as_deref()), Some(snapshot))
             }
             Err(error) => return Err(error.into()),
         };
-        print(&describe(&find(&pods, namespace.as_deref(), &name)?.object, clock::wall()));
+        let pod = find(&pods, namespace.as_deref(), &name)?.object;
+        let uid = pod["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+        let events: Vec<Value> = match snapshot {
+            Some(mut snapshot) => control::events(&snapshot.events(&uid)?),
+            None => control::ask(&socket, &Request::Events { uid }).await?,
+        };
+        print(&describe(&pod, &events, clock::wall()));
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -111,7 +119,7 @@ fn pairs(value: &Value, between: &str) -> Vec<String> {
         .collect()
 }
 
-fn describe(pod: &Value, now: Timestamp) -> String {
+fn describe(pod: &Value, events: &[Value], now: Timestamp) -> String {
     let (meta, spec, status) = (&pod["metadata"], &pod["spec"], &pod["status"]);
     let mut page = Page::default();
     page.line(0, "Name", &text(&meta["name"]));
@@ -169,7 +177,32 @@ fn describe(pod: &Value, now: Timestamp) -> String {
     page.lines(0, "Node-Selectors", &pairs(&spec["nodeSelector"], "="));
     let tolerations: Vec<String> = list(&spec["tolerations"]).map(toleration).collect();
     page.lines(0, "Tolerations", &tolerations);
+    if events.is_empty() {
+        page.line(0, "Events", "<none>");
+    } else {
+        page.line(0, "Events", "");
+        let header = ["Type", "Reason", "Age", "From", "Message"];
+        let rule = header.map(|name| "-".repeat(name.len())).to_vec();
+        let rows: Vec<Vec<String>> = std::iter::once(rule).chain(events.iter().map(|of| event(of, now))).collect();
+        for line in table(&header, &rows).lines() {
+            let _ = writeln!(page.0, "  {line}");
+        }
+    }
     page.0
+}
+
+/// The cells of an event.
+fn event(event: &Value, now: Timestamp) -> Vec<String> {
+    let ago = |at: &Value| {
+        at.as_str().and_then(|at| at.parse().ok()).map_or_else(|| "<unknown>".to_owned(), |at| age(at, now))
+    };
+    let (first, last) = (ago(&event["firstTimestamp"]), ago(&event["lastTimestamp"]));
+    let seen = match event["count"].as_i64() {
+        Some(count @ 2..) => format!("{last} (x{count} over {first})"),
+        _ => first,
+    };
+    let message = event["message"].as_str().unwrap_or_default().trim().to_owned();
+    vec![text(&event["type"]), text(&event["reason"]), seen, text(&event["source"]["component"]), message]
 }
 
 fn container(page: &mut Page, spec: &Value, status: &Value, now: Timestamp) {
@@ -337,7 +370,12 @@ mod tests {
                 "containerStatuses": [{ "name": "main", "containerID": "containerd://abc", "imageID": "sha256:1", "ready": false, "restartCount": 3,
                     "state": { "waiting": { "reason": "CrashLoopBackOff", "message": "back-off" } },
                     "lastState": { "terminated": { "exitCode": 1, "reason": "Error", "startedAt": "2026-01-01T00:58:00Z", "finishedAt": "2026-01-01T00:59:00Z" } } }] } });
-        insta::assert_snapshot!(describe(&pod, "2026-01-01T01:00:00Z".parse().unwrap()), @r"
+        let event = |kind: &str, reason: &str, count: i64| {
+            json!({ "type": kind, "reason": reason, "message": format!("{reason} it\n"), "source": { "component": "kubelet" },
+                "count": count, "firstTimestamp": "2026-01-01T00:00:00Z", "lastTimestamp": "2026-01-01T00:59:50Z" })
+        };
+        let events = [event("Normal", "Started", 1), event("Warning", "BackOff", 7)];
+        insta::assert_snapshot!(describe(&pod, &events, "2026-01-01T01:00:00Z".parse().unwrap()), @r"
         Name:             web
         Namespace:        shop
         Service Account:  default
@@ -382,8 +420,14 @@ mod tests {
         QoS Class:        Burstable
         Node-Selectors:   <none>
         Tolerations:      node.kubernetes.io/not-ready:NoExecute op=Exists for 300s
+        Events:
+          Type      Reason    Age                 From      Message
+          ----      ------    ---                 ----      -------
+          Normal    Started   60m                 kubelet   Started it
+          Warning   BackOff   10s (x7 over 60m)   kubelet   BackOff it
         ");
         // Of a pod that has just come nothing is known, and nothing breaks.
-        assert!(describe(&json!({ "metadata": { "name": "new" } }), Timestamp::UNIX_EPOCH).contains("new"));
+        let new = describe(&json!({ "metadata": { "name": "new" } }), &[], Timestamp::UNIX_EPOCH);
+        assert!(new.contains("new") && new.ends_with("Events:           <none>\n"), "{new}");
     }
 }

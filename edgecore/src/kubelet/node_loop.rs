@@ -55,7 +55,8 @@ pub struct NodeLoop {
     images: Vec<cri::Image>,
     images_at: Option<Duration>,
     pressure: Pressure,
-    status: Option<NodeStatus>,
+    /// The last one, for whoever asks at the box.
+    status: watch::Sender<Option<NodeStatus>>,
     sent: Option<Duration>,
     /// The events of a start were recorded.
     started: bool,
@@ -77,7 +78,14 @@ pub struct News {
 
 impl NodeLoop {
     /// Reads the box. The runtime is asked by [`NodeLoop::run`].
-    pub async fn new(store: Store, cri: Cri, config: Arc<Config>) -> (Self, News) {
+    pub async fn new(
+        store: Store,
+        cri: Cri,
+        config: Arc<Config>,
+        status: watch::Sender<Option<NodeStatus>>,
+    ) -> (Self, News) {
+        // Of an earlier loop of this process.
+        status.send_replace(None);
         let pods_root = config.pods_dir.clone();
         let (machine, capacity, addresses) = blocking(move || {
             let machine = Machine::read();
@@ -104,7 +112,7 @@ impl NodeLoop {
             images: Vec::new(),
             images_at: None,
             pressure: Pressure::default(),
-            status: None,
+            status,
             sent: None,
             started: false,
             facts,
@@ -213,14 +221,14 @@ impl NodeLoop {
             version: self.version.as_ref(),
             images: &self.images,
         };
-        let status = node::status(&inputs, self.status.as_ref(), clock::wall());
+        let status = node::status(&inputs, self.status.borrow().as_ref(), clock::wall());
         let is_ready = ready(&status);
-        let changed = self.status.as_ref().map(ready) != Some(is_ready);
-        let due = self.status.as_ref().is_none_or(|old| node::due(self.sent, now, old, &status));
+        let changed = self.status.borrow().as_ref().map(ready) != Some(is_ready);
+        let due = self.status.borrow().as_ref().is_none_or(|old| node::due(self.sent, now, old, &status));
         if due {
             self.report(&status, now).await;
         }
-        self.status = Some(status);
+        self.status.send_replace(Some(status));
         let name = &self.config.node_name;
         if let Some(context) = context {
             let record = |warning, reason, message| {
@@ -434,7 +442,7 @@ mod tests {
         let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
         let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
         config.pods_dir = dir.path().to_owned();
-        let (mut node, news) = NodeLoop::new(store.clone(), cri, Arc::new(config)).await;
+        let (mut node, news) = NodeLoop::new(store.clone(), cri, Arc::new(config), watch::channel(None).0).await;
         let reported = async || {
             let reports = store.pending_reports(0, 1 << 20).await.unwrap();
             serde_json::from_slice::<NodeReport>(&reports.last().unwrap().payload).unwrap().addresses
@@ -458,7 +466,7 @@ mod tests {
         let cri = Cri::new(connect::channel(&endpoint).unwrap());
         let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
         config.pods_dir = dir.path().to_owned();
-        let (mut node, _news) = NodeLoop::new(agent.store.clone(), cri, Arc::new(config)).await;
+        let (mut node, _news) = NodeLoop::new(agent.store.clone(), cri, Arc::new(config), watch::channel(None).0).await;
         for (boot, is_another) in [("a", false), ("a", false), ("b", true), ("b", false)] {
             node.machine.boot_id = boot.to_owned();
             assert_eq!(node.has_rebooted().await, is_another, "{boot}");
@@ -483,7 +491,7 @@ mod tests {
         let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
         let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
         config.pods_dir = dir.path().to_owned();
-        let (mut node, news) = NodeLoop::new(store, cri, Arc::new(config)).await;
+        let (mut node, news) = NodeLoop::new(store, cri, Arc::new(config), watch::channel(None).0).await;
         assert!(!node.look(None).await);
         assert!(news.network.borrow().is_some() && !conf.exists());
         // They are installed later.

@@ -99,10 +99,26 @@ impl Db {
     }
 
     pub(super) fn pending_reports(&mut self, after: u64, max_bytes: usize) -> rusqlite::Result<Vec<Report>> {
-        let mut statement = self.connection.prepare_cached(
-            "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE id > ?1 ORDER BY id",
-        )?;
-        let mut rows = statement.query([i64::try_from(after).unwrap_or(i64::MAX)])?;
+        let after = i64::try_from(after).unwrap_or(i64::MAX);
+        let query = "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE id > ?1 ORDER BY id";
+        self.reports(query, &[&after], max_bytes)
+    }
+
+    /// The events about an object that wait for the cloud.
+    pub(super) fn events(&mut self, uid: &str) -> rusqlite::Result<Vec<Report>> {
+        let kind = ReportKind::Event as i32;
+        let query = "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE kind = ?1 AND uid = ?2 ORDER BY id";
+        self.reports(query, &[&kind, &uid], usize::MAX)
+    }
+
+    fn reports(
+        &mut self,
+        query: &str,
+        values: &[&dyn rusqlite::ToSql],
+        max_bytes: usize,
+    ) -> rusqlite::Result<Vec<Report>> {
+        let mut statement = self.connection.prepare_cached(query)?;
+        let mut rows = statement.query(values)?;
         let (mut reports, mut bytes) = (Vec::new(), 0);
         while let Some(row) = rows.next()? {
             let stored = StoredReport::read(row)?;

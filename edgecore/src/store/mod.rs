@@ -339,6 +339,12 @@ impl Store {
         self.read("read the outbox", move |db| db.pending_reports(after, max_bytes)).await
     }
 
+    /// The events about an object, by its UID, that wait for the cloud; the last one is the newest.
+    pub async fn events(&self, uid: &str) -> Result<Vec<Report>, Error> {
+        let uid = uid.to_owned();
+        self.read("read the events of an object", move |db| db.events(&uid)).await
+    }
+
     /// Removes a report that the cloud took (`refused` empty) or refused for good, which is recorded.
     pub async fn report_done(&self, id: u64, refused: String) -> Result<(), Error> {
         self.write(Write::Done(vec![(id, refused)])).await

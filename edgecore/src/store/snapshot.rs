@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags};
-use skerry_proto::sync::Collection;
+use skerry_proto::sync::{Collection, Report};
 
 use super::db::Db;
 use super::migrate::{self, Found};
@@ -39,6 +39,11 @@ impl Snapshot {
     /// All good notes of a kind.
     pub fn notes(&mut self, kind: &str) -> Result<Vec<(String, Bytes)>, Error> {
         self.db.notes(kind).map_err(|source| Error::sqlite("read notes", source))
+    }
+
+    /// The events about an object that wait for the cloud.
+    pub fn events(&mut self, uid: &str) -> Result<Vec<Report>, Error> {
+        self.db.events(uid).map_err(|source| Error::sqlite("read the events of an object", source))
     }
 
     /// Figures for people.

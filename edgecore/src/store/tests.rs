@@ -141,6 +141,12 @@ async fn the_outbox_coalesces_statuses_bounds_events_and_never_uses_an_id_twice(
     assert_eq!((events.len(), events[0].name.as_str()), (MAX_EVENTS, "e20"));
     let last_event = &events[MAX_EVENTS - 1];
     assert_eq!((last_event.name.as_str(), &last_event.payload[..]), ("e30", (MAX_EVENTS - 1).to_string().as_bytes()));
+    let of = last_event.uid.clone();
+    assert_eq!(
+        store.events(&of).await.unwrap(),
+        events.iter().filter(|event| event.uid == of).cloned().collect::<Vec<_>>()
+    );
+    assert!(store.events("nobody").await.unwrap().is_empty());
     assert!(events[0].id > last);
     store.close().await;
     let again = reopen(dir.path());
