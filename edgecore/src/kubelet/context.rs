@@ -20,7 +20,7 @@ use super::resources::Machine;
 use super::volumes::Volumes;
 use crate::clock;
 use crate::runtime::Cri;
-use crate::stats::Counts;
+use crate::stats::{Counts, Ends};
 use crate::store::{self, Store};
 
 /// Kind of the store's notes that hold the last status of each pod, by UID.
@@ -61,6 +61,7 @@ pub struct Context {
     recorder: Mutex<Recorder>,
     events: mpsc::Sender<Report>,
     probe_counts: Counts,
+    ends: Ends,
     /// Milliseconds, monotonic.
     round_at: AtomicU64,
 }
@@ -78,7 +79,14 @@ impl Context {
     pub fn new(parts: Parts, node: &str) -> (Self, mpsc::Receiver<Report>) {
         let (events, receiver) = mpsc::channel(EVENTS);
         let recorder = Mutex::new(Recorder::new(node));
-        let context = Self { parts, recorder, events, probe_counts: Counts::default(), round_at: AtomicU64::new(0) };
+        let context = Self {
+            parts,
+            recorder,
+            events,
+            probe_counts: Counts::default(),
+            ends: Ends::default(),
+            round_at: AtomicU64::new(0),
+        };
         context.came_round();
         (context, receiver)
     }
@@ -102,6 +110,11 @@ impl Context {
     /// How the probes of pods went.
     pub fn probe_counts(&self) -> &Counts {
         &self.probe_counts
+    }
+
+    /// How containers ended.
+    pub fn ends(&self) -> &Ends {
+        &self.ends
     }
 
     /// Records an event about an object. No work waits for it.

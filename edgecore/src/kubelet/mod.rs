@@ -2,6 +2,7 @@
 //!
 //! Decisions are pure ([`plan`], [`status`], [`probe`]); what carries them out is thin ([`worker`], [`execute`]).
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
@@ -16,6 +17,7 @@ use self::volumes::Volumes;
 use crate::app::KubeletParts;
 use crate::config::Config;
 use crate::runtime::Cri;
+use crate::runtime::connect::socket_path;
 use crate::stats::Stats;
 
 pub mod admission;
@@ -63,8 +65,8 @@ pub mod worker;
 struct Measured<'a>(&'a watch::Sender<Option<Stats>>);
 
 impl<'a> Measured<'a> {
-    fn begin(stats: &'a watch::Sender<Option<Stats>>, context: Arc<Context>) -> Self {
-        stats.send_replace(Some(Stats::new(context)));
+    fn begin(stats: &'a watch::Sender<Option<Stats>>, context: Arc<Context>, runtime: PathBuf) -> Self {
+        stats.send_replace(Some(Stats::new(context, runtime)));
         Self(stats)
     }
 }
@@ -128,7 +130,9 @@ pub async fn run(parts: KubeletParts) {
         };
         let (context, events) = Context::new(parts, &config.node_name);
         let context = Arc::new(context);
-        let _measured = Measured::begin(&stats, context.clone());
+        // There is a channel, so that it is one.
+        let socket = socket_path(&config.runtime_endpoint).unwrap_or_default();
+        let _measured = Measured::begin(&stats, context.clone(), socket);
         context_sender.send_replace(Some(context.clone()));
         let pods = Pods::new(context.clone()).run(
             crate::runtime::events(cri, channel),

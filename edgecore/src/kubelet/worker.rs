@@ -23,7 +23,7 @@ use super::execute::{Done, Execution, post_start};
 use super::gather::Needs;
 use super::images::PullPolicy;
 use super::memory::{Failure, Memory, PostStart, ProbeResult, Probes, Volumes};
-use super::observed::Observed;
+use super::observed::{Observed, State};
 use super::plan::{Action, Life, Plan, Stage, Step, plan};
 use super::probes::{PodProbes, Results};
 use super::references::PodEvent;
@@ -102,6 +102,8 @@ struct Worker {
     unpublished: bool,
     at_start: bool,
     over: Arc<AtomicBool>,
+    /// Instances that were seen to have ended.
+    ended: BTreeSet<String>,
 }
 
 /// Works until nothing is left of the pod.
@@ -119,6 +121,7 @@ pub async fn run(context: Arc<Context>, desired: watch::Receiver<Desired>, begin
         unpublished: false,
         at_start,
         over,
+        ended: BTreeSet::new(),
     };
     loop {
         let desired = worker.desired.borrow_and_update().clone();
@@ -171,6 +174,7 @@ impl Worker {
         self.memory.take_back_interrupted(&mut observed);
         self.take_in(desired, &observed, now);
         self.memory.prune(&observed);
+        self.count_ends(pod, &observed);
         self.forgive_pulls(pod, now).await;
         if let Some(probes) = &self.probes {
             self.memory.probes = probes.results();
@@ -224,6 +228,20 @@ impl Worker {
             Again::WhenNeeded => self.wait(wake_at).await,
         }
         Turn::Again
+    }
+
+    /// What ended while no edgecore looked is not counted.
+    fn count_ends(&mut self, pod: &Pod, observed: &Observed) {
+        let is_known = self.at_start && self.seen.is_none();
+        let before = std::mem::take(&mut self.ended);
+        let spec = Spec::new(pod).all();
+        for instance in observed.containers.iter().filter(|instance| instance.state == State::Exited) {
+            let kind = spec.iter().find(|view| view.name == instance.name).map(|view| view.kind);
+            if let Some(kind) = kind.filter(|_| !is_known && !before.contains(&instance.id)) {
+                self.context.ends().add(kind, instance.exit_code, &instance.reason);
+            }
+            self.ended.insert(instance.id.clone());
+        }
     }
 
     /// An image that somebody else brought is not waited for.

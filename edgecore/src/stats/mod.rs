@@ -6,12 +6,14 @@
 //! minutes after the last request they are dropped.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use skerry_proto::cri;
+use tokio::net::UnixStream;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
@@ -30,6 +32,7 @@ use crate::{clock, order, supervise};
 mod cadvisor;
 mod cgroup;
 mod disk;
+mod ends;
 mod own;
 mod page;
 mod probes;
@@ -39,6 +42,7 @@ mod samples;
 mod snapshot;
 mod summary;
 
+pub use ends::Ends;
 pub use probes::{Counts, PodCounts};
 
 /// The content type of the pages of metrics.
@@ -63,6 +67,8 @@ pub struct Stats(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     context: Arc<Context>,
+    /// Where the runtime listens.
+    runtime: PathBuf,
     /// One pass over cgroups at a time; others wait for their turn, as long as whoever asked does.
     turn: Arc<Semaphore>,
     /// The same for summaries, which walk directories: nobody else waits for that.
@@ -86,7 +92,7 @@ struct Kept {
     samples: Samples,
     /// Of the last summary, monotonic: what the samples are of.
     sampled: Duration,
-    /// When the runtime told it, monotonic.
+    /// What the runtime told, and until when that is good, monotonic.
     stored: Option<(Duration, Stored)>,
     /// Of the last request, monotonic.
     asked: Duration,
@@ -126,10 +132,11 @@ impl Kept {
 }
 
 impl Stats {
-    /// Measures nothing before it is asked.
-    pub fn new(context: Arc<Context>) -> Self {
+    /// Measures nothing before it is asked. The runtime is the one that listens on this socket.
+    pub fn new(context: Arc<Context>, runtime: PathBuf) -> Self {
         Self(Arc::new(Inner {
             context,
+            runtime,
             turn: Arc::new(Semaphore::new(1)),
             summing: Arc::new(Semaphore::new(1)),
             sandbox_image: OnceCell::new(),
@@ -144,8 +151,7 @@ impl Stats {
         let (listed, is_whole) = self.listed().await;
         self.remember();
         if self.0.kept().lacks_samples(clock::monotonic()) {
-            let first = self.take(listed.clone(), Wanted::cgroups(Depth::Cpu), &turn).await;
-            self.0.rate(first);
+            self.rated(listed.clone(), Wanted::cgroups(Depth::Cpu), &turn).await;
             tokio::time::sleep(BETWEEN).await;
         }
         let mut parts = None;
@@ -155,14 +161,13 @@ impl Stats {
             parts = Some(self.node_parts(&stored).await);
             wanted = Wanted { depth: Depth::Full, network: true, disk: true, layers: stored.layers };
         }
-        let mut snapshot = self.0.rate(self.take(listed, wanted, &turn).await);
+        let mut snapshot = self.rated(listed, wanted, &turn).await;
         snapshot.is_lacking |= !is_whole;
         if snapshot.is_lacking {
             debug!("the summary lacks something");
         }
-        let own = blocking(proc::own).await;
         let node = self.0.context.node();
-        let summary = summary::summary(&node.name, &snapshot, own.as_ref(), parts.as_ref());
+        let summary = summary::summary(&node.name, &snapshot, parts.as_ref());
         serde_json::to_vec(&summary).unwrap_or_default().into()
     }
 
@@ -205,7 +210,8 @@ impl Stats {
         let observed = self.observed().await;
         let (own, (_, booted)) = blocking(|| (proc::own(), proc::node_stat())).await;
         let booted = booted.and_then(|at| Timestamp::from_second(at).ok());
-        own::page(&self.0.context.node().name, observed.as_ref(), own.as_ref(), booted, mqtt)
+        let context = &self.0.context;
+        own::page(&context.node().name, observed.as_ref(), context.ends(), own.as_ref(), booted, mqtt)
     }
 
     /// How long the loop that looks after pods has not come round.
@@ -233,8 +239,8 @@ impl Stats {
     /// What the runtime told lately, or tells now.
     async fn stored(&self) -> Stored {
         let now = clock::monotonic();
-        if let Some((at, stored)) = &self.0.kept().stored
-            && now.saturating_sub(*at) < STORED_FOR
+        if let Some((until, stored)) = &self.0.kept().stored
+            && now < *until
         {
             return stored.clone();
         }
@@ -251,7 +257,7 @@ impl Stats {
         let stored = Stored { layers: Arc::new(layers.unwrap_or_default()), images };
         if is_whole {
             self.remember();
-            self.0.kept().stored = Some((now, stored.clone()));
+            self.0.kept().stored = Some((now + STORED_FOR, stored.clone()));
         }
         stored
     }
@@ -294,6 +300,21 @@ impl Stats {
         .await
     }
 
+    /// With what serves the pods, and with rates.
+    async fn rated(&self, listed: Vec<Listed>, wanted: Wanted, turn: &Turn) -> Snapshot {
+        let mut snapshot = self.take(listed, wanted, turn).await;
+        // Whoever began to listen there.
+        let runtime = UnixStream::connect(&self.0.runtime).await.and_then(|stream| stream.peer_cred());
+        let runtime = runtime.ok().and_then(|credentials| credentials.pid());
+        snapshot.programs = blocking(move || {
+            let runtime = runtime.and_then(|pid| proc::process(&pid.to_string()));
+            let programs = [("kubelet", proc::own()), ("runtime", runtime)];
+            programs.into_iter().filter_map(|(name, process)| Some((name, process?))).collect()
+        })
+        .await;
+        self.0.rate(snapshot)
+    }
+
     /// From now on something is kept, which a task drops when nobody asks any more.
     fn remember(&self) {
         let mut kept = self.0.kept();
@@ -322,6 +343,10 @@ impl Inner {
             for container in &mut pod.containers {
                 rate(&container.path, &mut container.usage);
             }
+        }
+        for (name, process) in &mut snapshot.programs {
+            process.rate = process.cpu.and_then(|cpu| kept.samples.observe(name, process.since, cpu));
+            seen.insert((*name).to_owned());
         }
         kept.samples.keep(|path| seen.contains(path));
         drop(kept);

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use super::ends::Ends;
 use super::page::{Labels, Page, Seconds};
-use super::proc::Own;
+use super::proc::Process;
 use crate::devices::mqtt;
 use crate::kubelet::observed::{Observed, State};
 
@@ -14,7 +15,8 @@ use crate::kubelet::observed::{Observed, State};
 pub(super) fn page(
     node: &str,
     observed: Option<&BTreeMap<String, Observed>>,
-    own: Option<&Own>,
+    ends: &Ends,
+    own: Option<&Process>,
     booted: Option<Timestamp>,
     mqtt: &mqtt::Status,
 ) -> Bytes {
@@ -44,6 +46,7 @@ pub(super) fn page(
         page.gauge("kubelet_running_pods", "[ALPHA] Number of pods that have a running pod sandbox")
             .add(&none, running, None);
     }
+    ends.write(&mut page);
     page.gauge("skerry_mqtt_connected", "Whether a broker is connected that devices are spoken of with.").add(
         &none,
         u8::from(mqtt.connected),

@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
 
 use super::cgroup::{Memory, TICK, keyed};
+use crate::clock;
 
 /// Counters of a network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,11 +37,15 @@ pub(super) struct NodeMemory {
     pub(super) swap_total: u64,
 }
 
-/// This process.
+/// A process at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Own {
+pub(super) struct Process {
+    /// When it was read, monotonic.
+    pub(super) since: Duration,
     /// CPU time in nanoseconds.
     pub(super) cpu: Option<u64>,
+    /// Its rate, in billionths of a core, once there are two samples.
+    pub(super) rate: Option<u64>,
     /// Bytes in memory.
     pub(super) resident: u64,
     /// Bytes of address space.
@@ -85,16 +91,23 @@ pub(super) fn node_stat() -> (Option<u64>, Option<i64>) {
 }
 
 /// This process now.
-pub(super) fn own() -> Option<Own> {
-    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| u64::try_from(size).ok()).unwrap_or(4096);
-    let mut own = own_stat(&fs::read_to_string("/proc/self/stat").ok()?, page)?;
+pub(super) fn own() -> Option<Process> {
+    let mut own = process("self")?;
     let cpu = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).ok();
-    own.cpu = cpu.and_then(|cpu| u64::try_from(std::time::Duration::from(cpu).as_nanos()).ok());
+    own.cpu = cpu.and_then(|cpu| u64::try_from(Duration::from(cpu).as_nanos()).ok());
     // Without the one that lists them.
     own.open_files = fs::read_dir("/proc/self/fd").ok().map(|all| all.count().saturating_sub(1) as u64);
-    let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    own.own = anonymous(&statm).map(|pages| pages * page);
     Some(own)
+}
+
+/// A process now, but for its files.
+pub(super) fn process(pid: &str) -> Option<Process> {
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| u64::try_from(size).ok()).unwrap_or(4096);
+    let mut process = stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, page)?;
+    process.since = clock::monotonic();
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    process.own = anonymous(&statm).map(|pages| pages * page);
+    Some(process)
 }
 
 fn net_dev(text: &str) -> Vec<Interface> {
@@ -149,18 +162,19 @@ fn busy(stat: &str) -> Option<u64> {
     Some((user + nice + system + irq + softirq).saturating_mul(TICK))
 }
 
-fn own_stat(stat: &str, page: u64) -> Option<Own> {
+fn stat(stat: &str, page: u64) -> Option<Process> {
     // The name is in parentheses and may hold anything.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
     // Counted as in proc(5), where the state is the third.
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    Some(Own {
+    Some(Process {
+        cpu: Some((field(14)? + field(15)?).saturating_mul(TICK)),
         resident: field(24)?.saturating_mul(page),
         addressed: field(23)?,
         started: field(22)?.saturating_mul(TICK),
         faults: field(10)?,
         major_faults: field(12)?,
-        ..Own::default()
+        ..Process::default()
     })
 }
 
@@ -211,14 +225,17 @@ mod tests {
     }
 
     #[test]
-    fn this_process() {
+    fn a_process() {
         let stat =
             "4711 (a) (b c) S 1 4711 4711 0 -1 4194560 1234 0 56 0 78 9 0 0 20 0 3 0 8900 123456789 2048 1844674407\n";
-        let own = own_stat(stat, 4096).unwrap();
+        let own = super::stat(stat, 4096).unwrap();
+        assert_eq!(own.cpu, Some(870_000_000));
         assert_eq!((own.faults, own.major_faults), (1234, 56));
         assert_eq!((own.started, own.addressed, own.resident), (89_000_000_000, 123_456_789, 8 << 20));
         assert_eq!(anonymous("30140 2048 1048 1 0 2000 0\n"), Some(1000));
         let real = super::own().unwrap();
+        let other = process(&std::process::id().to_string()).unwrap();
+        assert!(other.started == real.started && other.resident > 0 && process("nobody").is_none());
         assert!(real.resident > 0 && real.cpu > Some(0) && real.open_files > Some(2) && real.own > Some(0));
     }
 }

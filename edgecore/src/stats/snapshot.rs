@@ -11,7 +11,7 @@ use skerry_proto::sync::{Collection, Entry};
 
 use super::cgroup::{self, Depth, Usage};
 use super::disk::{self, Used, Volume};
-use super::proc::{self, Interface, NodeMemory};
+use super::proc::{self, Interface, NodeMemory, Process};
 use crate::kubelet::cgroup::Cgroups;
 use crate::kubelet::observed::{Instance, Observed, Sandbox, State};
 use crate::order;
@@ -26,6 +26,8 @@ pub(super) struct Snapshot {
     pub(super) all_pods: Usage,
     pub(super) top: String,
     pub(super) pods: Vec<Pod>,
+    /// What serves them, by the names that a kubelet has for it. Empty unless that was asked for.
+    pub(super) programs: Vec<(&'static str, Process)>,
     /// Something that should be there could not be read.
     pub(super) is_lacking: bool,
 }

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::cgroup::{Stall, Usage};
 use super::disk::{Used, used};
-use super::proc::{Interface, NodeMemory, Own};
+use super::proc::{Interface, NodeMemory};
 use super::snapshot::{Container, Pod, Snapshot};
 use crate::kubelet::node::{Disk, Load};
 
@@ -223,19 +223,14 @@ impl Serialize for Time {
 }
 
 /// The summary; without `parts` only CPU, memory and swap.
-pub(super) fn summary<'a>(
-    node: &'a str,
-    snapshot: &'a Snapshot,
-    own: Option<&Own>,
-    parts: Option<&'a NodeParts>,
-) -> Summary<'a> {
+pub(super) fn summary<'a>(node: &'a str, snapshot: &'a Snapshot, parts: Option<&'a NodeParts>) -> Summary<'a> {
     let disks = parts.map(|parts| &parts.load);
     let time = Time(snapshot.node.at);
     let fs = disks.and_then(|load| load.pods_disk.as_ref());
     Summary {
         node: NodeStats {
             node_name: node,
-            system_containers: system_containers(snapshot, own),
+            system_containers: system_containers(snapshot),
             start_time: snapshot.booted.map(Time),
             basics: node_basics(&snapshot.node, snapshot.memory.as_ref(), parts.is_some()),
             network: parts
@@ -248,14 +243,14 @@ pub(super) fn summary<'a>(
     }
 }
 
-/// `kubelet` is this process and `pods` the cgroup of all of them.
-fn system_containers<'a>(snapshot: &Snapshot, own: Option<&Own>) -> Vec<ContainerStats<'a>> {
+/// `kubelet` is this process, `runtime` the one that answers on the runtime's socket, and `pods` the cgroup of all of them.
+fn system_containers<'a>(snapshot: &Snapshot) -> Vec<ContainerStats<'a>> {
     let start_time = snapshot.booted.map(Time);
     let container = |name, start_time, basics| ContainerStats { name, start_time, basics, rootfs: None, logs: None };
     let time = Time(snapshot.node.at);
-    let kubelet = own.map(|own| {
-        let cpu =
-            own.cpu.map(|usage| CpuStats { time, usage_nano_cores: None, usage_core_nano_seconds: usage, psi: None });
+    let programs = snapshot.programs.iter().map(|(name, own)| {
+        let (usage_nano_cores, psi) = (own.rate, None);
+        let cpu = own.cpu.map(|usage| CpuStats { time, usage_nano_cores, usage_core_nano_seconds: usage, psi });
         let memory = MemoryStats {
             time,
             available_bytes: None,
@@ -267,10 +262,10 @@ fn system_containers<'a>(snapshot: &Snapshot, own: Option<&Own>) -> Vec<Containe
             psi: None,
         };
         let started = snapshot.booted.map(|booted| Time(super::after(booted, own.started)));
-        container("kubelet", started, Basics { cpu, memory: Some(memory), io: None, swap: None })
+        container(*name, started, Basics { cpu, memory: Some(memory), io: None, swap: None })
     });
     let pods = container("pods", start_time, basics(&snapshot.all_pods, false));
-    kubelet.into_iter().chain([pods]).collect()
+    programs.chain([pods]).collect()
 }
 
 fn pod_stats<'a>(pod: &'a Pod, parts: Option<&NodeParts>) -> PodStats<'a> {

@@ -84,7 +84,7 @@ fn fields_are_called_as_in_the_api() {
         ],
         "ephemeral-storage": fs(3, 2),
     });
-    let full = serde_json::to_value(summary("box", &snapshot, None, Some(&parts))).unwrap();
+    let full = serde_json::to_value(summary("box", &snapshot, Some(&parts))).unwrap();
     assert_eq!(full["pods"], json!([expected_pod]));
     let mut node = full["node"].clone();
     node.as_object_mut().unwrap().remove("systemContainers");
