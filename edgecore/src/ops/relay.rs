@@ -27,8 +27,9 @@ const MAX_REFUSAL: usize = 64 << 10;
 const BUFFER: usize = 16 << 10;
 /// What the asking side has to say yet when the runtime has ended.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long the runtime may be silent when nothing goes to it any more: what has a terminal does not end by itself.
-const HANGUP: Duration = Duration::from_millis(500);
+/// How long the runtime may be silent when nothing goes to it any more: what has a terminal does not end by itself. Twice this has to be well
+/// within the second that a session may outlive its other end.
+const HANGUP: Duration = Duration::from_millis(250);
 /// How long what it said may wait then for the asking side to take some of it: the link may be slow.
 const STALLED: Duration = Duration::from_secs(30);
 
