@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use rand::{RngExt as _, SeedableRng as _};
 use ring::digest::{SHA256, digest};
-use serde_json::json;
+use serde_json::{Value, json};
 use skerry_tests::cloudcore::{get as get_plain, kubelet_address};
 use skerry_tests::images::{BUSYBOX, SERVER};
 use skerry_tests::kubectl::Kubectl;
@@ -33,6 +33,7 @@ type Verb = fn(&World, &Kubectl) -> Result<()>;
 
 /// What kubectl speaks: WebSockets first, or only SPDY.
 const DIALECTS: [&str; 2] = ["true", "false"];
+const TRANSPORTS: [&str; 2] = ["websocket", "quic"];
 /// One way, of a round trip of 50 ms.
 const FAR: Duration = Duration::from_millis(25);
 
@@ -75,6 +76,7 @@ fn every_verb(world: &mut World, transport: &str) -> Result<()> {
         }
     }
     pages(world)?;
+    proxied(world, &nobody(world)?).context("through the apiserver's proxy")?;
     eventually("the log of a container before its crash", 60, || {
         let before = kubectl.output(&["logs", "crashed", "--previous"])?;
         Ok((before.success && before.stdout == "before the crash\n").then_some(()))
@@ -201,7 +203,8 @@ fn copies(world: &World, kubectl: &Kubectl) -> Result<()> {
     ensure!(same.status.success(), "the tree changed on its way: {}", String::from_utf8_lossy(&same.stdout));
     fs::remove_dir_all(&there)?;
     fs::remove_dir_all(&back)?;
-    Ok(())
+    // What comes next would go into it.
+    kubectl.run(&["exec", "ops", "-c", "box", "--", "rm", "-r", "/tmp/tree"]).map(drop)
 }
 
 /// What goes in by attach comes out there, and in a log that is followed.
@@ -316,33 +319,43 @@ fn pages(world: &World) -> Result<()> {
     ensure!(page("healthz")?.trim() == "ok");
     let resource = page("metrics/resource")?;
     ensure!(resource.contains("node_memory_working_set_bytes") && resource.contains("pod=\"ops\""), "{resource}");
-    let summary: serde_json::Value = serde_json::from_str(&page("stats/summary")?)?;
+    let summary: Value = serde_json::from_str(&page("stats/summary")?)?;
     ensure!(
         summary["node"]["nodeName"] == world.edge.name()
             && summary["pods"].as_array().is_some_and(|pods| !pods.is_empty())
     );
-    let pods: serde_json::Value = serde_json::from_str(&page("pods")?)?;
+    let pods: Value = serde_json::from_str(&page("pods")?)?;
     ensure!(pods["items"].as_array().is_some_and(|pods| pods.iter().any(|pod| pod["metadata"]["name"] == "ops")));
     ensure!(
         page("metrics")?.contains("kubelet_running_pods")
             && page("metrics/cadvisor")?.contains("container_memory_working_set_bytes")
     );
-    let running: serde_json::Value = serde_json::from_str(&page("runningpods/")?)?;
+    let running: Value = serde_json::from_str(&page("runningpods/")?)?;
     ensure!(running["items"].as_array().is_some_and(|pods| !pods.is_empty()), "{running}");
-    let config: serde_json::Value = serde_json::from_str(&page("configz")?)?;
+    let config: Value = serde_json::from_str(&page("configz")?)?;
     ensure!(config["kubeletconfig"].is_object(), "{config}");
     ensure!(page("metrics/probes")?.contains("prober_probe_total"), "no probe of the pod is counted");
     ensure!(page("logs/")?.contains("<a href="));
-    let nothing = world.dir().join("nothing");
-    fs::write(&nothing, "")?;
-    let nothing = nothing.to_str().context("a path")?;
-    let post = |path: &str| world.straight(world.admin(), &["create", "--raw", path, "-f", nothing]);
+    let nothing = nothing(world)?;
+    let post = |path: &str| world.straight(world.admin(), &["create", "--raw", path, "-f", &nothing]);
     let namespace = world.kubectl.namespace();
     let said = post(&format!("/run/{namespace}/ops/box?cmd=echo%20it%20ran"))?;
     ensure!(said.success && said.stdout == "it ran\n", "{}", said.text());
     let refused = post(&format!("/checkpoint/{namespace}/ops/box"))?;
     ensure!(!refused.success && refused.stderr.contains("cannot be checkpointed"), "{}", refused.text());
     Ok(())
+}
+
+/// An empty file, for what is posted without a body.
+fn nothing(world: &World) -> Result<String> {
+    let nothing = world.dir().join("nothing");
+    fs::write(&nothing, "")?;
+    Ok(nothing.to_str().context("a path")?.to_owned())
+}
+
+/// A kubectl of somebody without rights.
+fn nobody(world: &World) -> Result<Kubectl> {
+    Kubectl::new(&control()?.certificate_kubeconfig("nobody", "nobody", &[])?, world.dir())
 }
 
 #[test]
@@ -360,8 +373,7 @@ fn only_who_may_reaches_a_node() -> Result<()> {
         };
         ensure!(ask(&[])? == "401", "without credentials: {}", ask(&[])?);
         ensure!(ask(&["-H", "Authorization: Bearer nonsense"])? == "401");
-        let nobody = control()?.certificate_kubeconfig("nobody", "nobody", &[])?;
-        let nobody = Kubectl::new(&nobody, world.dir())?;
+        let nobody = nobody(world)?;
         let straight = world.straight(&nobody, &["get", "--raw", "/pods"])?;
         ensure!(!straight.success && straight.stderr.contains("orbidden"), "{}", straight.stderr);
         let exec =
