@@ -13,7 +13,7 @@ use skerry_tests::process::{Process, run};
 use skerry_tests::wait::{eventually, until};
 use skerry_tests::{guest, paths, ports};
 
-use super::{FAR, start_pod};
+use super::{FAR, TRANSPORTS, start_pod};
 use crate::world::{World, control, story};
 
 /// metrics-server takes nothing shorter.
@@ -26,8 +26,13 @@ fn prometheus_reads_a_node() -> Result<()> {
     story("ops-prometheus", |world| {
         start_pod(world)?;
         world.relay.set(|line| line.latency = FAR);
-        let prometheus = Prometheus::start(world, &own_ca(world)?)?;
-        prometheus.reads(world).inspect_err(|_| tell(&prometheus.process))?;
+        let ca = own_ca(world)?;
+        for transport in TRANSPORTS {
+            world.carry_over(transport)?;
+            let prometheus = Prometheus::start(world, transport, &ca)?;
+            let read = prometheus.reads(world).inspect_err(|_| tell(&prometheus.process));
+            read.with_context(|| format!("over {transport}"))?;
+        }
         own_top(world)?;
         signs(world)
     })
@@ -43,8 +48,14 @@ fn metrics_server_reads_a_node() -> Result<()> {
         }
         start_pod(world)?;
         world.relay.set(|line| line.latency = FAR);
-        let metrics_server = MetricsServer::start(world, &own_ca(world)?)?;
-        tops(world).inspect_err(|_| tell(&metrics_server.process))
+        let ca = own_ca(world)?;
+        for transport in TRANSPORTS {
+            world.carry_over(transport)?;
+            let metrics_server = MetricsServer::start(world, &ca)?;
+            let topped = tops(world).inspect_err(|_| tell(&metrics_server.process));
+            topped.with_context(|| format!("over {transport}"))?;
+        }
+        Ok(())
     })
 }
 
@@ -188,8 +199,8 @@ struct Prometheus {
 }
 
 impl Prometheus {
-    /// By a ServiceAccount that may read metrics of nodes. Debian's has no discovery by Kubernetes: it is told what discovery would find.
-    fn start(world: &World, ca: &Path) -> Result<Self> {
+    /// Without samples of any before it. By a ServiceAccount that may read metrics of nodes. Debian's has no discovery by Kubernetes: it is told what discovery would find.
+    fn start(world: &World, name: &str, ca: &Path) -> Result<Self> {
         let kubectl = &world.kubectl;
         let account = json!([{"kind": "ServiceAccount", "name": "prometheus", "namespace": kubectl.namespace()}]);
         let metadata = json!({"name": "skerry-test-prometheus", "labels": guest::marks()});
@@ -202,7 +213,7 @@ impl Prometheus {
                 "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": metadata["name"]}, "subjects": account},
         ]});
         kubectl.apply(&manifest.to_string())?;
-        let dir = world.dir().join("prometheus");
+        let dir = world.dir().join(format!("prometheus-{name}"));
         fs::create_dir_all(&dir)?;
         let write = |name: &str, text: &str| -> Result<PathBuf> {
             let path = dir.join(name);
