@@ -393,7 +393,8 @@ pub fn hello(node: &str) -> wire::Hello {
     }
 }
 
-async fn connect(address: SocketAddr, identity: Option<&Identity>) -> Result<TlsStream<TcpStream>> {
+/// A TLS connection that takes whoever answers for whom it calls.
+pub async fn connect(address: SocketAddr, identity: Option<&Identity>) -> Result<TlsStream<TcpStream>> {
     let config = client(identity)?;
     let stream = TcpStream::connect(address).await?;
     let name = ServerName::IpAddress(address.ip().into());

@@ -28,6 +28,7 @@ mod cuts;
 mod monitoring;
 mod offline;
 mod soak;
+mod websocket;
 
 type Verb = fn(&World, &Kubectl) -> Result<()>;
 
