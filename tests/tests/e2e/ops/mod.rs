@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use skerry_tests::cloudcore::{get as get_plain, kubelet_address};
 use skerry_tests::images::{BUSYBOX, SERVER};
 use skerry_tests::kubectl::Kubectl;
-use skerry_tests::manifests::{GRACE, container};
+use skerry_tests::manifests::{GRACE, container, sleeper};
 use skerry_tests::pki::Authority;
 use skerry_tests::ports;
 use skerry_tests::process::{Piped, Process, under};
@@ -106,6 +106,14 @@ fn start_pod(world: &World) -> Result<()> {
         },
     });
     world.run_pods(&pod.to_string(), "app=ops", 1).map(drop)
+}
+
+/// A pod that sleeps and mounts a ConfigMap.
+fn mounting(world: &World, name: &str, configmap: &str) -> Value {
+    let mut pod = sleeper(name, world.edge.name(), false);
+    pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "mounted", "mountPath": "/mounted"}]);
+    pod["spec"]["volumes"] = json!([{"name": "mounted", "configMap": {"name": configmap}}]);
+    pod
 }
 
 /// A pod, `crashed`, whose container does so once.
