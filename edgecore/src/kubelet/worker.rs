@@ -185,6 +185,8 @@ impl Worker {
         let node = self.context.node();
         let status = status::status(pod, *life, &observed, &self.memory, &node.host_ips, now);
         let resend = self.seen.as_ref().map_or(0, |seen| seen.resend) != desired.resend;
+        // The note of an earlier process may have been put back with the rest of the store: what the cloud was told since, nobody here knows.
+        let begins = self.at_start && self.seen.is_none();
         let changed = self.memory.last_status.as_ref().is_none_or(|last| !status::same(last, &status));
         self.memory.last_status = Some(status.clone());
         if status.phase.as_deref().is_some_and(is_terminal_phase) {
@@ -204,7 +206,8 @@ impl Worker {
         if plan.stage == Stage::Finished && matches!(life, Life::Removed | Life::Orphan) {
             return Turn::Over;
         }
-        let reported = matches!(life, Life::Wanted | Life::Deleting) && (changed || resend || self.unpublished);
+        let reported =
+            matches!(life, Life::Wanted | Life::Deleting) && (begins || changed || resend || self.unpublished);
         let (context, finished) = (self.context.clone(), self.memory.finished);
         let publish = async { !reported || keep(&context, pod, &status, finished).await };
         self.unpublished = false;

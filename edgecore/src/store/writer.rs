@@ -34,7 +34,7 @@ pub(super) enum Command {
     Close(oneshot::Sender<()>),
 }
 
-/// A change of the store; done twice it does the same.
+/// A change of the store; done twice it does the same, but that a report gets another id.
 pub(super) enum Write {
     /// The link's, with how new the objects may be after it.
     Apply(Vec<Op>, Revisions),
@@ -313,9 +313,8 @@ fn perform(
             }
         }
         Write::Report(report) => {
-            if put_report(connection, report)? {
-                (effects.wrote, effects.reports) = (true, true);
-            }
+            put_report(connection, report)?;
+            (effects.wrote, effects.reports) = (true, true);
         }
         Write::Done(done) => {
             for (id, refused) in done {
@@ -468,19 +467,10 @@ fn delete(connection: &Connection, collection: Collection, uid: &str) -> rusqlit
     Ok(key.map(|key| Change { collection, key, uid: uid.to_owned() }))
 }
 
-/// Answers whether it wrote.
-fn put_report(connection: &Connection, report: &Report) -> rusqlite::Result<bool> {
+fn put_report(connection: &Connection, report: &Report) -> rusqlite::Result<()> {
     let kind = report.kind as i32;
     if super::is_coalesced(report.kind) {
-        let old = connection
-            .prepare_cached(
-                "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE kind = ?1 AND uid = ?2 ORDER BY id DESC",
-            )?
-            .query_row(params![kind, report.uid], StoredReport::read)
-            .optional()?;
-        if old.and_then(|old| old.open()).is_some_and(|old| Report { id: report.id, ..old } == *report) {
-            return Ok(false);
-        }
+        // An equal one too: it may be answered, and about to go, and this one is said because something else shows.
         connection
             .prepare_cached("DELETE FROM outbox WHERE kind = ?1 AND uid = ?2")?
             .execute(params![kind, report.uid])?;
@@ -513,5 +503,5 @@ fn put_report(connection: &Connection, report: &Report) -> rusqlite::Result<bool
             )?
             .execute(params![kind, bound])?;
     }
-    Ok(true)
+    Ok(())
 }

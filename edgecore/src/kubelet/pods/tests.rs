@@ -162,6 +162,27 @@ async fn a_pod_that_runs_is_not_judged_again_when_the_store_was_lost() {
 }
 
 #[tokio::test]
+async fn a_kubelet_that_starts_reports_every_pod_whatever_its_notes_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+    fake.image("img:1", Script::default());
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    agent.apply(Collection::Node, "box", &json!({"metadata": {"labels": {"disk": "ssd"}}})).await;
+    agent.want(&pod()).await;
+    agent.status(|status| status["phase"] == "Running").await;
+    agent.end().await;
+    let store = Store::open(&dir.path().join("store"), jiff::Timestamp::UNIX_EPOCH).unwrap();
+    let pending = store.pending_reports(0, 1 << 20).await.unwrap();
+    store.reports_done(pending.iter().map(|report| (report.id, String::new())).collect()).await.unwrap();
+    store.close().await;
+
+    // A store that was put back says what was reported then, and not what has been since.
+    let agent = Agent::start(dir.path(), "store", &endpoint);
+    agent.status(|status| status["phase"] == "Running").await;
+    agent.end().await;
+}
+
+#[tokio::test]
 async fn a_new_pod_is_judged_when_the_runtime_can_be_asked_about_it() {
     let dir = tempfile::tempdir().unwrap();
     let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
