@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use super::fault::{self, Fault};
 use super::outbox::Outbox;
 use super::revisions::{self, Revisions};
 use super::{
@@ -90,7 +91,7 @@ pub enum EdgeOutput {
         /// Names this batch.
         ticket: u64,
     },
-    /// The cloud has taken (`refused` empty) or refused the report: remove it from the outbox.
+    /// The cloud has taken (`refused` empty) or refused the report, or has given it back for too long: remove it from the outbox.
     Reported {
         /// The report's id.
         id: u64,
@@ -188,6 +189,12 @@ impl Edge {
     #[cfg(test)]
     pub(super) fn forget_sent(&mut self) {
         self.outbox.sent.clear();
+    }
+
+    /// Loses a row unnoticed: what no edge should.
+    #[cfg(test)]
+    pub(super) fn lose(&mut self, order: usize, uid: &str) {
+        self.collections[order].set(uid, None);
     }
 
     /// Takes an input at a time.
@@ -316,8 +323,12 @@ impl Edge {
                 let order = rank(collection).ok_or("a delete in an unknown collection")?;
                 session.advance(delete.seq)?;
                 revisions::note(&mut self.revisions, &delete.revisions);
-                self.collections[order].set(&delete.uid, None);
-                self.apply(Op::Delete(collection, delete.uid), out);
+                let rows = &self.collections[order].rows;
+                let named = rows.get(&delete.uid).filter(|_| fault::is(Fault::DeleteByKey));
+                let named = named.and_then(|(key, _)| rows.iter().rfind(|(_, (of, _))| of == key));
+                let uid = named.map_or(delete.uid, |(uid, _)| uid.clone());
+                self.collections[order].set(&uid, None);
+                self.apply(Op::Delete(collection, uid), out);
                 Ok(())
             }
             Some(Body::DigestCheck(check)) => self.digest_check(&check, out),
@@ -333,7 +344,11 @@ impl Edge {
                 Ok(())
             }
             Some(Body::ReportLater(later)) => {
-                self.outbox.give_back(now, later.id, Duration::from_millis(later.after_ms.into()))
+                if self.outbox.give_back(now, later.id, Duration::from_millis(later.after_ms.into()))? {
+                    let refused = "the apiserver has not taken it for a day".to_owned();
+                    out.push(EdgeOutput::Reported { id: later.id, refused });
+                }
+                Ok(())
             }
             Some(Body::ReportRequest(request)) => {
                 out.push(EdgeOutput::ReportWanted { kind: request.kind(), uid: request.uid });
@@ -417,7 +432,7 @@ impl Edge {
             Some((_, last)) => *last = seq,
             None => session.acknowledge(seq, out),
         }
-        if self.collections[order].digest == expected {
+        if self.collections[order].digest == expected || fault::is(Fault::DigestIgnored) {
             out.push(EdgeOutput::InSync(COLLECTIONS[order]));
         } else {
             // Before the Ack, so that the cloud does not take the collection for settled.
@@ -450,7 +465,8 @@ impl Edge {
     fn committed(&mut self, ticket: u64, out: &mut Vec<EdgeOutput>) {
         let Some(session) = &mut self.session else { return };
         let mut durable = session.acked;
-        while let Some(&(_, seq)) = session.pending.front().filter(|(first, _)| *first <= ticket) {
+        let is_durable = |first: u64| first <= ticket || fault::is(Fault::AckBeyondCommit);
+        while let Some(&(_, seq)) = session.pending.front().filter(|(first, _)| is_durable(*first)) {
             durable = seq;
             session.pending.pop_front();
         }

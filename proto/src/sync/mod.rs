@@ -18,6 +18,7 @@ pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 
 mod digest;
 mod edge;
+mod fault;
 mod hub;
 mod outbox;
 mod revisions;

@@ -1,13 +1,17 @@
 //! Reports on their way up: sent in order, kept until the cloud says what became of them, and sent again on the next session otherwise. One
-//! that the cloud gives back holds up no other until its time comes, which is later each time.
+//! that the cloud gives back holds up no other until its time comes, which is later each time. An event that is not taken for a day ends; a
+//! status is kept for as long as there is what it is about, since nobody may say it again.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::fault::{self, Fault};
 use super::{REPORT_WINDOW, Report, is_coalesced};
 
 /// A report that is given back again and again waits twice as long each time, and so long at most; or as long as the cloud says.
 const MOST_LATER: Duration = Duration::from_secs(1800);
+/// An event that is still given back so long after the first time has come to its end.
+const MOST_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
@@ -24,6 +28,8 @@ pub(super) struct Kept {
     report: Report,
     /// How often in this session.
     given_back: u32,
+    /// When it was for the first time, in whatever session.
+    since: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -38,7 +44,10 @@ impl Outbox {
     /// Takes a report. The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays
     /// that one's, but for what that waited longer because it had been given back before.
     pub(super) fn push(&mut self, now: Duration, report: Report) {
-        let kept = Kept { report, given_back: 0 };
+        let kept = Kept { report, given_back: 0, since: None };
+        if fault::is(Fault::OlderKept) && self.queued.iter().any(|old| kept.replaces(old)) {
+            return;
+        }
         match self.later.iter_mut().find(|old| kept.replaces(&old.kept)) {
             Some(old) => {
                 old.due = old.due.min(now + old.told);
@@ -56,7 +65,9 @@ impl Outbox {
     pub(super) fn begin_again(&mut self) {
         self.queued.extend(self.later.drain(..).map(|later| later.kept));
         for unanswered in self.sent.drain(..).rev() {
-            if !self.queued.iter().any(|new| new.replaces(&unanswered)) {
+            if fault::is(Fault::OlderLast) {
+                self.queued.push_back(unanswered);
+            } else if !self.queued.iter().any(|new| new.replaces(&unanswered)) {
                 self.queued.push_front(unanswered);
             }
         }
@@ -71,9 +82,13 @@ impl Outbox {
     }
 
     /// The cloud cannot take a report for so long. Of what counts only once the newest goes again, if it is not on its way, or given back,
-    /// already.
-    pub(super) fn give_back(&mut self, now: Duration, id: u64, told: Duration) -> Result<(), String> {
+    /// already. Answers whether it has come to its end by that.
+    pub(super) fn give_back(&mut self, now: Duration, id: u64, told: Duration) -> Result<bool, String> {
         let (at, mut kept) = self.take_sent(id)?;
+        let since = *kept.since.get_or_insert(now);
+        if !is_coalesced(kept.report.kind) && now.saturating_sub(since) >= MOST_KEPT {
+            return Ok(true);
+        }
         let mut newer = self.sent.iter().skip(at).chain(self.later.iter().map(|later| &later.kept));
         if !newer.any(|new| new.replaces(&kept)) {
             if let Some(at) = self.queued.iter().position(|new| new.replaces(&kept))
@@ -85,7 +100,7 @@ impl Outbox {
             kept.given_back += 1;
             self.later.push(Later { due: now + after, told, kept });
         }
-        Ok(())
+        Ok(false)
     }
 
     /// The next report to send now, if there is one and no more are on their way than may be.
@@ -118,5 +133,42 @@ impl Kept {
     fn replaces(&self, old: &Self) -> bool {
         let (new, old) = (&self.report, &old.report);
         is_coalesced(new.kind) && new.kind == old.kind && new.uid == old.uid
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::super::ReportKind;
+    use super::*;
+
+    #[test]
+    fn an_event_that_is_not_taken_for_a_day_ends_and_a_status_does_not() {
+        let mut outbox = Outbox::default();
+        for (id, kind) in [(1, ReportKind::PodStatus), (2, ReportKind::Event)] {
+            let (namespace, name, uid, payload) = ("ns".into(), "a".into(), "u".into(), Bytes::from_static(b"{}"));
+            outbox.push(Duration::ZERO, Report { id, kind, namespace, name, uid, payload });
+        }
+        let (mut now, mut ended) = (Duration::ZERO, Vec::new());
+        for round in 0..100 {
+            let mut sent = Vec::new();
+            while let Some(report) = outbox.send_next(now) {
+                sent.push(report.id);
+            }
+            for id in sent {
+                if outbox.give_back(now, id, Duration::from_secs(30)).unwrap() {
+                    ended.push((id, now));
+                }
+            }
+            now += MOST_LATER;
+            if round % 10 == 0 {
+                // A new session changes nothing about that.
+                outbox.begin_again();
+            }
+        }
+        assert_eq!(ended, [(2, MOST_KEPT)]);
+        outbox.begin_again();
+        assert_eq!(outbox.send_next(now).map(|report| report.id), Some(1));
     }
 }

@@ -1,7 +1,8 @@
 //! The apiserver, and the replicas of the cloud that watch it: each sees each collection's changes in order, and as late as it may be.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use super::node::{self, Said, Subject};
 use super::*;
 
 /// Rank in [`COLLECTIONS`], and UID.
@@ -26,9 +27,9 @@ pub(super) struct Apiserver {
     pub(super) epoch: u64,
     /// The one on its lease, which is only set.
     pub(super) lease: u64,
-    /// What each object's status shows.
-    pub(super) statuses: BTreeMap<String, Status>,
-    /// Events by name, and the report that each came with.
+    /// What each object shows of its status, and the version of that. The Node's is that of its epoch too.
+    pub(super) statuses: BTreeMap<Subject, Status>,
+    /// Events by name, and how often each happened.
     pub(super) events: BTreeMap<String, u64>,
     next_uid: u64,
 }
@@ -43,8 +44,7 @@ struct Change {
 
 #[derive(Clone, Copy, Default)]
 pub(super) struct Status {
-    /// The report it came with.
-    pub(super) report: u64,
+    pub(super) said: Said,
     /// Of the session that wrote it.
     pub(super) epoch: u64,
     /// How often it was written.
@@ -68,15 +68,19 @@ pub(super) struct Replica {
     pub(super) salt: u64,
     /// The highest epoch that it has seen on the Node or its lease.
     pub(super) known: u64,
-    /// That of its last session which the Node names, or whose node nobody else had since.
-    pub(super) here: u64,
+    /// That of its last session which the Node names, or whose node nobody else had since, and which start of the agent that was.
+    pub(super) here: (u64, String),
     /// The last one that it gave.
     pub(super) given: u64,
+    /// Versions of the Node, as the watch shows it, and of what sessions here have written, but for pods.
+    pub(super) versions: BTreeMap<Subject, u64>,
 }
 
 pub(super) struct Session {
     pub(super) connection: u64,
     pub(super) epoch: u64,
+    /// Which start of the agent it is.
+    pub(super) run: String,
     /// It is to write its epoch on the Node before it reports anything.
     pub(super) claims: bool,
     pub(super) hub: Hub,
@@ -85,6 +89,10 @@ pub(super) struct Session {
     /// What the edge should hold once that is said.
     pub(super) told: BTreeMap<Id, Entry>,
     pub(super) reports: VecDeque<Delivery>,
+    /// Of each pod, what the apiserver took.
+    pub(super) taken: BTreeMap<Subject, u8>,
+    /// Of those, what the edge was asked to report once more, because something else shows.
+    pub(super) asked: BTreeSet<Subject>,
 }
 
 /// A report on its way to the apiserver.
@@ -94,6 +102,8 @@ pub(super) struct Delivery {
     pub(super) read: Option<u64>,
     /// The epoch was this session's, looked at after that.
     pub(super) is_ours: bool,
+    /// It was found to have another version than was known.
+    pub(super) tried: bool,
 }
 
 /// The key of the ConfigMap that a pod needs.
@@ -121,6 +131,14 @@ impl Apiserver {
         if let Some(id) = old.map(|(id, _)| id.clone()) {
             self.delete(&id);
         }
+        self.write(dice, &(order, uid), &key);
+    }
+
+    /// A new object under a name of its own.
+    pub(super) fn add(&mut self, dice: &mut Dice, order: usize) {
+        self.next_uid += 1;
+        let uid = format!("u{}", self.next_uid);
+        let key = format!("ns/{uid}");
         self.write(dice, &(order, uid), &key);
     }
 
@@ -191,7 +209,8 @@ impl Apiserver {
 impl Replica {
     /// A cloudcore that has just listed everything.
     pub(super) fn new(apiserver: &Apiserver) -> Self {
-        let mut replica = Self { cache: apiserver.objects.clone(), known: apiserver.epoch, ..Self::default() };
+        let mut replica = Self { cache: apiserver.objects.clone(), ..Self::default() };
+        replica.see_node(apiserver);
         for (order, log) in apiserver.log.iter().enumerate() {
             replica.seen[order] = log.len();
             replica.reached[order] = log.last().map_or(0, |change| change.revision);
@@ -204,14 +223,26 @@ impl Replica {
         Self { skew, salt, ..self }
     }
 
+    /// The watch of Nodes shows what there is.
+    pub(super) fn see_node(&mut self, apiserver: &Apiserver) {
+        self.known = self.known.max(apiserver.epoch);
+        let version = apiserver.statuses.get(&node::node()).map_or(0, |shown| shown.version);
+        self.versions.insert(node::node(), version);
+    }
+
     /// A session begins: its epoch, and whether it has to claim the node.
-    pub(super) fn epoch(&mut self, last: u64, now: Duration) -> (u64, bool) {
+    pub(super) fn epoch(&mut self, last: u64, run: &str, now: Duration) -> (u64, bool) {
         let clock = u64::try_from(now.as_millis()).unwrap() + self.skew;
-        let lowest = clock.max(last.max(self.known).max(self.here).max(self.given) + 1);
+        let lowest = clock.max(last.max(self.known).max(self.here.0).max(self.given) + 1);
         self.given = (lowest..).find(|epoch| epoch % 10 == self.salt).unwrap();
-        let claims = if last == 0 { self.known != 0 } else { last.max(self.known) != self.here };
+        // An agent that started anew may have a store that was put back, and not know where it was since.
+        let claims = if last == 0 {
+            self.known != 0
+        } else {
+            (last.max(self.known), run) != (self.here.0, self.here.1.as_str())
+        };
         if !claims {
-            self.here = self.given;
+            self.here = (self.given, run.to_owned());
         }
         (self.given, claims)
     }

@@ -3,6 +3,7 @@
 use std::panic;
 
 use super::run;
+use crate::sync::fault::Fault;
 
 /// Schedules within which each is noticed.
 const SCHEDULES: u64 = 40_000;
@@ -53,9 +54,17 @@ pub(super) enum Mutation {
     ReportAckedEarly,
     /// The edge forgets what the cloud could not take.
     GivenBackForgotten,
+    /// A kubelet that starts reports only what its notes do not say.
+    NotesBelieved,
+    /// The Node and devices are written over whatever they show.
+    VersionUnread,
+    /// An event is given the count of whatever report comes last.
+    EventOverwritten,
+    /// One of the machines is broken.
+    Machine(Fault),
 }
 
-const ALL: [Mutation; 22] = [
+const ALL: [Mutation; 33] = [
     Mutation::AckBeforeCommit,
     Mutation::TicketOfLast,
     Mutation::BatchLost,
@@ -78,6 +87,17 @@ const ALL: [Mutation; 22] = [
     Mutation::ReportTwice,
     Mutation::ReportAckedEarly,
     Mutation::GivenBackForgotten,
+    Mutation::NotesBelieved,
+    Mutation::VersionUnread,
+    Mutation::EventOverwritten,
+    Mutation::Machine(Fault::DeleteByKey),
+    Mutation::Machine(Fault::DigestIgnored),
+    Mutation::Machine(Fault::AckBeyondCommit),
+    Mutation::Machine(Fault::DigestUnsent),
+    Mutation::Machine(Fault::BeforeComplete),
+    Mutation::Machine(Fault::BaseUnheld),
+    Mutation::Machine(Fault::OlderKept),
+    Mutation::Machine(Fault::OlderLast),
 ];
 
 #[test]

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use prost::Message as _;
 
-use super::cloud::{Apiserver, Delivery, Replica, Session, Status};
+use super::cloud::{Apiserver, Delivery, Replica, Session};
 use super::mutations::Mutation;
-use super::node::{Batch, Disk, Node};
+use super::node::{self, Batch, Disk, Job, Node, Said};
+use super::reports::Ledger;
 use super::*;
 use crate::wire::{self, Frame, frame::Body};
 
@@ -29,10 +30,7 @@ pub(super) struct World {
     /// The clocks of all replicas are the same. Only then a disk is replaced: who has forgotten its epoch may get one from a clock that is
     /// behind, and then a session that is half open writes once more what is older, is noticed, and written over.
     same_clocks: bool,
-    /// What each report that was ever made is about.
-    reports: BTreeMap<u64, Report>,
-    /// Events that reached a hub.
-    arrived: BTreeSet<u64>,
+    pub(super) ledger: Ledger,
 }
 
 /// One connection: what was sent arrives in order, at any time, or from some point on not at all.
@@ -51,6 +49,10 @@ pub(super) struct Connection {
 
 impl World {
     pub(super) fn new(seed: u64, mutation: Option<Mutation>) -> Self {
+        fault::set(match mutation {
+            Some(Mutation::Machine(fault)) => Some(fault),
+            _ => None,
+        });
         let mut world = Self {
             dice: Dice::new(seed),
             now: Duration::ZERO,
@@ -62,8 +64,7 @@ impl World {
             current: None,
             next_connection: 0,
             same_clocks: true,
-            reports: BTreeMap::new(),
-            arrived: BTreeSet::new(),
+            ledger: Ledger::default(),
         };
         for _ in 0..world.dice.roll(12) {
             world.apiserver.create(&mut world.dice);
@@ -76,7 +77,7 @@ impl World {
         world
     }
 
-    fn is(&self, mutation: Mutation) -> bool {
+    pub(super) fn is(&self, mutation: Mutation) -> bool {
         self.mutation == Some(mutation)
     }
 
@@ -129,15 +130,25 @@ impl World {
         let (of_own, now) = (self.is(Mutation::EpochOfOwn), self.now);
         let replica = &mut self.replicas[at];
         if of_own {
-            (replica.known, replica.here, hello.last_epoch) = (0, 0, 0);
+            (replica.known, replica.here.0, hello.last_epoch) = (0, 0, 0);
         }
-        let (epoch, claims) = replica.epoch(hello.last_epoch, now);
+        let (epoch, claims) = replica.epoch(hello.last_epoch, &hello.run_id, now);
         if self.is(Mutation::RevisionsIgnored) {
             hello.revisions.clear();
         }
         let (hub, out) = Hub::new(self.now, &hello, epoch, 0, "hub");
-        let (untold, told, reports) = (VecDeque::new(), BTreeMap::new(), VecDeque::new());
-        let session = Session { connection, epoch, claims, hub, untold, told, reports };
+        let session = Session {
+            connection,
+            epoch,
+            run: hello.run_id,
+            claims,
+            hub,
+            untold: VecDeque::new(),
+            told: BTreeMap::new(),
+            reports: VecDeque::new(),
+            taken: BTreeMap::new(),
+            asked: BTreeSet::new(),
+        };
         let too_early = self.is(Mutation::CompleteTooEarly);
         self.replicas[at].begin(session, &mut self.dice, too_early);
         self.hub_outputs(at, out);
@@ -145,6 +156,7 @@ impl World {
 
     /// What the replica's watch of Nodes shows ends a session that another one has followed.
     pub(super) fn watch_node(&mut self, at: usize) {
+        self.replicas[at].see_node(&self.apiserver);
         self.learn(at, self.apiserver.epoch);
     }
 
@@ -165,8 +177,11 @@ impl World {
             return self.learn(at, newest);
         }
         session.claims = false;
-        self.apiserver.epoch = session.epoch;
-        (replica.here, replica.known) = (session.epoch, replica.known.max(session.epoch));
+        let (epoch, run) = (session.epoch, session.run.clone());
+        self.apiserver.epoch = epoch;
+        self.apiserver.statuses.entry(node::node()).or_default().version += 1;
+        replica.see_node(&self.apiserver);
+        replica.here = (epoch, run);
     }
 
     /// A session renews the lease, if it does not find a newer one's.
@@ -181,7 +196,7 @@ impl World {
     }
 
     /// The replica ends its session, if it has one.
-    fn end_session(&mut self, at: usize, reason: Option<Reason>) {
+    pub(super) fn end_session(&mut self, at: usize, reason: Option<Reason>) {
         let Some(session) = self.replicas[at].session.take() else { return };
         if let Some(connection) = self.connection(session.connection) {
             connection.left_by_hub = true;
@@ -218,14 +233,14 @@ impl World {
                 HubOutput::InSync => {
                     if self.current == Some(session.connection)
                         && session.untold.is_empty()
-                        && self.node.batches.is_empty()
+                        && self.node.batches().next().is_none()
                     {
                         assert_eq!(self.node.disk.rows, session.told, "in sync, but not the same");
                     }
                 }
                 HubOutput::Report(report) => {
                     let id = report.id;
-                    session.reports.push_back(Delivery { report, read: None, is_ours: false });
+                    session.reports.push_back(Delivery { report, read: None, is_ours: false, tried: false });
                     if self.is(Mutation::ReportAckedEarly) {
                         self.say(at, HubInput::Reported { id, refused: String::new() });
                     }
@@ -249,7 +264,7 @@ impl World {
             match output {
                 EdgeOutput::Send(frame) => {
                     if let Some(Body::Ack(ack)) = &frame.body {
-                        let mut written = self.node.batches.iter().filter(|batch| batch.connection == id);
+                        let mut written = self.node.batches().filter(|batch| batch.connection == id);
                         assert!(written.all(|batch| batch.seq > ack.seq), "acknowledged before it is durable");
                     }
                     let mut frame = through_the_wire(&frame);
@@ -268,24 +283,21 @@ impl World {
                 }
                 EdgeOutput::Apply { ops, ticket } => {
                     let revisions = self.node.edge.revisions().collect();
-                    self.node.batches.push_back(Batch { ticket, connection: id, seq, ops, revisions });
+                    self.node.jobs.push_back(Job::Apply(Batch { ticket, connection: id, seq, ops, revisions }));
                     if self.is(Mutation::AckBeforeCommit) {
                         let out = self.node.edge.step(self.now, EdgeInput::Committed { ticket });
                         self.edge_outputs(out);
                     }
                 }
                 EdgeOutput::Reported { id, refused } => {
-                    assert_eq!(refused, "");
-                    let report = &self.reports[&id];
-                    let taken = match report.kind {
-                        ReportKind::Event => self.apiserver.events.contains_key(&report.name),
-                        _ => self.apiserver.statuses.get(&report.uid).is_some_and(|shown| shown.report >= id),
-                    };
-                    assert!(taken, "acknowledged, but the apiserver has not got it");
-                    self.node.disk.outbox.remove(&id);
+                    let Ledger { taken, refused: no, .. } = &self.ledger;
+                    let of = if refused.is_empty() { taken } else { no };
+                    let serial = Said::of(&self.node.given[&id]).serial;
+                    assert!(of.contains(&serial), "acknowledged, but the apiserver has not said so");
+                    self.node.jobs.push_back(Job::Done(id));
                 }
                 EdgeOutput::InSync(collection) => drop(self.node.agreed.insert(rank(collection).unwrap())),
-                EdgeOutput::ReportWanted { .. } => {}
+                EdgeOutput::ReportWanted { kind, uid } => drop(self.node.unsaid.insert((kind, uid))),
                 EdgeOutput::Close(goodbye) => {
                     assert_eq!(goodbye, None, "no machine breaks the protocol");
                     return self.disconnect();
@@ -298,17 +310,21 @@ impl World {
     }
 
     pub(super) fn commit(&mut self) {
-        let Some(batch) = self.node.batches.pop_front() else { return };
+        let Some(job) = self.node.jobs.pop_front() else { return };
+        let Job::Apply(batch) = &job else {
+            self.node.write(&self.apiserver, job);
+            return;
+        };
         let mut ticket = batch.ticket;
         if self.is(Mutation::TicketOfLast) {
-            ticket = self.node.batches.back().map_or(ticket, |last| last.ticket);
+            ticket = self.node.batches().next_back().map_or(ticket, |last| last.ticket);
         }
         if self.is(Mutation::BatchLost) && self.dice.one_in(4) {
-            drop(batch);
-        } else if !self.node.make_durable(&self.apiserver, batch) {
+            drop(job);
+        } else if !self.node.write(&self.apiserver, job) {
             // The machine is ahead of the store: what it still wanted written is, and a new one takes its place.
-            for batch in std::mem::take(&mut self.node.batches) {
-                self.node.make_durable(&self.apiserver, batch);
+            for job in std::mem::take(&mut self.node.jobs) {
+                self.node.write(&self.apiserver, job);
             }
             if !self.is(Mutation::MachineKept) {
                 self.disconnect();
@@ -321,9 +337,9 @@ impl World {
 
     /// The edge's process dies, with or without what was being written, and starts again from its disk.
     pub(super) fn crash_edge(&mut self) {
-        let survived = self.dice.roll(self.node.batches.len() + 1);
-        for batch in std::mem::take(&mut self.node.batches).into_iter().take(survived) {
-            self.node.make_durable(&self.apiserver, batch);
+        let survived = self.dice.roll(self.node.jobs.len() + 1);
+        for job in std::mem::take(&mut self.node.jobs).into_iter().take(survived) {
+            self.node.write(&self.apiserver, job);
         }
         self.disconnect();
         if !self.is(Mutation::MachineKept) {
@@ -331,73 +347,22 @@ impl World {
         }
     }
 
-    /// The disk is another one: a new one, or an old copy of it. Report ids go on, as those of a new store do.
+    /// The disk is another one: a new one, or an old copy of it, with its outbox and its numbers. Things go on meanwhile.
     fn replace_disk(&mut self, by: Disk) {
         self.crash_edge();
-        let next_report = self.node.disk.next_report;
         self.node.disk = by;
-        self.node.disk.outbox.clear();
-        self.node.disk.next_report = next_report;
+        self.disk_replaced();
+        for _ in 0..self.dice.roll(3) {
+            self.node.change(&mut self.dice);
+        }
         self.node.boot(self.now);
     }
 
-    pub(super) fn report(&mut self) {
-        let report = self.node.report(&mut self.dice);
-        self.reports.insert(report.id, report.clone());
-        let out = self.node.edge.step(self.now, EdgeInput::Report(report));
-        self.edge_outputs(out);
-    }
-
-    /// A session takes a report to the apiserver, in three steps between which anything may happen: it reads the status, looks whether
-    /// the Node names no newer session, and writes if the status is still what was read. So the session of an older epoch never
-    /// overwrites what a newer one wrote.
-    pub(super) fn deliver_report(&mut self, at: usize) {
-        let (unfenced, too_early) = (self.is(Mutation::EpochUnread), self.is(Mutation::EpochReadTooEarly));
-        let names_none = self.replicas[at].known == 0 && !self.is(Mutation::FirstUnclaimed);
-        let Some(session) = &mut self.replicas[at].session else { return };
-        session.claims |= names_none;
-        if session.claims {
-            return;
+    /// A row is lost, and nobody notices; then something else of its collection comes.
+    pub(super) fn lose_row(&mut self) {
+        if let Some(order) = self.node.lose_row(&mut self.dice) {
+            self.apiserver.add(&mut self.dice, order);
         }
-        let Some(delivery) = session.reports.front_mut() else { return };
-        let report = &delivery.report;
-        let shown = self.apiserver.statuses.get(&report.uid).copied().unwrap_or_default();
-        let look = if too_early { delivery.read.is_none() } else { delivery.read.is_some() };
-        if look && !delivery.is_ours && !unfenced {
-            delivery.is_ours = session.epoch >= self.apiserver.epoch;
-            if !delivery.is_ours {
-                self.end_session(at, Some(Reason::Superseded));
-            }
-            return;
-        }
-        let Some(read) = delivery.read else {
-            delivery.read = Some(shown.version);
-            return;
-        };
-        let id = report.id;
-        if report.kind == ReportKind::Event {
-            let doubled = self.apiserver.events.iter().any(|(name, with)| *with == id && *name != report.name);
-            assert!(!doubled, "one event became two");
-            self.apiserver.events.insert(report.name.clone(), id);
-        } else if read == shown.version {
-            assert!(session.epoch >= shown.epoch, "a session overwrote what a newer one wrote");
-            assert!(id >= shown.report, "an older report overwrote a newer one");
-            let status = Status { report: id, epoch: session.epoch, version: shown.version + 1 };
-            self.apiserver.statuses.insert(report.uid.clone(), status);
-        } else {
-            (delivery.read, delivery.is_ours) = (None, false);
-            return;
-        }
-        session.reports.pop_front();
-        self.say(at, HubInput::Reported { id, refused: String::new() });
-    }
-
-    /// The apiserver cannot take the next report for now, and the edge has it back.
-    fn give_back(&mut self, at: usize) {
-        let after = Duration::from_secs(self.dice.pick(&[1, 5, 20, 60]));
-        let Some(session) = &mut self.replicas[at].session else { return };
-        let Some(delivery) = session.reports.pop_front() else { return };
-        self.say(at, HubInput::ReportLater { id: delivery.report.id, after });
     }
 
     /// The next frame on a connection reaches its replica, or the end of the connection does.
@@ -419,7 +384,9 @@ impl World {
         match frame.body {
             Some(Body::Hello(hello)) => self.hello(at, id, hello),
             Some(Body::Report(mut report)) if self.is(Mutation::ReportTwice) && self.session_on(at, id) => {
-                if report.kind() == ReportKind::Event && !self.arrived.insert(report.id) {
+                let payload = decode(report.encoding(), &report.payload).unwrap();
+                let serial = Said::read(&payload).serial;
+                if report.kind() == ReportKind::Event && !self.ledger.arrived.insert(serial) {
                     report.name.push_str("-again");
                 }
                 self.say(at, HubInput::Frame(Frame { body: Some(Body::Report(report)) }));
@@ -525,7 +492,8 @@ impl World {
             }
             767..770 => self.watch_node(at),
             770..772 => self.renew(at),
-            772..785 => {
+            772..774 => drop(self.see(at)),
+            774..785 => {
                 let marked = !self.is(Mutation::FetchUnmarked);
                 self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
             }
@@ -546,7 +514,8 @@ impl World {
                     self.apiserver.delete(&id);
                 }
             }
-            897..937 => self.report(),
+            897..930 => self.observe(),
+            930..937 => self.report_again(),
             937..950 => {
                 let by = self.dice.roll(20_000);
                 self.pass_time(Duration::from_millis(by.try_into().unwrap()));
@@ -562,15 +531,15 @@ impl World {
             }
             983..989 => self.crash_edge(),
             // A replica dies and lists everything again; nobody says goodbye.
-            989..993 => {
+            989..992 => {
                 self.end_session(at, None);
                 let Replica { skew, salt, .. } = self.replicas[at];
                 self.replicas[at] = Replica::new(&self.apiserver).with_clock(skew, salt);
             }
-            993..994 if self.same_clocks => self.replace_disk(Disk::default()),
-            950..955 | 993..994 => self.disconnect(),
-            994..996 => self.node.rot(&mut self.dice),
-            996..998 => self.node.backup = Some(self.node.disk.clone()),
+            992..994 if self.same_clocks => self.replace_disk(Disk::default()),
+            950..955 | 992..994 => self.disconnect(),
+            994..995 => self.node.rot(&mut self.dice),
+            995..997 => self.node.backup = Some(self.node.disk.clone()),
             _ => {
                 if let Some(backup) = self.node.backup.take_if(|_| self.same_clocks) {
                     self.replace_disk(backup);
@@ -590,6 +559,7 @@ impl World {
             self.feed(at);
             self.claim(at);
             self.deliver_report(at);
+            self.report_again();
             self.deliver_down();
             self.commit();
         }
@@ -610,7 +580,8 @@ impl World {
             for which in 0..self.connections.len() {
                 self.deliver_up(which);
             }
-            let mut quiet = self.node.batches.is_empty();
+            self.report_again();
+            let mut quiet = self.node.jobs.is_empty() && self.node.unsaid.is_empty();
             for at in 0..self.replicas.len() {
                 for order in 0..COLLECTIONS.len() {
                     quiet &= !self.replicas[at].watch(&self.apiserver, order);
@@ -620,6 +591,7 @@ impl World {
                 self.claim(at);
                 self.renew(at);
                 self.deliver_report(at);
+                quiet &= !self.see(at);
             }
             self.deliver_down();
             self.commit();
@@ -646,7 +618,7 @@ impl World {
 
     pub(super) fn assert_converged(&self) {
         self.node.assert_holds(&self.apiserver.desired());
-        assert!(self.node.disk.outbox.is_empty(), "reports were left");
+        self.assert_reported();
     }
 }
 
