@@ -19,7 +19,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
-use serde_json::Value;
+use serde_json::{Value, json};
 use skerry_proto::device;
 
 use crate::clock;
@@ -285,6 +285,13 @@ impl Apiserver {
         }
     }
 
+    /// What an object shows, where the right to patch it is all there is: a patch that changes nothing is answered with it, and writes
+    /// nothing.
+    pub(crate) async fn look(&self, kind: Kind, namespace: &str, name: &str) -> Result<DynamicObject, kube::Error> {
+        let (api, params) = (self.api(kind, namespace), PatchParams::default());
+        self.count("get", kind.plural(), api.patch(name, &params, &Patch::Merge(json!({})))).await
+    }
+
     pub(crate) async fn list(&self, kind: Kind, fields: &str) -> Result<Vec<DynamicObject>, kube::Error> {
         let params = ListParams::default().fields(fields);
         self.count("list", kind.plural(), self.api(kind, "").list(&params)).await.map(|list| list.items)
@@ -409,7 +416,7 @@ mod tests {
     }
 
     fn answer(code: u16, retry_after: u32) -> kube::Error {
-        error(serde_json::json!({
+        error(json!({
             "status": "Failure", "code": code, "message": "because", "details": {"retryAfterSeconds": retry_after},
         }))
     }
@@ -422,14 +429,14 @@ mod tests {
         assert_eq!(verdict(&answer(503, 0)), Verdict::Later(None));
         assert_eq!(verdict(&answer(422, 0)), Verdict::Refused("apiserver answered 422: because".into()));
         assert_eq!(verdict(&answer(403, 0)), Verdict::Doubtful("apiserver answered 403: because".into()));
-        let terminating = serde_json::json!({"code": 403, "details": {"causes": [{"reason": "NamespaceTerminating"}]}});
+        let terminating = json!({"code": 403, "details": {"causes": [{"reason": "NamespaceTerminating"}]}});
         assert!(matches!(verdict(&error(terminating)), Verdict::Refused(_)));
     }
 
     #[test]
     fn only_the_apiserver_says_that_something_is_not_there() {
         let status = |reason: &str, name: &str| {
-            error(serde_json::json!({"code": 404, "reason": reason, "details": {"name": name, "kind": "nodes"}}))
+            error(json!({"code": 404, "reason": reason, "details": {"name": name, "kind": "nodes"}}))
         };
         assert_eq!(verdict(&status("NotFound", "edge-1")), Verdict::NotFound);
         for other in [status("NotFound", ""), status("Failed to parse error data", "edge-1"), answer(404, 0)] {

@@ -96,9 +96,9 @@ pub trait Backend: Send + Sync + 'static {
     fn revision(&self, at_least: u64) -> impl Future<Output = Result<u64, BackendError>> + Send;
 
     /// Begins a session: its lease is renewed until the feed is dropped. `last_epoch` is that of the session the edge had before, here or
-    /// elsewhere, 0 if it remembers none; `seen` is what the edge knows of, so that the feed tells when it has come as far. Called from
-    /// within a tokio runtime.
-    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, seen: &[Revision]) -> Self::Feed;
+    /// elsewhere, 0 if it remembers none; `who` stands for one start of the agent on one box; `seen` is what the edge knows of, so that the
+    /// feed tells when it has come as far. Called from within a tokio runtime.
+    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, who: u64, seen: &[Revision]) -> Self::Feed;
 
     /// Nodes whose object was deleted.
     fn deletions(&self) -> tokio::sync::broadcast::Receiver<NodeIdentity>;

@@ -269,10 +269,10 @@ impl Backend for K8sBackend {
         Ok(revision)
     }
 
-    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, seen: &[Revision]) -> K8sFeed {
+    fn open(&self, node: &NodeIdentity, epoch: u64, last_epoch: u64, who: u64, seen: &[Revision]) -> K8sFeed {
         let session = {
             let mut closures = self.shared.closures();
-            let mut session = closures.open(node, epoch, last_epoch);
+            let mut session = closures.open(node, epoch, last_epoch, who);
             closures.expect(&mut session, seen);
             session
         };

@@ -75,7 +75,8 @@ impl DeviceInput {
 
     /// What reports are held against; whether it fits its model is not known here.
     pub(crate) fn facts(self) -> DeviceFacts {
-        DeviceFacts { node: self.node, uid: self.uid, state: self.state, problem: None }
+        let Self { node, uid, state, resource_version: version, .. } = self;
+        DeviceFacts { node, uid, state, problem: None, version, written: None }
     }
 }
 
@@ -90,6 +91,10 @@ pub(crate) struct DeviceFacts {
     pub(crate) state: String,
     /// Why it does not fit its model, if it does not.
     pub(crate) problem: Option<String>,
+    /// metadata.resourceVersion
+    pub(crate) version: String,
+    /// The version of its DeviceStatus, if that was last written here for all that is known.
+    pub(crate) written: Option<String>,
 }
 
 /// A device to be looked at: see [`Closures::take_review`].
@@ -151,6 +156,8 @@ struct Held {
     model: Option<Reference>,
     state: String,
     problem: Option<String>,
+    /// The version of its DeviceStatus that a session here has written.
+    written: Option<Box<str>>,
 }
 
 /// The devices of one node, be it an edge node or not.
@@ -325,9 +332,9 @@ impl Closures {
             Some(object) => {
                 let object = objects::succeeding(object, was.as_ref().map(|was| &was.object));
                 let model = model.map(|model| (Collection::DeviceModels, model));
-                let problem = was.and_then(|was| was.problem);
+                let (problem, written) = was.map_or((None, None), |was| (was.problem, was.written));
                 self.acquire_model(&name, model.as_ref());
-                Place::Held(Box::new(Held { object, model, state, problem }))
+                Place::Held(Box::new(Held { object, model, state, problem, written }))
             }
         };
         self.devices.put(
@@ -411,7 +418,17 @@ impl Closures {
             uid: device.uid.clone(),
             state: held.map(|held| held.state.clone()).unwrap_or_default(),
             problem: held.and_then(|held| held.problem.clone()),
+            version: device.resource_version.to_string(),
+            written: held.and_then(|held| held.written.as_deref().map(str::to_owned)),
         })
+    }
+
+    /// A session here has written the DeviceStatus of a device, or found that somebody else has (`None`).
+    pub(crate) fn device_written(&mut self, key: &str, uid: &str, version: Option<&str>) {
+        let device = self.devices.devices.get_mut(key).filter(|device| device.uid == uid);
+        if let Some(Device { place: Place::Held(held), .. }) = device {
+            held.written = version.map(Into::into);
+        }
     }
 
     /// Notified when there is a device to fetch.

@@ -161,7 +161,7 @@ pub(crate) struct Closures {
 #[derive(Debug)]
 struct Node {
     uid: String,
-    /// As the watch last showed it.
+    /// As the watch last showed it, or as it was last written here.
     resource_version: Box<str>,
     object: Arc<Object>,
     autonomous: bool,
@@ -172,8 +172,8 @@ struct Node {
     lost: bool,
     /// How often in a row it was found lost.
     lost_rounds: u8,
-    /// The newest session here that nobody else may have.
-    here: u64,
+    /// The newest session here that nobody else may have followed, and which start of the agent that was.
+    here: (u64, u64),
     /// All its pods are known.
     listed: bool,
     /// While its pods are being listed: those the watch said were deleted meanwhile.
@@ -319,7 +319,7 @@ impl Closures {
             claim,
             lost,
             lost_rounds: 0,
-            here: 0,
+            here: (0, 0),
             listed: false,
             deleted_meanwhile: HashSet::new(),
             pods: BTreeMap::new(),
@@ -369,7 +369,7 @@ impl Closures {
     /// The newest session that a Node is known to have had, if it is known.
     pub(crate) fn claim(&self, node: &NodeIdentity) -> Option<u64> {
         let known = self.known(node)?;
-        Some(known.claim.max(known.here))
+        Some(known.claim.max(known.here.0))
     }
 
     /// Whether the Node names no session: none has ever claimed it, or reported for it.
@@ -387,7 +387,9 @@ impl Closures {
         let Some(known) = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid) else { return };
         match claim {
             Claim::Ours => {
-                known.here = known.here.max(epoch);
+                if let Some(who) = self.subscribers.who(node, epoch) {
+                    known.here = known.here.max((epoch, who));
+                }
                 known.claim = known.claim.max(epoch);
             }
             // Of two that had the same epoch, the one that came too late is over as well.
@@ -398,7 +400,16 @@ impl Closures {
         }
     }
 
-    /// The version of a Node as the watch last showed it, and the session that it names.
+    /// A session here has written a Node, which is of this version since.
+    pub(crate) fn node_written(&mut self, node: &NodeIdentity, version: &str) {
+        if let Some(known) = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid)
+            && version_less(&known.resource_version, version)
+        {
+            known.resource_version = version.into();
+        }
+    }
+
+    /// The version of a Node as the watch last showed it, or as it was last written here, and the session that it names.
     pub(crate) fn node_version(&self, node: &NodeIdentity) -> Option<(String, u64)> {
         let known = self.known(node)?;
         Some((known.resource_version.to_string(), known.claim))

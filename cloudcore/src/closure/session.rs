@@ -92,6 +92,8 @@ pub(super) struct Subscribers {
 struct Subscriber {
     uid: String,
     epoch: u64,
+    /// Which start of the agent it is.
+    who: u64,
     wake: Arc<Notify>,
     changed: BTreeSet<(Collection, String)>,
     everything: bool,
@@ -106,6 +108,11 @@ impl Subscribers {
 
     pub(super) fn has(&self, node: &NodeIdentity) -> bool {
         self.by_node.get(&node.name).into_iter().flatten().any(|subscriber| subscriber.uid == node.uid)
+    }
+
+    pub(super) fn who(&self, node: &NodeIdentity, epoch: u64) -> Option<u64> {
+        let mut all = self.by_node.get(&node.name).into_iter().flatten();
+        all.find(|one| one.uid == node.uid && one.epoch == epoch).map(|one| one.who)
     }
 
     pub(super) fn nodes(&self) -> impl Iterator<Item = NodeIdentity> {
@@ -173,21 +180,29 @@ enum Truth {
 }
 
 impl Closures {
-    /// Begins a session of an edge whose last one, wherever that was, had `last_epoch`.
-    pub(crate) fn open(&mut self, node: &NodeIdentity, epoch: u64, last_epoch: u64) -> Session {
+    /// Begins a session of an edge whose last one, wherever that was, had `last_epoch`; `who` stands for one start of its agent.
+    pub(crate) fn open(&mut self, node: &NodeIdentity, epoch: u64, last_epoch: u64, who: u64) -> Session {
         let wake = Arc::new(Notify::new());
         let uid = node.uid.clone();
-        let subscriber =
-            Subscriber { uid, epoch, wake: wake.clone(), changed: BTreeSet::new(), everything: true, behind: false };
+        let subscriber = Subscriber {
+            uid,
+            epoch,
+            who,
+            wake: wake.clone(),
+            changed: BTreeSet::new(),
+            everything: true,
+            behind: false,
+        };
         // Hardly ever there is more than one.
         self.subscribers.by_node.entry(node.name.clone()).or_insert_with(|| Vec::with_capacity(1)).push(subscriber);
         let known = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid);
-        // One whose last session was here, as the edge itself knows it and the Node does not deny, was nobody else's since. An edge that
-        // knows of none may have lost its store: the watch alone, which may lag, does not say whose it was.
+        // An agent whose last session was here, as it knows itself and the Node does not deny, was nobody else's since. One that has just
+        // started may have lost its store, or an old one was put back: the watch alone, which may lag, does not say whose it was.
         let claims = known.is_none_or(|known| {
-            let claims = if last_epoch == 0 { known.claim != 0 } else { last_epoch.max(known.claim) != known.here };
+            let claims =
+                if last_epoch == 0 { known.claim != 0 } else { (last_epoch.max(known.claim), who) != known.here };
             if !claims {
-                known.here = epoch;
+                known.here = (epoch, who);
             }
             claims
         });

@@ -7,6 +7,9 @@ use skerry_proto::sync::{Entry, decode};
 use super::*;
 use crate::backend::FeedEvent;
 
+/// One start of the agent.
+const WHO: u64 = 7;
+
 const NOW: Timestamp = Timestamp::UNIX_EPOCH;
 
 fn identity(name: &str) -> NodeIdentity {
@@ -100,7 +103,7 @@ fn a_session_hears_the_closure_then_that_it_is_complete() {
     closures.service_applied(service("n/web"));
     closures.service_applied(service("other/db"));
     apply(&mut closures, pod_json("p", "u", "e", 1, &["c", "no"], true));
-    let mut session = closures.open(&identity("e"), 1, 0);
+    let mut session = closures.open(&identity("e"), 1, 0, WHO);
 
     let first = told(&closures.drain(&mut session));
     let missing = ["complete ConfigMaps", "+ Pods n/p", "complete Pods"];
@@ -134,7 +137,7 @@ fn a_session_hears_the_closure_then_that_it_is_complete() {
 fn nothing_is_complete_before_its_source_is() {
     let mut closures = Closures::new("cluster.local", Vec::new());
     closures.node_applied(NodeInput::of(node_json("e")));
-    let mut session = closures.open(&identity("e"), 1, 0);
+    let mut session = closures.open(&identity("e"), 1, 0, WHO);
     assert_eq!(told(&closures.drain(&mut session)), ["+ Settings settings", "+ Node e", "complete Node"]);
     closures.node_listed(&identity("e"));
     assert_eq!(told(&closures.drain(&mut session)), [""; 0], "the watch of pods is not complete");
@@ -159,7 +162,7 @@ fn a_new_pod_waits_for_what_it_needs_and_its_predecessor_goes_first() {
     let mut closures = ready();
     apply(&mut closures, pod_json("p", "old", "e", 1, &["a"], false));
     fetch_all(&mut closures);
-    let mut session = closures.open(&identity("e"), 1, 0);
+    let mut session = closures.open(&identity("e"), 1, 0, WHO);
     closures.drain(&mut session);
 
     apply(&mut closures, pod_json("p", "new", "e", 2, &["b"], false));
@@ -178,7 +181,7 @@ fn a_new_pod_waits_for_what_it_needs_and_its_predecessor_goes_first() {
 fn what_cannot_be_fetched_stays_at_the_edge_as_it_is_and_holds_nothing_up() {
     let mut closures = ready();
     apply(&mut closures, pod_json("p", "u", "e", 1, &["bad", "good", "worse"], false));
-    let mut session = closures.open(&identity("e"), 1, 0);
+    let mut session = closures.open(&identity("e"), 1, 0, WHO);
     closures.drain(&mut session);
     let failing = [closures.take_fetch().unwrap(), closures.take_fetch().unwrap(), closures.take_fetch().unwrap()];
     closures.fetched(&failing[0], Err(()));
@@ -225,7 +228,7 @@ fn metadata_decides_what_is_fetched_again() {
 fn what_a_worker_that_died_had_in_hand_is_handed_out_again() {
     let mut closures = ready();
     apply(&mut closures, with_token(pod_json("p", "u", "e", 1, &["c"], false)));
-    let mut session = closures.open(&identity("e"), 2, 0);
+    let mut session = closures.open(&identity("e"), 2, 0, WHO);
     closures.drain(&mut session);
     closures.inventory(&mut session, Collection::Tokens, &[], NOW);
     let (fetch, mint) = (closures.take_fetch().unwrap(), closures.due_token(NOW).0.unwrap());
@@ -239,10 +242,10 @@ fn what_a_worker_that_died_had_in_hand_is_handed_out_again() {
 #[test]
 fn a_session_of_a_node_that_was_never_seen_is_noticed() {
     let mut closures = ready();
-    let known = closures.open(&identity("e"), 1, 0);
+    let known = closures.open(&identity("e"), 1, 0, WHO);
     assert_eq!(closures.strangers(), []);
     let former = NodeIdentity { uid: "former".into(), ..identity("e") };
-    let session = closures.open(&former, 1, 0);
+    let session = closures.open(&former, 1, 0, WHO);
     assert_eq!(closures.strangers(), std::slice::from_ref(&former));
     assert!(closures.has_session(&former) && closures.has_session(&identity("e")));
     closures.close(&session);
@@ -257,7 +260,7 @@ fn a_pod_with_a_token_waits_for_the_edges_inventory_and_the_mint() {
     apply(&mut closures, with_token(pod_json("b", "u-b", "e", 2, &[], false)));
     assert_eq!(closures.due_token(NOW).0.map(|(_, request)| request.pod), None, "the node is not connected");
 
-    let mut session = closures.open(&identity("e"), 9, 0);
+    let mut session = closures.open(&identity("e"), 9, 0, WHO);
     let events = told(&closures.drain(&mut session));
     assert_eq!(events[0], "ask Tokens");
     assert!(!events.contains(&"complete Tokens".into()) && !events.contains(&"+ Pods n/a".into()), "{events:?}");
@@ -276,7 +279,7 @@ fn a_pod_with_a_token_waits_for_the_edges_inventory_and_the_mint() {
 
     closures.close(&session);
     closures.pod_removed("e", "n/b", "u-b");
-    let mut session = closures.open(&identity("e"), 10, 0);
+    let mut session = closures.open(&identity("e"), 10, 0, WHO);
     let events = told(&closures.drain(&mut session));
     assert!(events.contains(&"= Tokens n/u-a/3607/".into()) && !events.contains(&"ask Tokens".into()), "{events:?}");
 }
@@ -300,7 +303,7 @@ fn a_node_of_another_uid_is_another_node() {
     let mut closures = ready();
     apply(&mut closures, pod_json("p", "u", "e", 1, &["c"], false));
     fetch_all(&mut closures);
-    let mut session = closures.open(&identity("e"), 1, 0);
+    let mut session = closures.open(&identity("e"), 1, 0, WHO);
     closures.drain(&mut session);
     let mut successor = node_json("e");
     successor["metadata"]["uid"] = "another".into();
@@ -317,8 +320,8 @@ fn a_node_of_another_uid_is_another_node() {
 #[test]
 fn two_sessions_of_one_node_do_not_disturb_each_other() {
     let mut closures = ready();
-    let mut old = closures.open(&identity("e"), 1, 0);
-    let mut new = closures.open(&identity("e"), 2, 0);
+    let mut old = closures.open(&identity("e"), 1, 0, WHO);
+    let mut new = closures.open(&identity("e"), 2, 0, WHO);
     closures.drain(&mut old);
     closures.drain(&mut new);
     apply(&mut closures, pod_json("p", "u", "e", 1, &[], false));
@@ -336,47 +339,48 @@ fn claimed(by: u64) -> NodeInput {
 #[test]
 fn who_comes_from_another_replica_is_claimed_and_ends_the_session_there() {
     let mut closures = ready();
-    let mut first = closures.open(&identity("e"), 5, 0);
+    let mut first = closures.open(&identity("e"), 5, 0, WHO);
     assert!(!first.claims(), "nobody had it before");
     closures.node_applied(claimed(5));
     assert!(!closures.drain(&mut first).contains(&FeedEvent::Superseded));
-    assert!(!closures.open(&identity("e"), 6, 5).claims(), "the session before was here");
+    assert!(closures.open(&identity("e"), 6, 5, WHO + 1).claims(), "its store may have been put back");
+    assert!(!closures.open(&identity("e"), 6, 5, WHO).claims(), "the session before was here");
     // Another replica has it, and says so.
     closures.node_applied(claimed(9));
     assert_eq!(closures.drain(&mut first), [FeedEvent::Superseded]);
     assert_eq!(closures.claim(&identity("e")), Some(9));
     assert!(closures.is_superseded(&identity("e"), 6) && !closures.is_superseded(&identity("e"), 9));
-    let back = closures.open(&identity("e"), 10, 9);
+    let back = closures.open(&identity("e"), 10, 9, WHO);
     assert!(back.claims());
     // Its store is new: only the Node remembers.
     closures.claimed(&identity("e"), 10, Claim::Ours);
     closures.node_applied(claimed(11));
-    assert!(closures.open(&identity("e"), 12, 0).claims());
+    assert!(closures.open(&identity("e"), 12, 0, WHO).claims());
     closures.claimed(&identity("e"), 12, Claim::Ours);
-    assert!(!closures.open(&identity("e"), 13, 12).claims());
-    assert!(closures.open(&identity("e"), 14, 0).claims(), "who has it may be shown late");
+    assert!(!closures.open(&identity("e"), 13, 12, WHO).claims());
+    assert!(closures.open(&identity("e"), 14, 0, WHO).claims(), "who has it may be shown late");
 }
 
 #[test]
 fn a_node_is_ones_own_only_when_the_claim_is_written() {
     let mut closures = ready();
     closures.node_applied(claimed(9));
-    assert!(closures.open(&identity("e"), 10, 9).claims());
-    assert!(closures.open(&identity("e"), 11, 10).claims(), "the claim of the session before was never written");
+    assert!(closures.open(&identity("e"), 10, 9, WHO).claims());
+    assert!(closures.open(&identity("e"), 11, 10, WHO).claims(), "the claim of the session before was never written");
     closures.claimed(&identity("e"), 11, Claim::Ours);
-    assert!(!closures.open(&identity("e"), 12, 11).claims());
+    assert!(!closures.open(&identity("e"), 12, 11, WHO).claims());
     // Of two replicas that had the same epoch, the one that came second is told so.
-    let mut late = closures.open(&identity("e"), 13, 12);
+    let mut late = closures.open(&identity("e"), 13, 12, WHO);
     closures.claimed(&identity("e"), 13, Claim::Theirs(13));
     assert_eq!(closures.drain(&mut late), [FeedEvent::Superseded]);
-    assert!(closures.open(&identity("e"), 14, 13).claims());
+    assert!(closures.open(&identity("e"), 14, 13, WHO).claims());
 }
 
 #[test]
 fn a_session_says_how_new_its_objects_are_and_when_it_has_come_as_far_as_its_edge() {
     use skerry_proto::wire::Revision;
     let mut closures = ready();
-    let mut session = closures.open(&identity("e"), 1, 0);
+    let mut session = closures.open(&identity("e"), 1, 0, WHO);
     closures.expect(&mut session, &[Revision { collection: Collection::Pods.into(), newest: 7 }]);
     let reached = |events: &[FeedEvent]| events.iter().any(|event| matches!(event, FeedEvent::Reached(..)));
     assert!(closures.reached(Source::Pods, "6"));
@@ -539,7 +543,7 @@ proptest! {
         let names = ["e", "f", "worker"];
         let mut world = World::default();
         let mut sessions: Vec<(Session, Held)> =
-            ["e", "f"].iter().map(|name| (closures.open(&identity(name), 1, 0), Held::new())).collect();
+            ["e", "f"].iter().map(|name| (closures.open(&identity(name), 1, 0, WHO), Held::new())).collect();
         let mut version = 100;
         let services = [KUBERNETES, "n/web", "other/db"];
         for step in steps {
@@ -585,7 +589,7 @@ proptest! {
                 },
                 Step::Reconnect => for (index, (session, edge)) in sessions.iter_mut().enumerate() {
                     closures.close(session);
-                    *session = closures.open(&identity(names[index]), version, 0);
+                    *session = closures.open(&identity(names[index]), version, 0, WHO);
                     edge.clear();
                 },
             }

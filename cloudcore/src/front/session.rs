@@ -91,7 +91,7 @@ where
     let counted = front.metrics.session();
     info!(node = shown(&node), epoch, agent = hello.agent, "connected");
     let seen = if restored { &[] } else { hello.revisions.as_slice() };
-    let feed = front.backend.open(&node, epoch, hello.last_epoch, seen);
+    let feed = front.backend.open(&node, epoch, hello.last_epoch, who(&hello), seen);
     let (mut hub, mut outputs) = Hub::new(clock::monotonic(), &hello, epoch, clock::wall_millis(), AGENT);
     if restored {
         outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));

@@ -128,7 +128,7 @@ impl Backend for FakeBackend {
         Ok(at_least)
     }
 
-    fn open(&self, _: &NodeIdentity, epoch: u64, _: u64, _: &[Revision]) -> FakeFeed {
+    fn open(&self, _: &NodeIdentity, epoch: u64, _: u64, _: u64, _: &[Revision]) -> FakeFeed {
         let (events, events_out) = mpsc::channel(16);
         let (reports, reports_out) = mpsc::channel(64);
         self.opened.try_send(Opened { epoch, events, reports: reports_out }).expect("the test takes feeds");

@@ -71,6 +71,16 @@ pub(crate) async fn check(api: &Apiserver, node: &NodeIdentity) -> Result<NodeCh
     })
 }
 
+/// The version of a Node as the apiserver has it, and the epoch that it names; `None` if it is gone, or another one has its name.
+pub(crate) async fn look(api: &Apiserver, node: &NodeIdentity) -> Result<Option<(String, u64)>, kube::Error> {
+    let found = api.get(Kind::Node, "", &node.name).await?;
+    let found = found.filter(|found| found.metadata.uid.as_deref() == Some(node.uid.as_str()));
+    Ok(found.map(|found| {
+        let named = epoch_of(&found).unwrap_or_default();
+        (found.metadata.resource_version.unwrap_or_default(), named)
+    }))
+}
+
 /// What became of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
@@ -81,30 +91,27 @@ pub(crate) enum Claim {
 }
 
 /// Says that a session has a Node from now on: whoever has an older one sees it, and ends it. `known` is the Node's version as the watch
-/// shows it and the epoch that it names; without it the Node is asked for.
+/// shows it and the epoch that it names; without it the Node is asked for. Answers its new version, too.
 pub(crate) async fn claim(
     api: &Apiserver,
     node: &NodeIdentity,
     epoch: u64,
     known: Option<(String, u64)>,
-) -> Result<Claim, kube::Error> {
-    let (version, named) = match known {
-        Some(known) => known,
-        None => match api.get(Kind::Node, "", &node.name).await? {
-            Some(found) if found.metadata.uid.as_deref() == Some(node.uid.as_str()) => {
-                let named = epoch_of(&found).unwrap_or_default();
-                (found.metadata.resource_version.unwrap_or_default(), named)
-            }
-            // The session hears of that elsewhere.
-            Some(_) | None => return Ok(Claim::Ours),
-        },
+) -> Result<(Claim, Option<String>), kube::Error> {
+    let known = match known {
+        Some(known) => Some(known),
+        None => look(api, node).await?,
     };
+    // If it is gone, the session hears of that elsewhere.
+    let Some((version, named)) = known else { return Ok((Claim::Ours, None)) };
     if named >= epoch {
-        return Ok(Claim::Theirs(named));
+        return Ok((Claim::Theirs(named), None));
     }
     // Only on what was looked at: of two that claim at once, the second is refused, and looks again.
     let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": version, "annotations": {EPOCH_ANNOTATION: epoch.to_string()}}});
-    api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await.map(|_| Claim::Ours)
+    api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch))
+        .await
+        .map(|node| (Claim::Ours, node.metadata.resource_version))
 }
 
 /// The epoch that a Node or lease is marked with. What no session can have had, whoever wrote it, says nothing: or it would bar the node

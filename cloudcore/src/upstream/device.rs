@@ -15,11 +15,11 @@ use super::{Outcome, Queue, Upstream, lock};
 use crate::apiserver::{Kind, Verdict, verdict};
 use crate::backend::NodeIdentity;
 use crate::clock;
-use crate::closure::{DeviceFacts, DeviceInput};
+use crate::closure::{DeviceFacts, DeviceInput, Source};
 use crate::retry::chain;
 
 impl Upstream {
-    pub(super) async fn device_status(&self, queue: &Queue, report: &Report) -> Outcome {
+    pub(super) async fn device_status(&self, queue: &Queue, report: &Report, tried: bool) -> Outcome {
         let content: DeviceReport = match serde_json::from_slice(&report.payload) {
             Ok(content) => content,
             Err(error) => return Outcome::Refused(format!("not a device report: {error}")),
@@ -29,37 +29,43 @@ impl Upstream {
             Ok(facts) => facts,
             Err(outcome) => return outcome,
         };
+        let key = format!("{namespace}/{name}");
+        let over = match facts.written.filter(|_| !tried) {
+            Some(written) => Some(written),
+            None => match self.device_shown(queue, namespace, name).await {
+                Ok(shown) => shown,
+                Err(outcome) => return outcome,
+            },
+        };
         let state = content.status.state.clone();
         let status = shown(content.status, &queue.node.name, facts.problem.as_deref());
         let owners = owners(name, uid);
-        let written = self.api.patch(Kind::DeviceStatus, namespace, name, &replacement(&owners, &status)).await;
-        let failed = match written {
-            Ok(_) => None,
-            Err(error) if verdict(&error) == Verdict::NotFound => {
-                // A second request, of what the node may have written.
-                lock(&queue.state).device_written(clock::monotonic());
+        let written = match &over {
+            Some(over) => {
+                self.api.patch(Kind::DeviceStatus, namespace, name, &replacement(over, &owners, &status)).await
+            }
+            None => {
                 let metadata = json!({"namespace": namespace, "name": name, "ownerReferences": owners});
                 let body = json!({
                     "apiVersion": format!("{GROUP}/{VERSION}"), "kind": "DeviceStatus", "metadata": metadata, "status": status,
                 });
-                self.api.create(Kind::DeviceStatus, namespace, body).await.err()
+                self.api.create(Kind::DeviceStatus, namespace, body).await
             }
-            Err(error) => Some(error),
         };
-        if let Some(error) = failed {
+        let version = written.as_ref().ok().and_then(|written| written.metadata.resource_version.as_deref());
+        self.shared.closures().device_written(&key, uid, version);
+        if let Err(error) = written {
             return match verdict(&error) {
-                Verdict::NotFound => Outcome::Gone("the device's namespace is gone"),
-                // Somebody made one meanwhile: it is patched then.
-                Verdict::Conflict => Outcome::Later(None),
-                Verdict::Doubtful(_) if !self.shared.closures().serves_devices() => Outcome::Refused(
-                    "the apiserver has no DeviceStatus: kubectl apply --server-side -f deploy/devices.yaml".into(),
-                ),
-                verdict => Outcome::of(verdict),
+                Verdict::NotFound if over.is_none() => Outcome::Gone("the device's namespace is gone"),
+                // Somebody wrote it, or made one, or deleted it meanwhile: it is looked at then.
+                Verdict::Conflict | Verdict::NotFound => Outcome::Later(None),
+                _ => self.no_device_status(&error),
             };
         }
         if !state.is_empty() && state != facts.state && !self.states_are_lost.load(Ordering::Relaxed) {
             lock(&queue.state).device_written(clock::monotonic());
-            let patch = Patch::Merge(json!({"metadata": {"uid": uid}, "status": {"state": state}}));
+            let metadata = json!({"uid": uid, "resourceVersion": facts.version});
+            let patch = Patch::Merge(json!({"metadata": metadata, "status": {"state": state}}));
             match self.api.patch(Kind::Device, namespace, name, &patch).await {
                 Ok(device) if device.data["status"]["state"] == state => {}
                 Ok(_) => {
@@ -70,11 +76,45 @@ impl Upstream {
                 }
                 Err(error) => match verdict(&error) {
                     Verdict::Later(after) => return Outcome::Later(after),
+                    Verdict::Conflict => return Outcome::Later(None),
                     _ => debug!(%namespace, %name, "the Device does not show its state: {}", chain(&error)),
                 },
             }
         }
         Outcome::Taken
+    }
+
+    /// The version of a DeviceStatus, if there is one, while no newer session has the node, looked at after that: in the watch of Nodes where
+    /// that is as new.
+    async fn device_shown(&self, queue: &Queue, namespace: &str, name: &str) -> Result<Option<String>, Outcome> {
+        // A request beside the one that writes, of what the node may have written.
+        lock(&queue.state).device_written(clock::monotonic());
+        let shown = match self.api.look(Kind::DeviceStatus, namespace, name).await {
+            Ok(shown) => shown.metadata.resource_version,
+            Err(error) if verdict(&error) == Verdict::NotFound => return Ok(None),
+            Err(error) => return Err(self.no_device_status(&error)),
+        };
+        let has_reached = {
+            let closures = self.shared.closures();
+            if closures.is_superseded(&queue.node, queue.epoch) {
+                return Err(Outcome::Superseded);
+            }
+            shown.as_ref().is_some_and(|shown| closures.has_reached(Source::Nodes, shown))
+        };
+        if !has_reached {
+            self.newest(queue).await?;
+        }
+        Ok(shown)
+    }
+
+    /// What a failed request for a DeviceStatus makes of a report.
+    fn no_device_status(&self, error: &kube::Error) -> Outcome {
+        match verdict(error) {
+            Verdict::Doubtful(_) if !self.shared.closures().serves_devices() => Outcome::Refused(
+                "the apiserver has no DeviceStatus: kubectl apply --server-side -f deploy/devices.yaml".into(),
+            ),
+            verdict => Outcome::of(verdict),
+        }
     }
 
     /// A device that this node may report for, from the cache if that agrees, else from the apiserver.
@@ -125,10 +165,11 @@ fn owners(name: &str, uid: &str) -> Value {
     json!([{"apiVersion": format!("{GROUP}/{VERSION}"), "kind": "Device", "name": name, "uid": uid}])
 }
 
-/// A JSON patch: a merge patch would keep what the status says no more. The owner is written too, for a Device of the same name may have
-/// owned it before.
-fn replacement(owners: &Value, status: &Value) -> Patch<Value> {
+/// A JSON patch of a DeviceStatus of this version: a merge patch would keep what the status says no more. The owner is written too, for a
+/// Device of the same name may have owned it before.
+fn replacement(version: &str, owners: &Value, status: &Value) -> Patch<Value> {
     let steps = json!([
+        {"op": "add", "path": "/metadata/resourceVersion", "value": version},
         {"op": "add", "path": "/metadata/ownerReferences", "value": owners},
         {"op": "add", "path": "/status", "value": status},
     ]);
@@ -150,11 +191,16 @@ mod tests {
 
     #[test]
     fn the_patch_replaces_the_status_and_its_owner_and_nothing_else() {
-        let Patch::Json::<Value>(patch) = replacement(&owners("d", "u"), &json!({"state": "online"})) else {
+        let Patch::Json::<Value>(patch) = replacement("7", &owners("d", "u"), &json!({"state": "online"})) else {
             panic!("another patch")
         };
         insta::assert_json_snapshot!(patch, @r#"
         [
+          {
+            "op": "add",
+            "path": "/metadata/resourceVersion",
+            "value": "7"
+          },
           {
             "op": "add",
             "path": "/metadata/ownerReferences",

@@ -95,10 +95,13 @@ pub(crate) fn outgoing(node: &str, report: &Report) -> Result<Outgoing, String> 
     Ok(Outgoing { namespace: namespace.to_owned(), name: name.to_owned(), about, body: body.into(), count })
 }
 
-/// The merge patch for an event that is there already; `None` when it says all there is to say.
-pub(crate) fn repetition(event: &Outgoing) -> Option<Value> {
-    (event.count > 1).then(|| {
-        json!({"count": event.count, "lastTimestamp": event.body["lastTimestamp"], "message": event.body["message"]})
+/// The merge patch for an event that is there already and shows this; `None` when it says all there is to say.
+pub(crate) fn repetition(event: &Outgoing, shown: &Value) -> Option<Value> {
+    (event.count > shown["count"].as_i64().unwrap_or_default()).then(|| {
+        json!({
+            "metadata": {"resourceVersion": shown["metadata"]["resourceVersion"]},
+            "count": event.count, "lastTimestamp": event.body["lastTimestamp"], "message": event.body["message"],
+        })
     })
 }
 
@@ -140,7 +143,11 @@ mod tests {
         assert_eq!(event.body["source"], json!({"component": "kubelet", "host": "edge"}));
         assert_eq!(event.body["metadata"], json!({"name": "p.17", "namespace": "n"}));
         assert_eq!(event.body.get("related"), None);
-        assert_eq!(repetition(&event).unwrap()["count"], 3);
+        let shown = |count: i64| json!({"metadata": {"resourceVersion": "7"}, "count": count});
+        let patch = repetition(&event, &shown(2)).unwrap();
+        assert_eq!((&patch["count"], &patch["metadata"]), (&json!(3), &json!({"resourceVersion": "7"})));
+        assert_eq!(repetition(&event, &shown(3)), None);
+        assert_eq!(repetition(&event, &shown(5)), None, "a count goes back");
     }
 
     #[test]
@@ -148,7 +155,6 @@ mod tests {
         let event = json!({"metadata": {"name": "edge.1"}, "involvedObject": {"kind": "Node", "name": "edge", "uid": "edge"}, "reason": "Starting"});
         let event = outgoing("edge", &report(&event)).unwrap();
         assert_eq!((event.namespace.as_str(), event.about.clone()), ("default", About::Node));
-        assert_eq!(repetition(&event), None);
     }
 
     #[test]

@@ -218,8 +218,12 @@ impl Upstream {
                 Err(_) => return,
             };
             match claimed {
-                Ok(claim) => {
-                    self.shared.closures().claimed(&queue.node, queue.epoch, claim);
+                Ok((claim, version)) => {
+                    {
+                        let mut closures = self.shared.closures();
+                        closures.claimed(&queue.node, queue.epoch, claim);
+                        version.inspect(|version| closures.node_written(&queue.node, version));
+                    }
                     if claim == Claim::Ours {
                         self.ports.claimed(&queue.node, queue.epoch);
                     }
@@ -316,28 +320,21 @@ impl Upstream {
         Some(End::Done(refused))
     }
 
-    /// What was `tried` before has waited: a newer session may have reported since, whether the watch shows it or not.
+    /// No status of an older session takes the place of what a newer one wrote: each is written only over what was looked at while this
+    /// session had the node. What was `tried` before is looked at anew. Events count up, whoever says them.
     async fn attempt(&self, queue: &Queue, report: &Report, tried: bool) -> Outcome {
-        // The status of a pod is fenced by itself, each time.
-        if tried && report.kind != ReportKind::PodStatus {
-            match self.is_newest(queue).await {
-                Ok(true) => {}
-                Ok(false) => return Outcome::Superseded,
-                Err(outcome) => return outcome,
-            }
-        }
         match report.kind {
             ReportKind::PodStatus => self.pod_status(queue, report).await,
-            ReportKind::NodeStatus => self.node_status(queue, report).await,
+            ReportKind::NodeStatus => self.node_status(queue, report, tried).await,
             ReportKind::Event => self.event(&queue.node, report).await,
-            ReportKind::DeviceStatus => self.device_status(queue, report).await,
+            ReportKind::DeviceStatus => self.device_status(queue, report, tried).await,
             ReportKind::Unspecified => {
                 Outcome::Refused("cloudcore does not know this kind of report: update it".into())
             }
         }
     }
 
-    async fn node_status(&self, queue: &Queue, report: &Report) -> Outcome {
+    async fn node_status(&self, queue: &Queue, report: &Report, tried: bool) -> Outcome {
         let node = &queue.node;
         if report.name != node.name {
             return Outcome::Refused(format!("node {} may not report for node {}", node.name, report.name));
@@ -346,14 +343,20 @@ impl Upstream {
             Ok(content) => content,
             Err(error) => return Outcome::Refused(format!("not a node report: {error}")),
         };
-        let (capacity, shown, version) = {
+        let (capacity, shown, known) = {
             let closures = self.shared.closures();
             (closures.capacity(&node.name), closures.node_shown(&node.name), closures.node_version(node))
         };
-        // The epoch is written once, on the Node as it was seen without it: one that comes late must not undo a newer session's.
-        let unnamed = version.filter(|(_, named)| *named < queue.epoch).map(|(version, _)| (queue.epoch, version));
-        let names = unnamed.is_some();
-        let patch = match node::patch(node, unnamed, &content, capacity.as_ref()) {
+        // Whoever takes the node over writes the Node first, and so makes another version of it.
+        let (version, named) = match known.filter(|_| !tried) {
+            Some(known) => known,
+            None => match self.newest(queue).await {
+                Ok(found) => found,
+                Err(outcome) => return outcome,
+            },
+        };
+        let unnamed = (named < queue.epoch).then_some(queue.epoch);
+        let patch = match node::patch(node, &version, unnamed, &content, capacity.as_ref()) {
             Ok(patch) => patch,
             Err(reason) => return Outcome::Refused(reason),
         };
@@ -361,10 +364,12 @@ impl Upstream {
             return Outcome::Unchanged;
         }
         match self.api.patch_status(Kind::Node, "", &node.name, patch).await {
-            Ok(_) => {
-                if names {
-                    self.shared.closures().claimed(node, queue.epoch, Claim::Ours);
+            Ok(written) => {
+                let mut closures = self.shared.closures();
+                if unnamed.is_some() {
+                    closures.claimed(node, queue.epoch, Claim::Ours);
                 }
+                written.metadata.resource_version.inspect(|version| closures.node_written(node, version));
                 Outcome::Taken
             }
             Err(error) => match verdict(&error) {
@@ -391,24 +396,34 @@ impl Upstream {
         if let Some(outcome) = outcome {
             return outcome;
         }
-        let error = match self.api.create(Kind::Event, &event.namespace, event.body.clone()).await {
-            Ok(_) => return Outcome::Taken,
-            Err(error) => verdict(&error),
-        };
-        let error = match (error, event::repetition(&event)) {
-            (Verdict::Conflict, None) => return Outcome::Unchanged,
-            (Verdict::Conflict, Some(patch)) => {
-                match self.api.patch(Kind::Event, &event.namespace, &event.name, &Patch::Merge(patch)).await {
-                    Ok(_) => return Outcome::Taken,
-                    Err(error) => verdict(&error),
-                }
-            }
-            (error, _) => error,
-        };
-        match error {
-            Verdict::NotFound => Outcome::Gone("the event's namespace is gone"),
-            verdict => Outcome::of(verdict),
+        if event.count > 1
+            && let Some(outcome) = self.count_up(&event).await
+        {
+            return outcome;
         }
+        match self.api.create(Kind::Event, &event.namespace, event.body.clone()).await {
+            Ok(_) => Outcome::Taken,
+            Err(error) => match verdict(&error) {
+                Verdict::Conflict if event.count == 1 => Outcome::Unchanged,
+                Verdict::NotFound => Outcome::Gone("the event's namespace is gone"),
+                verdict => Outcome::of(verdict),
+            },
+        }
+    }
+
+    /// Counts up an event that is there already; `None` if it is not. It never counts down: what is said of it may be older than what it
+    /// shows, from a store that was put back, or by a session that is over.
+    async fn count_up(&self, event: &event::Outgoing) -> Option<Outcome> {
+        let shown = match self.api.look(Kind::Event, &event.namespace, &event.name).await {
+            Ok(shown) => Kind::Event.json(&shown),
+            Err(error) => {
+                let verdict = verdict(&error);
+                return (verdict != Verdict::NotFound).then(|| Outcome::of(verdict));
+            }
+        };
+        let Some(patch) = event::repetition(event, &shown) else { return Some(Outcome::Unchanged) };
+        let written = self.api.patch(Kind::Event, &event.namespace, &event.name, &Patch::Merge(patch)).await;
+        Some(written.map_or_else(|error| Outcome::of(verdict(&error)), |_| Outcome::Taken))
     }
 }
 

@@ -92,10 +92,12 @@ fn heartbeat(node: &Value) -> i64 {
 }
 
 /// The strategic merge patch of nodes/status, with the box's addresses and the labels it may set. `capacity` is what the apiserver has:
-/// resources that others added to it must also be allocatable. `unnamed`: the session's epoch, where the Node of this version does not name it.
+/// resources that others added to it must also be allocatable. `version` is that of the Node that was looked at, for no other is it meant;
+/// `unnamed` the session's epoch, where that Node does not name it.
 pub(crate) fn patch(
     node: &NodeIdentity,
-    unnamed: Option<(u64, String)>,
+    version: &str,
+    unnamed: Option<u64>,
     report: &NodeReport,
     capacity: Option<&Value>,
 ) -> Result<Value, String> {
@@ -121,10 +123,11 @@ pub(crate) fn patch(
     let labels: BTreeMap<&String, &String> =
         report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
     // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
-    let mut metadata = json!({"uid": node.uid, "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)}, "labels": labels});
-    if let Some((epoch, version)) = unnamed {
+    let annotations = json!({ADDRESSES_ANNOTATION: box_addresses(&report.addresses)});
+    let mut metadata =
+        json!({"uid": node.uid, "resourceVersion": version, "annotations": annotations, "labels": labels});
+    if let Some(epoch) = unnamed {
         metadata["annotations"][EPOCH_ANNOTATION] = epoch.to_string().into();
-        metadata["resourceVersion"] = version.into();
     }
     Ok(json!({"metadata": metadata, "status": status}))
 }
@@ -166,7 +169,7 @@ mod tests {
         let stored = json!({"cpu": "2", "example.com/dongle": "3"});
         let boxes = r#"[{"address":"192.168.1.5","type":"InternalIP"},{"address":"10.9.9.9","type":"InternalIP"}]"#;
         assert_eq!(
-            patch(&e(), Some((7, "3".to_owned())), &report, Some(&stored)).unwrap(),
+            patch(&e(), "3", Some(7), &report, Some(&stored)).unwrap(),
             json!({
                 "metadata": {
                     "uid": "u", "resourceVersion": "3", "labels": {},
@@ -211,12 +214,12 @@ mod tests {
             },
         });
         let (shown, capacity) = (NodeShown::of(&node), Some(&node["status"]["capacity"]));
-        let says = |report: &NodeReport| shown.says(&patch(&e(), None, report, capacity).unwrap(), capacity);
+        let says = |report: &NodeReport| shown.says(&patch(&e(), "3", None, report, capacity).unwrap(), capacity);
         assert!(says(&report("False", 14)));
         assert!(!says(&report("True", 0)), "something changed");
         assert!(!says(&report("False", 15)), "the heartbeat is old");
         assert!(!says(&NodeReport { addresses: vec!["10.0.0.1".into()], ..report("False", 0) }), "the box moved");
-        assert!(!NodeShown::default().says(&patch(&e(), None, &report("False", 0), None).unwrap(), None));
+        assert!(!NodeShown::default().says(&patch(&e(), "3", None, &report("False", 0), None).unwrap(), None));
     }
 
     #[test]
@@ -233,8 +236,11 @@ mod tests {
             labels: labels.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         };
         assert_eq!(
-            patch(&e(), None, &report, None).unwrap()["metadata"],
-            json!({"uid": "u", "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)}, "labels": {"kubernetes.io/arch": "amd64"}})
+            patch(&e(), "3", None, &report, None).unwrap()["metadata"],
+            json!({
+                "uid": "u", "resourceVersion": "3", "annotations": {ADDRESSES_ANNOTATION: box_addresses(&report.addresses)},
+                "labels": {"kubernetes.io/arch": "amd64"},
+            })
         );
     }
 }

@@ -11,7 +11,7 @@ use skerry_proto::sync::Report;
 
 use super::{Outcome, Queue, Upstream, lock};
 use crate::apiserver::{Kind, Verdict, verdict};
-use crate::backend::{NodeCheck, NodeIdentity};
+use crate::backend::NodeIdentity;
 use crate::closure::{PodFacts, Source};
 use crate::nodes::{self, Claim};
 
@@ -184,19 +184,23 @@ impl Upstream {
         if lock(&queue.state).wrote(&pod.uid, &pod.status) {
             return Ok(true);
         }
-        self.is_newest(queue).await
+        match self.newest(queue).await {
+            Ok(_) => Ok(true),
+            Err(Outcome::Superseded) => Ok(false),
+            Err(outcome) => Err(outcome),
+        }
     }
 
-    /// Whether the Node, asked for at the apiserver, names no newer session than this one.
-    pub(super) async fn is_newest(&self, queue: &Queue) -> Result<bool, Outcome> {
-        match nodes::check(&self.api, &queue.node).await {
-            Ok(NodeCheck::Live { epoch }) if epoch > queue.epoch => {
-                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(epoch));
-                Ok(false)
+    /// The Node, asked for at the apiserver: its version and the session that it names, unless that is a newer one than this.
+    pub(super) async fn newest(&self, queue: &Queue) -> Result<(String, u64), Outcome> {
+        match nodes::look(&self.api, &queue.node).await {
+            Ok(Some((_, named))) if named > queue.epoch => {
+                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(named));
+                Err(Outcome::Superseded)
             }
-            Ok(NodeCheck::Live { .. }) => Ok(true),
-            Ok(NodeCheck::Deleted | NodeCheck::OtherUid) => Err(Outcome::Gone("the Node is gone")),
-            Err(error) => Err(Outcome::of(verdict(&error.source))),
+            Ok(Some(found)) => Ok(found),
+            Ok(None) => Err(Outcome::Gone("the Node is gone")),
+            Err(error) => Err(Outcome::of(verdict(&error))),
         }
     }
 

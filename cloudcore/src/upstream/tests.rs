@@ -1,4 +1,5 @@
-//! Pod statuses of two replicas, from an apiserver that keeps one pod and its Node, and refuses what was made for another version.
+//! Reports at two replicas, to an apiserver that keeps one pod, its Node, an event and a DeviceStatus, and refuses what was made for another
+//! version.
 
 use std::convert::Infallible;
 
@@ -6,7 +7,7 @@ use kube::client::Body;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::closure::{Closures, NodeInput, PodInput, Source};
+use crate::closure::{Closures, DeviceInput, NodeInput, PodInput, Source};
 use crate::config::PortRange;
 use crate::nodes::EPOCH_ANNOTATION;
 
@@ -14,6 +15,9 @@ use crate::nodes::EPOCH_ANNOTATION;
 struct World {
     pod: Value,
     node: Value,
+    /// Null: there is none.
+    event: Value,
+    device_status: Value,
     version: u64,
     asked: Vec<String>,
     /// Of whose message no status is taken.
@@ -36,7 +40,29 @@ impl World {
     fn answer(&mut self, method: &str, path: &str, body: &[u8]) -> (u16, Value) {
         self.asked.push(format!("{method} {}", path.rsplit('/').next().unwrap_or_default()));
         match (method, path) {
-            ("GET", "/api/v1/nodes/e") | ("PATCH", "/api/v1/nodes/e/status") => (200, self.node.clone()),
+            ("GET", "/api/v1/nodes/e") => (200, self.node.clone()),
+            ("PATCH", "/api/v1/nodes/e/status") => {
+                let patch: Value = serde_json::from_slice(body).unwrap();
+                if patch["metadata"]["resourceVersion"] != self.node["metadata"]["resourceVersion"] {
+                    return conflict();
+                }
+                self.version += 1;
+                self.node["metadata"]["resourceVersion"] = self.version.to_string().into();
+                self.node["status"] = patch["status"].clone();
+                (200, self.node.clone())
+            }
+            (_, "/api/v1/namespaces/n/events" | "/api/v1/namespaces/n/events/p.1") => {
+                let (code, answer, event) = keep(method, body, std::mem::take(&mut self.event), &mut self.version);
+                self.event = event;
+                (code, answer)
+            }
+            (_, DEVICE_STATUSES | DEVICE_STATUS) => {
+                let kept = std::mem::take(&mut self.device_status);
+                let (code, answer, kept) = keep(method, body, kept, &mut self.version);
+                self.device_status = kept;
+                (code, answer)
+            }
+            ("GET", path) if path.starts_with("/api/v1/namespaces/n/pods/of-") => not_found(),
             ("PATCH", "/api/v1/nodes/e") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();
                 assert_eq!(patch["metadata"]["resourceVersion"], self.node["metadata"]["resourceVersion"]);
@@ -47,10 +73,7 @@ impl World {
             ("PATCH", "/api/v1/namespaces/n/pods/p/status") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();
                 if patch["metadata"]["resourceVersion"] != self.pod["metadata"]["resourceVersion"] {
-                    return (
-                        409,
-                        json!({"status": "Failure", "code": 409, "reason": "Conflict", "message": "modified"}),
-                    );
+                    return conflict();
                 }
                 let mut status = patch["status"].clone();
                 if status["message"] == self.poison {
@@ -77,6 +100,48 @@ impl World {
         self.node["metadata"]["annotations"] = json!({EPOCH_ANNOTATION: epoch.to_string()});
         self.node["metadata"]["resourceVersion"] = self.version.to_string().into();
     }
+}
+
+const DEVICE_STATUSES: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devicestatuses";
+const DEVICE_STATUS: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devicestatuses/d";
+
+fn conflict() -> (u16, Value) {
+    (409, json!({"status": "Failure", "code": 409, "reason": "Conflict", "message": "modified"}))
+}
+
+fn not_found() -> (u16, Value) {
+    let details = json!({"name": "it", "kind": "things"});
+    (404, json!({"status": "Failure", "code": 404, "reason": "NotFound", "message": "none", "details": details}))
+}
+
+/// An object is created or patched, if it is of the version that was meant. Answers what there is then, too.
+fn keep(method: &str, body: &[u8], kept: Value, version: &mut u64) -> (u16, Value, Value) {
+    let said: Value = serde_json::from_slice(body).unwrap();
+    let is_there = !kept.is_null();
+    let mut new = kept.clone();
+    match (method, said) {
+        ("POST", _) if is_there => return (409, conflict().1, kept),
+        ("POST", said) => new = said,
+        ("PATCH", _) if !is_there => return (404, not_found().1, kept),
+        ("PATCH", Value::Array(steps)) => {
+            assert_eq!(steps[0]["path"], "/metadata/resourceVersion");
+            if steps[0]["value"] != kept["metadata"]["resourceVersion"] {
+                return (409, conflict().1, kept);
+            }
+            new["status"] = steps[2]["value"].clone();
+        }
+        ("PATCH", said) if said == json!({}) => return (200, kept.clone(), kept),
+        ("PATCH", said) => {
+            if said["metadata"]["resourceVersion"] != kept["metadata"]["resourceVersion"] {
+                return (409, conflict().1, kept);
+            }
+            new["count"] = said["count"].clone();
+        }
+        other => panic!("{other:?}"),
+    }
+    *version += 1;
+    new["metadata"]["resourceVersion"] = version.to_string().into();
+    (200, new.clone(), new)
 }
 
 /// A replica that has just listed everything.
@@ -254,6 +319,140 @@ async fn what_a_node_said_is_not_tried_again_when_a_newer_session_has_it() {
     lock(&world).claim(2);
     assert!(matches!(upstream.attempt(&queue, &report, true).await, Outcome::Superseded));
     assert_eq!(asked(), ["GET e"]);
+}
+
+#[tokio::test]
+async fn the_node_of_a_newer_session_is_not_written_over() {
+    let world = world(&json!({}));
+    let (old, new) = (replica(&world), replica(&world));
+    let (first, second) = (open(&old, 1), open(&new, 2));
+    let report = |kernel: &str| {
+        let payload = json!({"status": {"nodeInfo": {"kernelVersion": kernel}}, "addresses": ["10.0.0.1"]});
+        let (name, uid, payload) = ("e".to_owned(), "e-1".to_owned(), payload.to_string().into());
+        Report { id: 1, kind: ReportKind::NodeStatus, namespace: String::new(), name, uid, payload }
+    };
+    let shown = || lock(&world).node["status"]["nodeInfo"]["kernelVersion"].clone();
+    for kernel in ["5", "6"] {
+        // Its own writes do not stand in its way.
+        assert!(matches!(old.attempt(&first, &report(kernel), false).await, Outcome::Taken));
+        assert_eq!(shown(), kernel);
+    }
+    lock(&world).claim(2);
+    assert!(matches!(old.attempt(&first, &report("late"), false).await, Outcome::Later(None)));
+    see_node(&new, &world);
+    assert!(matches!(new.attempt(&second, &report("7"), false).await, Outcome::Taken));
+    for tried in [false, true] {
+        let late = old.attempt(&first, &report("late"), tried).await;
+        assert!(matches!(late, Outcome::Later(None)) || tried && matches!(late, Outcome::Superseded));
+        assert_eq!(shown(), "7");
+    }
+}
+
+#[tokio::test]
+async fn the_status_of_a_device_is_looked_at_once_and_not_written_over_a_newer_sessions() {
+    let world = world(&json!({}));
+    let (old, new) = (replica(&world), replica(&world));
+    let (first, second) = (open(&old, 1), open(&new, 2));
+    for upstream in [&old, &new] {
+        let device = json!({
+            "metadata": {"namespace": "n", "name": "d", "uid": "u-d", "resourceVersion": "3"},
+            "spec": {"nodeName": "e"}, "status": {"state": "online"},
+        });
+        upstream.shared.closures().device_applied(DeviceInput::device(device, true), 1);
+    }
+    let report = |word: &str| {
+        let payload = json!({"status": {"state": "online", "extensions": {"word": word}}}).to_string().into();
+        let (namespace, name, uid) = ("n".to_owned(), "d".to_owned(), "u-d".to_owned());
+        Report { id: 1, kind: ReportKind::DeviceStatus, namespace, name, uid, payload }
+    };
+    let shown = || lock(&world).device_status["status"]["extensions"]["word"].clone();
+    let asked = || std::mem::take(&mut lock(&world).asked);
+    for (word, expected) in [("one", ["PATCH d", "POST devicestatuses"].as_slice()), ("two", &["PATCH d"])] {
+        assert!(matches!(old.attempt(&first, &report(word), false).await, Outcome::Taken));
+        assert_eq!(asked(), expected);
+        assert_eq!(shown(), word);
+    }
+    lock(&world).claim(2);
+    see_node(&new, &world);
+    assert!(matches!(new.attempt(&second, &report("new"), false).await, Outcome::Taken));
+    assert_eq!(asked(), ["PATCH d", "PATCH d"], "its watch of Nodes is as new as the status");
+    assert!(matches!(old.attempt(&first, &report("late"), false).await, Outcome::Later(None)));
+    assert_eq!(asked(), ["PATCH d"]);
+    assert!(matches!(old.attempt(&first, &report("late"), true).await, Outcome::Superseded));
+    assert_eq!(asked(), ["PATCH d", "GET e"]);
+    assert_eq!(shown(), "new");
+}
+
+#[tokio::test]
+async fn an_event_never_counts_down() {
+    let world = world(&json!({}));
+    let upstream = replica(&world);
+    let queue = open(&upstream, 1);
+    let report = |count: u64| {
+        let involved = json!({"kind": "Pod", "namespace": "n", "name": "p", "uid": "u"});
+        let metadata = json!({"name": "p.1", "namespace": "n"});
+        let payload = json!({"metadata": metadata, "involvedObject": involved, "reason": "BackOff", "count": count});
+        let payload = payload.to_string().into();
+        let (namespace, name, uid) = ("n".to_owned(), "p.1".to_owned(), "u".to_owned());
+        Report { id: 1, kind: ReportKind::Event, namespace, name, uid, payload }
+    };
+    let create = ["PATCH p.1", "POST events"].as_slice();
+    let steps: [(u64, &[&str], u64); 5] = [
+        (2, create, 2),
+        (5, &["PATCH p.1", "PATCH p.1"], 5),
+        (3, &["PATCH p.1"], 5),
+        (5, &["PATCH p.1"], 5),
+        (1, &["POST events"], 5),
+    ];
+    for (count, asked, shown) in steps {
+        let outcome = upstream.attempt(&queue, &report(count), false).await;
+        assert!(matches!(outcome, Outcome::Taken | Outcome::Unchanged));
+        assert_eq!(std::mem::take(&mut lock(&world).asked), asked);
+        assert_eq!(lock(&world).event["count"], shown);
+    }
+}
+
+fn of_another_pod(id: u64, name: &str) -> Report {
+    Report { id, name: name.to_owned(), uid: name.to_owned(), ..report("one") }
+}
+
+#[tokio::test]
+async fn a_node_that_says_much_does_not_hold_up_one_that_says_little() {
+    let world = world(&json!({"phase": "Pending"}));
+    let upstream = replica(&world);
+    // One request at a time, of all nodes.
+    upstream.permits.forget_permits(AT_ONCE - 1);
+    let busy = upstream.permits.acquire().await.unwrap();
+    let node = |name: &str| NodeIdentity { name: name.to_owned(), uid: format!("{name}-1") };
+    let (mut noisy, mut quiet) = (upstream.open(&node("e"), 1, false), upstream.open(&node("q"), 1, false));
+    (0..200).for_each(|id| noisy.push(of_another_pod(id, &format!("of-e-{id}"))));
+    quiet.push(of_another_pod(1, "of-q"));
+    tokio::task::yield_now().await;
+    drop(busy);
+    let FeedEvent::Reported { id: 1, .. } = quiet.next().await else { panic!("it came to another end") };
+    let at = lock(&world).asked.iter().position(|asked| asked == "GET of-q");
+    assert!(at.is_some_and(|at| at <= 1), "behind {at:?} others");
+    for _ in 0..200 {
+        assert!(matches!(noisy.next().await, FeedEvent::Reported { .. }));
+    }
+}
+
+#[tokio::test]
+async fn reports_wait_for_leases_that_are_late() {
+    let world = world(&json!({"phase": "Pending"}));
+    let upstream = replica(&world);
+    let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
+    upstream.leases.begin(&node, 1);
+    let mut reports = upstream.open(&node, 1, false);
+    reports.push(report("one"));
+    for _ in 0..9 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(lock(&world).asked, [""; 0]);
+    // Whoever renews has done it.
+    upstream.leases.end(&node, 1);
+    assert!(matches!(reports.next().await, FeedEvent::Reported { id: 1, .. }));
+    assert_eq!(lock(&world).asked, ["PATCH status"]);
 }
 
 #[tokio::test]

@@ -7,6 +7,9 @@ use super::*;
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::closure::{NodeInput, Session};
 
+/// One start of the agent.
+const WHO: u64 = 7;
+
 fn identity(name: &str) -> NodeIdentity {
     NodeIdentity { name: name.into(), uid: format!("uid-{name}") }
 }
@@ -77,7 +80,7 @@ fn a_node_gets_its_devices_and_the_models_they_refer_to() {
     apply(&mut closures, device("e", "b", 1, "m"));
     apply(&mut closures, device("nobody's", "", 1, "m"));
     apply(&mut closures, device("f", "a", 1, "late"));
-    let mut session = closures.open(&identity("a"), 1, 0);
+    let mut session = closures.open(&identity("a"), 1, 0, WHO);
     assert_eq!(
         told(&mut closures, &mut session),
         ["+ n/m", "+ n/d", "+ n/f", "complete DeviceModels", "complete Devices"]
@@ -96,7 +99,7 @@ fn a_device_that_moves_leaves_one_node_and_comes_to_the_other() {
     listed(&mut closures);
     closures.model_applied(model("m", 1), 1);
     apply(&mut closures, device("d", "a", 1, "m"));
-    let mut sessions = ["a", "b"].map(|name| closures.open(&identity(name), 1, 0));
+    let mut sessions = ["a", "b"].map(|name| closures.open(&identity(name), 1, 0, WHO));
     sessions.iter_mut().for_each(|session| drop(told(&mut closures, session)));
     apply(&mut closures, device("d", "b", 2, "m"));
     apply(&mut closures, device("d", "a", 1, "m"));
@@ -112,7 +115,7 @@ fn what_a_report_writes_is_no_news_for_the_edge() {
     let mut closures = ready();
     listed(&mut closures);
     apply(&mut closures, device("d", "a", 1, "m"));
-    let mut session = closures.open(&identity("a"), 1, 0);
+    let mut session = closures.open(&identity("a"), 1, 0, WHO);
     told(&mut closures, &mut session);
     for version in 2..1000 {
         let mut reported = device("d", "a", version, "m");
@@ -130,7 +133,7 @@ fn what_a_report_writes_is_no_news_for_the_edge() {
 fn nothing_is_complete_before_it_is_listed_and_nothing_else_waits() {
     let mut closures = ready();
     assert!(closures.ready(), "devices need not be served");
-    let mut session = closures.open(&identity("a"), 1, 0);
+    let mut session = closures.open(&identity("a"), 1, 0, WHO);
     assert_eq!(told(&mut closures, &mut session), [""; 0]);
     closures.devices_served(false);
     assert_eq!(told(&mut closures, &mut session), [""; 0]);
@@ -156,7 +159,7 @@ fn devices_that_an_edge_has_seen_are_waited_for_only_where_there_are_devices() {
     for served in [true, false] {
         let mut closures = ready();
         closures.reached(Source::Pods, "7");
-        let mut session = closures.open(&identity("a"), 1, 0);
+        let mut session = closures.open(&identity("a"), 1, 0, WHO);
         closures.expect(&mut session, &seen);
         let events = closures.drain(&mut session);
         assert_eq!(reached(&events), [0; 0], "it is not known whether there are any");
@@ -178,7 +181,7 @@ fn devices_that_wait_for_their_node_are_fetched_when_it_joins() {
     apply(&mut closures, device("gone", "new", 1, "m"));
     assert_eq!(closures.take_device(), None);
     node(&mut closures, "new");
-    let mut session = closures.open(&identity("new"), 1, 0);
+    let mut session = closures.open(&identity("new"), 1, 0, WHO);
     let fetch: Vec<Arc<str>> = std::iter::from_fn(|| closures.take_device()).collect();
     assert_eq!(fetch.iter().map(|key| &**key).collect::<Vec<_>>(), ["n/d", "n/gone"]);
     assert_eq!(told(&mut closures, &mut session), [""; 0], "not complete before they came");
@@ -275,7 +278,7 @@ fn devices_of_a_lost_node_are_named_a_few_at_a_time_until_they_show_it() {
     apply(&mut closures, device("other", "b", 1, "m"));
     lose(&mut closures, "a", "False");
     assert!(at_last(&mut closures).is_empty(), "a node that is not ready is there");
-    let session = closures.open(&identity("a"), 1, 0);
+    let session = closures.open(&identity("a"), 1, 0, WHO);
     lose(&mut closures, "a", "Unknown");
     assert!(at_last(&mut closures).is_empty(), "its session says more than its condition");
     closures.close(&session);
