@@ -20,6 +20,27 @@ pub struct NodeIdentity {
     pub uid: String,
 }
 
+/// Starts of agents that a Node tells of, each a number; 0: none. An agent that starts anew is never again who it was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agents {
+    /// Whose the newest session is.
+    pub who: u64,
+    /// Whose session that one took over, which was somebody else.
+    pub ousted: u64,
+}
+
+impl Agents {
+    /// These, after a session of `who` has begun.
+    pub(crate) fn followed_by(self, who: u64) -> Self {
+        if self.who == who || self.who == 0 { Self { who, ..self } } else { Self { who, ousted: self.who } }
+    }
+
+    /// Whether `who` was here before and comes back, though somebody else has the node: there are two of them.
+    pub(crate) fn have_ousted(self, who: u64) -> bool {
+        self.ousted == who && self.who != who && who != 0
+    }
+}
+
 /// What the apiserver says about an identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeCheck {
@@ -27,6 +48,8 @@ pub enum NodeCheck {
     Live {
         /// The highest epoch that a session of it is known to have had, at whatever replica; 0 if none is.
         epoch: u64,
+        /// Whose sessions they were.
+        agents: Agents,
     },
     /// There is no Node of this name.
     Deleted,

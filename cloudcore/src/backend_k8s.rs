@@ -250,8 +250,8 @@ impl Backend for K8sBackend {
         // started: they are not all asked for.
         self.shared.until_ready(Source::Nodes).await;
         let known = self.shared.closures().claim(node);
-        if let Some(epoch) = known {
-            return Ok(NodeCheck::Live { epoch });
+        if let Some((epoch, agents)) = known {
+            return Ok(NodeCheck::Live { epoch, agents });
         }
         nodes::check(&self.api, node).await
     }
@@ -278,7 +278,7 @@ impl Backend for K8sBackend {
         };
         self.leases.begin(node, epoch);
         self.kubelets.ports.connected(node, epoch, session.claims());
-        let reports = self.upstream.open(node, epoch, session.claims());
+        let reports = self.upstream.open(node, epoch, who, session.claims());
         for (_, _, facts) in self.shared.closures().pods_of(&node.name) {
             self.upstream.pod_seen(&node.name, &facts);
         }

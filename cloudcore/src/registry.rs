@@ -4,7 +4,7 @@
 //! registry gave to that node, than what the edge says it has seen, and not behind the wall clock. No other replica gives the same: the
 //! lowest bits are this process's own, by chance. The end of a session removes that session and no other. Of two boxes with one identity, a
 //! clone or a data directory that was copied, the one that came last stays for as long as it is connected: else they would end each other's
-//! sessions for ever, as they do at two replicas, which do not see each other's.
+//! sessions for ever. Of those at another replica the Node tells, before anybody comes here ([`crate::backend::Agents`]).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

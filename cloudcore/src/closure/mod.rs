@@ -22,8 +22,8 @@ pub(crate) use self::references::Reference;
 use self::references::References;
 pub(crate) use self::session::Session;
 use self::session::Subscribers;
-use crate::backend::NodeIdentity;
-use crate::nodes::{Claim, EPOCH_ANNOTATION};
+use crate::backend::{Agents, NodeIdentity};
+use crate::nodes::{AGENTS_ANNOTATION, Claim, EPOCH_ANNOTATION, Named, parse_agents};
 use crate::sa_tokens::{TokenRequest, Tokens};
 use crate::upstream::node::NodeShown;
 
@@ -87,6 +87,8 @@ pub(crate) struct NodeInput {
     pub(crate) shown: NodeShown,
     /// The session that has it, as far as the Node says.
     pub(crate) claim: u64,
+    /// Whose that is.
+    pub(crate) agents: Agents,
     /// Kubernetes has not heard of it for too long.
     pub(crate) lost: bool,
 }
@@ -108,6 +110,7 @@ impl NodeInput {
                 .as_str()
                 .and_then(|text| text.parse().ok())
                 .unwrap_or_default(),
+            agents: metadata["annotations"][AGENTS_ANNOTATION].as_str().and_then(parse_agents).unwrap_or_default(),
             lost: is_lost(&node),
             object: sanitise::object(Collection::Node, node),
         }
@@ -169,6 +172,8 @@ struct Node {
     shown: NodeShown,
     /// The newest session that the Node names, whoever has it.
     claim: u64,
+    /// Whose that is.
+    agents: Agents,
     lost: bool,
     /// How often in a row it was found lost.
     lost_rounds: u8,
@@ -284,7 +289,7 @@ impl Closures {
 
     /// A Node is there.
     pub(crate) fn node_applied(&mut self, input: NodeInput) -> NodeChange {
-        let NodeInput { identity, resource_version, object, autonomous, capacity, shown, claim, lost } = input;
+        let NodeInput { identity, resource_version, object, autonomous, capacity, shown, claim, agents, lost } = input;
         let mut change = NodeChange::default();
         if let Some(node) = self.nodes.get_mut(identity.name.as_str()) {
             if node.uid == identity.uid {
@@ -294,6 +299,9 @@ impl Closures {
                 node.capacity = capacity;
                 node.shown = shown;
                 node.lost = lost;
+                if claim >= node.claim {
+                    node.agents = agents;
+                }
                 if claim > node.claim {
                     node.claim = claim;
                     self.subscribers.wake(&identity.name);
@@ -317,6 +325,7 @@ impl Closures {
             capacity,
             shown,
             claim,
+            agents,
             lost,
             lost_rounds: 0,
             here: (0, 0),
@@ -366,10 +375,10 @@ impl Closures {
         self.nodes.get(node.name.as_str()).map(Box::as_ref).filter(|known| known.uid == node.uid)
     }
 
-    /// The newest session that a Node is known to have had, if it is known.
-    pub(crate) fn claim(&self, node: &NodeIdentity) -> Option<u64> {
+    /// The newest session that a Node is known to have had, and whose it was, if it is known.
+    pub(crate) fn claim(&self, node: &NodeIdentity) -> Option<(u64, Agents)> {
         let known = self.known(node)?;
-        Some(known.claim.max(known.here.0))
+        Some((known.claim.max(known.here.0), known.agents))
     }
 
     /// Whether the Node names no session: none has ever claimed it, or reported for it.
@@ -389,6 +398,9 @@ impl Closures {
             Claim::Ours => {
                 if let Some(who) = self.subscribers.who(node, epoch) {
                     known.here = known.here.max((epoch, who));
+                    if epoch >= known.claim {
+                        known.agents = known.agents.followed_by(who);
+                    }
                 }
                 known.claim = known.claim.max(epoch);
             }
@@ -409,10 +421,10 @@ impl Closures {
         }
     }
 
-    /// The version of a Node as the watch last showed it, or as it was last written here, and the session that it names.
-    pub(crate) fn node_version(&self, node: &NodeIdentity) -> Option<(String, u64)> {
+    /// What a Node says of its sessions, as the watch last showed it, or as it was last written here.
+    pub(crate) fn node_named(&self, node: &NodeIdentity) -> Option<Named> {
         let known = self.known(node)?;
-        Some((known.resource_version.to_string(), known.claim))
+        Some(Named { version: known.resource_version.to_string(), epoch: known.claim, agents: known.agents })
     }
 
     /// Whether this is an edge node.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use skerry_proto::ADDRESSES_ANNOTATION;
 use skerry_proto::sync::{Collection, Object};
 
-use crate::nodes::EPOCH_ANNOTATION;
+use crate::nodes::{AGENTS_ANNOTATION, EPOCH_ANNOTATION};
 
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// Taints the node lifecycle controller sets by what it hears of the lease.
@@ -37,6 +37,7 @@ pub(crate) fn object(collection: Collection, mut value: Value) -> Object {
             if collection == Collection::Node {
                 annotations.remove(ADDRESSES_ANNOTATION);
                 annotations.remove(EPOCH_ANNOTATION);
+                annotations.remove(AGENTS_ANNOTATION);
             }
             if annotations.is_empty() {
                 metadata.remove("annotations");

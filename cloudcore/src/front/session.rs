@@ -3,11 +3,10 @@
 //!
 //! An edge is told that its Node is deleted only when the apiserver has said so; whatever else goes wrong, it is told to come again.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
 use rand::RngExt as _;
-use skerry_proto::sync::{COLLECTIONS, Hub, HubInput, HubOutput, Reason};
+use skerry_proto::sync::{COLLECTIONS, Hub, HubInput, HubOutput, Reason, fingerprint};
 use skerry_proto::transport::{End, Event};
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
@@ -163,8 +162,8 @@ where
         () = front.stop.cancelled() => return Err(shutdown()),
         checked = tokio::time::timeout(CHECK_PATIENCE, front.backend.check(node)) => checked,
     };
-    let known = match checked {
-        Ok(Ok(NodeCheck::Live { epoch })) => epoch,
+    let (mut known, agents) = match checked {
+        Ok(Ok(NodeCheck::Live { epoch, agents })) => (epoch, agents),
         Ok(Ok(NodeCheck::Deleted | NodeCheck::OtherUid)) => return Err(deleted(node)),
         Ok(Err(error)) => {
             debug!(node = shown(node), "cannot check the node: {}", chain(&error));
@@ -195,7 +194,23 @@ where
             return Err(("certificate_too_old", Some(goodbye(Reason::Refused, too_old_message(certificate)))));
         }
     }
-    let place = match front.sessions.begin(node, who(&hello), hello.last_epoch.max(known), clock::wall_millis()) {
+    let who = who(&hello);
+    // Whoever was taken over and comes back is one of two, if the other's session stands, wherever that is; an edge that has lost what it
+    // knew may have had sessions since that the Node does not name.
+    let is_back = agents.have_ousted(who);
+    if is_back || hello.last_epoch == 0 && known != 0 {
+        let leased = tokio::time::timeout(CHECK_PATIENCE, front.backend.leased(&node.name)).await;
+        let Ok(Ok(leased)) = leased else {
+            return Err(later("unavailable", "the apiserver cannot be asked about the node's lease now"));
+        };
+        if is_back && leased.is_some() {
+            let error = BeginError::Twin(node.name.clone());
+            warn!(node = shown(node), "{error}");
+            return Err(("twin", Some(goodbye(Reason::Refused, error.to_string()))));
+        }
+        known = known.max(leased.unwrap_or_default());
+    }
+    let place = match front.sessions.begin(node, who, hello.last_epoch.max(known), clock::wall_millis()) {
         Ok(place) => place,
         Err(error) => {
             let result = match error {
@@ -214,11 +229,9 @@ where
     }
 }
 
-/// Which start of which box it is that says Hello.
+/// Which start of which box it is that says Hello; the same at every replica.
 fn who(hello: &Hello) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (&hello.run_id, &hello.store_id).hash(&mut hasher);
-    hasher.finish()
+    fingerprint(format!("{}\0{}", hello.run_id, hello.store_id).as_bytes())
 }
 
 /// Runs the hub until the session ends; says what the edge should hear.

@@ -15,7 +15,7 @@ use rustls::{ClientConfig, RootCertStore};
 use skerry_proto::mux::Side;
 use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
 use skerry_proto::streams::{Carrier, Received, Stream};
-use skerry_proto::sync::{Collection, Entry, MAX_FRAME, Object, Reason, Report};
+use skerry_proto::sync::{Collection, Entry, MAX_FRAME, Object, Reason, Report, fingerprint};
 use skerry_proto::token::JoinToken;
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello, Inventory, Ping, Revision, Welcome};
@@ -27,7 +27,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Message;
 
 use super::*;
-use crate::backend::{BackendError, Feed, FeedEvent, RegisterError};
+use crate::backend::{Agents, BackendError, Feed, FeedEvent, RegisterError};
 use crate::clock;
 use crate::pki::{CertificateAuthority, node_of};
 use crate::secrets::fake::MemorySecrets;
@@ -51,6 +51,8 @@ struct Script {
     deletes_behind_check: bool,
     /// Epochs on leases.
     leased: BTreeMap<String, u64>,
+    /// What Nodes name.
+    named: BTreeMap<String, (u64, Agents)>,
 }
 
 struct FakeBackend {
@@ -119,7 +121,10 @@ impl Backend for FakeBackend {
         }
         Ok(match script.nodes.get(&node.name) {
             None => NodeCheck::Deleted,
-            Some((uid, _)) if *uid == node.uid => NodeCheck::Live { epoch: 0 },
+            Some((uid, _)) if *uid == node.uid => {
+                let (epoch, agents) = script.named.get(&node.name).copied().unwrap_or_default();
+                NodeCheck::Live { epoch, agents }
+            }
             Some(_) => NodeCheck::OtherUid,
         })
     }
@@ -691,6 +696,38 @@ async fn the_other_of_two_boxes_with_one_identity_is_told_so() {
     let mut later = cloud.connect(&identity).await;
     later.send(Body::Hello(hello)).await;
     assert!(matches!(later.body().await, Body::Welcome(_)), "it is the only one now");
+}
+
+#[tokio::test]
+async fn a_box_that_another_replica_took_over_from_is_told_so_while_the_others_session_stands() {
+    let cloud = Cloud::start().await;
+    let identity = cloud.node("box-1").await;
+    let Body::Hello(hello) = hello("box-1", 0) else { unreachable!() };
+    let who = fingerprint(format!("{}\0{}", hello.run_id, hello.store_id).as_bytes());
+    let name = "box-1".to_owned();
+    let lease = |epoch: Option<u64>| {
+        let mut script = cloud.front.backend.script.lock().unwrap();
+        script.named.insert(name.clone(), (5, Agents { who: who.wrapping_add(1), ousted: who }));
+        script.leased = epoch.map(|epoch| (name.clone(), epoch)).into_iter().collect();
+    };
+    lease(Some(7));
+    let mut back = cloud.connect(&identity).await;
+    back.send(Body::Hello(hello.clone())).await;
+    let (reason, said) = back.goodbye().await;
+    assert!(reason == Reason::Refused && said.message.contains("another box with the identity of node box-1"));
+    // One that starts anew is nobody's return, and gets an epoch beyond any that its forgotten sessions had.
+    let far = clock::wall_millis() + 3_600_000;
+    lease(Some(far));
+    let mut anew = cloud.connect(&identity).await;
+    anew.send(Body::Hello(Hello { run_id: "another".to_owned(), ..hello.clone() })).await;
+    let Body::Welcome(welcome) = anew.body().await else { panic!("refused") };
+    assert!(welcome.epoch > far);
+    drop(anew);
+    until("its session ends", || cloud.front.sessions.nodes().is_empty()).await;
+    lease(None);
+    let mut alone = cloud.connect(&identity).await;
+    alone.send(Body::Hello(hello)).await;
+    assert!(matches!(alone.body().await, Body::Welcome(_)), "the other one is gone");
 }
 
 #[tokio::test]

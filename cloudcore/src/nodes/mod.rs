@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use skerry_proto::EDGE_LABEL;
 
 use crate::apiserver::{Apiserver, Kind, Verdict, verdict};
-use crate::backend::{BackendError, NodeCheck, NodeIdentity, RegisterError};
+use crate::backend::{Agents, BackendError, NodeCheck, NodeIdentity, RegisterError};
 use crate::{clock, registry};
 
 pub(crate) mod autonomy;
@@ -16,6 +16,8 @@ pub(crate) mod leases;
 
 /// On a Node: the newest session that took it over from another replica, or wrote its status. On a lease: whose renewals count.
 pub(crate) const EPOCH_ANNOTATION: &str = "skerry.dev/epoch";
+/// On a Node: whose session that is, and after a comma whose it took over. As [`Agents`], in hexadecimal digits.
+pub(crate) const AGENTS_ANNOTATION: &str = "skerry.dev/agents";
 /// Which machine a Node is.
 const MACHINE_ANNOTATION: &str = "skerry.dev/machine-id";
 /// Someone else may create or delete the Node while we look.
@@ -65,19 +67,31 @@ pub(crate) async fn check(api: &Apiserver, node: &NodeIdentity) -> Result<NodeCh
     Ok(match api.get(Kind::Node, "", &node.name).await.map_err(failed)? {
         None => NodeCheck::Deleted,
         Some(found) if found.metadata.uid.as_deref() == Some(node.uid.as_str()) => {
-            NodeCheck::Live { epoch: epoch_of(&found).unwrap_or_default() }
+            NodeCheck::Live { epoch: epoch_of(&found).unwrap_or_default(), agents: agents_of(&found) }
         }
         Some(_) => NodeCheck::OtherUid,
     })
 }
 
-/// The version of a Node as the apiserver has it, and the epoch that it names; `None` if it is gone, or another one has its name.
-pub(crate) async fn look(api: &Apiserver, node: &NodeIdentity) -> Result<Option<(String, u64)>, kube::Error> {
+/// What a Node says of its sessions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    /// The Node's version.
+    pub(crate) version: String,
+    /// The newest session.
+    pub(crate) epoch: u64,
+    /// Whose that is.
+    pub(crate) agents: Agents,
+}
+
+/// A Node as the apiserver has it; `None` if it is gone, or another one has its name.
+pub(crate) async fn look(api: &Apiserver, node: &NodeIdentity) -> Result<Option<Named>, kube::Error> {
     let found = api.get(Kind::Node, "", &node.name).await?;
     let found = found.filter(|found| found.metadata.uid.as_deref() == Some(node.uid.as_str()));
-    Ok(found.map(|found| {
-        let named = epoch_of(&found).unwrap_or_default();
-        (found.metadata.resource_version.unwrap_or_default(), named)
+    Ok(found.map(|found| Named {
+        epoch: epoch_of(&found).unwrap_or_default(),
+        agents: agents_of(&found),
+        version: found.metadata.resource_version.unwrap_or_default(),
     }))
 }
 
@@ -90,28 +104,46 @@ pub(crate) enum Claim {
     Theirs(u64),
 }
 
-/// Says that a session has a Node from now on: whoever has an older one sees it, and ends it. `known` is the Node's version as the watch
-/// shows it and the epoch that it names; without it the Node is asked for. Answers its new version, too.
+/// Says that a session of `who` has a Node from now on: whoever has an older one sees it, and ends it. `known` is what the watch shows;
+/// without it the Node is asked for. Answers its new version, too.
 pub(crate) async fn claim(
     api: &Apiserver,
     node: &NodeIdentity,
-    epoch: u64,
-    known: Option<(String, u64)>,
+    (epoch, who): (u64, u64),
+    known: Option<Named>,
 ) -> Result<(Claim, Option<String>), kube::Error> {
     let known = match known {
         Some(known) => Some(known),
         None => look(api, node).await?,
     };
     // If it is gone, the session hears of that elsewhere.
-    let Some((version, named)) = known else { return Ok((Claim::Ours, None)) };
+    let Some(Named { version, epoch: named, agents }) = known else { return Ok((Claim::Ours, None)) };
     if named >= epoch {
         return Ok((Claim::Theirs(named), None));
     }
     // Only on what was looked at: of two that claim at once, the second is refused, and looks again.
-    let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": version, "annotations": {EPOCH_ANNOTATION: epoch.to_string()}}});
+    let annotations = annotations(epoch, agents.followed_by(who));
+    let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": version, "annotations": annotations}});
     api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch))
         .await
         .map(|node| (Claim::Ours, node.metadata.resource_version))
+}
+
+/// What names a session on a Node.
+pub(crate) fn annotations(epoch: u64, Agents { who, ousted }: Agents) -> Value {
+    json!({EPOCH_ANNOTATION: epoch.to_string(), AGENTS_ANNOTATION: format!("{who:x},{ousted:x}")})
+}
+
+fn agents_of(node: &DynamicObject) -> Agents {
+    let annotations = node.metadata.annotations.as_ref();
+    annotations.and_then(|annotations| parse_agents(annotations.get(AGENTS_ANNOTATION)?)).unwrap_or_default()
+}
+
+/// Reads [`AGENTS_ANNOTATION`].
+pub(crate) fn parse_agents(text: &str) -> Option<Agents> {
+    let (who, ousted) = text.split_once(',')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some(Agents { who: number(who)?, ousted: number(ousted)? })
 }
 
 /// The epoch that a Node or lease is marked with. What no session can have had, whoever wrote it, says nothing: or it would bar the node
@@ -168,6 +200,22 @@ mod tests {
         assert!(taken.contains("kubectl delete node e") && !taken.contains("secret"), "{taken}");
         let worker = object(json!({"metadata": {"name": "e"}}));
         assert!(matches!(may_take_over("e", "me", &worker), Err(RegisterError::NotEdge(_))));
+    }
+
+    #[test]
+    fn who_comes_back_though_another_has_taken_over_is_one_of_two() {
+        let written = |agents: Agents| {
+            let annotations = annotations(1, agents);
+            parse_agents(annotations[AGENTS_ANNOTATION].as_str().unwrap()).unwrap()
+        };
+        let first = written(Agents::default().followed_by(1));
+        assert_eq!(first, Agents { who: 1, ousted: 0 });
+        assert!(!first.have_ousted(1) && !first.have_ousted(2));
+        let second = written(first.followed_by(u64::MAX));
+        assert!(second.have_ousted(1), "it comes again");
+        assert!(!second.have_ousted(u64::MAX) && !second.have_ousted(3), "another start of whichever");
+        assert_eq!(written(second.followed_by(u64::MAX)), second, "it comes back to another replica");
+        assert_eq!(parse_agents("1"), None);
     }
 
     #[test]

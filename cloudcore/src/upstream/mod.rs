@@ -80,6 +80,8 @@ pub(crate) struct Reports {
 struct Queue {
     node: NodeIdentity,
     epoch: u64,
+    /// One start of the agent.
+    who: u64,
     state: Mutex<State>,
     wake: Notify,
     /// Something came to its end, or is to be reported once more.
@@ -134,9 +136,9 @@ impl Upstream {
     }
 
     /// Begins a session. One that `claims` writes nothing before the Node says that it has it.
-    pub(crate) fn open(self: &Arc<Self>, node: &NodeIdentity, epoch: u64, claims: bool) -> Reports {
+    pub(crate) fn open(self: &Arc<Self>, node: &NodeIdentity, epoch: u64, who: u64, claims: bool) -> Reports {
         let (state, wake, news) = (Mutex::default(), Notify::new(), Notify::new());
-        let queue = Arc::new(Queue { node: node.clone(), epoch, state, wake, news });
+        let queue = Arc::new(Queue { node: node.clone(), epoch, who, state, wake, news });
         lock(&self.queues).insert(node.name.clone(), queue.clone());
         let mut reports = Reports { upstream: self.clone(), queue, task: None };
         if claims {
@@ -208,12 +210,12 @@ impl Upstream {
     /// Takes the node over from whatever replica had it, however long that takes.
     async fn claim(&self, queue: &Queue) {
         let mut attempt = 0;
-        let mut known = self.shared.closures().node_version(&queue.node);
+        let mut known = self.shared.closures().node_named(&queue.node);
         loop {
             let claimed = match self.permits.acquire().await {
                 Ok(_permit) => {
                     self.leases.on_time().await;
-                    Box::pin(nodes::claim(&self.api, &queue.node, queue.epoch, known.take())).await
+                    Box::pin(nodes::claim(&self.api, &queue.node, (queue.epoch, queue.who), known.take())).await
                 }
                 Err(_) => return,
             };
@@ -345,18 +347,18 @@ impl Upstream {
         };
         let (capacity, shown, known) = {
             let closures = self.shared.closures();
-            (closures.capacity(&node.name), closures.node_shown(&node.name), closures.node_version(node))
+            (closures.capacity(&node.name), closures.node_shown(&node.name), closures.node_named(node))
         };
         // Whoever takes the node over writes the Node first, and so makes another version of it.
-        let (version, named) = match known.filter(|_| !tried) {
+        let named = match known.filter(|_| !tried) {
             Some(known) => known,
             None => match self.newest(queue).await {
                 Ok(found) => found,
                 Err(outcome) => return outcome,
             },
         };
-        let unnamed = (named < queue.epoch).then_some(queue.epoch);
-        let patch = match node::patch(node, &version, unnamed, &content, capacity.as_ref()) {
+        let unnamed = (named.epoch < queue.epoch).then(|| (queue.epoch, named.agents.followed_by(queue.who)));
+        let patch = match node::patch(node, &named.version, unnamed, &content, capacity.as_ref()) {
             Ok(patch) => patch,
             Err(reason) => return Outcome::Refused(reason),
         };

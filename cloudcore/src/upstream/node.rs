@@ -9,8 +9,8 @@ use skerry_proto::ADDRESSES_ANNOTATION;
 use skerry_proto::payload::NodeReport;
 
 use super::pod::meaning;
-use crate::backend::NodeIdentity;
-use crate::nodes::{EPOCH_ANNOTATION, labels};
+use crate::backend::{Agents, NodeIdentity};
+use crate::nodes::{self, labels};
 
 /// What an edge may say of its node; the rest of a NodeStatus is the cloud's.
 const FIELDS: [&str; 8] = [
@@ -93,11 +93,11 @@ fn heartbeat(node: &Value) -> i64 {
 
 /// The strategic merge patch of nodes/status, with the box's addresses and the labels it may set. `capacity` is what the apiserver has:
 /// resources that others added to it must also be allocatable. `version` is that of the Node that was looked at, for no other is it meant;
-/// `unnamed` the session's epoch, where that Node does not name it.
+/// `unnamed` the session's epoch and whose it is, where that Node does not name it.
 pub(crate) fn patch(
     node: &NodeIdentity,
     version: &str,
-    unnamed: Option<u64>,
+    unnamed: Option<(u64, Agents)>,
     report: &NodeReport,
     capacity: Option<&Value>,
 ) -> Result<Value, String> {
@@ -123,12 +123,9 @@ pub(crate) fn patch(
     let labels: BTreeMap<&String, &String> =
         report.labels.iter().filter(|(key, value)| labels::is_measured(key) && labels::allowed(key, value)).collect();
     // Those of joining are the operator's from then on. The status of a Node is the one subresource through which its labels and annotations may be written as well.
-    let annotations = json!({ADDRESSES_ANNOTATION: box_addresses(&report.addresses)});
-    let mut metadata =
-        json!({"uid": node.uid, "resourceVersion": version, "annotations": annotations, "labels": labels});
-    if let Some(epoch) = unnamed {
-        metadata["annotations"][EPOCH_ANNOTATION] = epoch.to_string().into();
-    }
+    let mut annotations = unnamed.map_or_else(|| json!({}), |(epoch, agents)| nodes::annotations(epoch, agents));
+    annotations[ADDRESSES_ANNOTATION] = box_addresses(&report.addresses).into();
+    let metadata = json!({"uid": node.uid, "resourceVersion": version, "annotations": annotations, "labels": labels});
     Ok(json!({"metadata": metadata, "status": status}))
 }
 
@@ -169,11 +166,11 @@ mod tests {
         let stored = json!({"cpu": "2", "example.com/dongle": "3"});
         let boxes = r#"[{"address":"192.168.1.5","type":"InternalIP"},{"address":"10.9.9.9","type":"InternalIP"}]"#;
         assert_eq!(
-            patch(&e(), "3", Some(7), &report, Some(&stored)).unwrap(),
+            patch(&e(), "3", Some((7, Agents { who: 10, ousted: 0 })), &report, Some(&stored)).unwrap(),
             json!({
                 "metadata": {
                     "uid": "u", "resourceVersion": "3", "labels": {},
-                    "annotations": {ADDRESSES_ANNOTATION: boxes, EPOCH_ANNOTATION: "7"},
+                    "annotations": {ADDRESSES_ANNOTATION: boxes, "skerry.dev/epoch": "7", "skerry.dev/agents": "a,0"},
                 },
                 "status": {
                     "capacity": {"cpu": "2"}, "allocatable": {"cpu": "1900m", "example.com/dongle": "3"}, "nodeInfo": {"kernelVersion": "6"},

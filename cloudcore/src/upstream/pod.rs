@@ -13,7 +13,7 @@ use super::{Outcome, Queue, Upstream, lock};
 use crate::apiserver::{Kind, Verdict, verdict};
 use crate::backend::NodeIdentity;
 use crate::closure::{PodFacts, Source};
-use crate::nodes::{self, Claim};
+use crate::nodes::{self, Claim, Named};
 
 /// Written whole; those that may vanish are written as null when the report lacks them.
 const FIELDS: [&str; 7] = ["phase", "hostIP", "startTime", "qosClass", "observedGeneration", "reason", "message"];
@@ -191,11 +191,11 @@ impl Upstream {
         }
     }
 
-    /// The Node, asked for at the apiserver: its version and the session that it names, unless that is a newer one than this.
-    pub(super) async fn newest(&self, queue: &Queue) -> Result<(String, u64), Outcome> {
+    /// The Node, asked for at the apiserver, unless it names a newer session than this.
+    pub(super) async fn newest(&self, queue: &Queue) -> Result<Named, Outcome> {
         match nodes::look(&self.api, &queue.node).await {
-            Ok(Some((_, named))) if named > queue.epoch => {
-                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(named));
+            Ok(Some(named)) if named.epoch > queue.epoch => {
+                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(named.epoch));
                 Err(Outcome::Superseded)
             }
             Ok(Some(found)) => Ok(found),

@@ -194,7 +194,7 @@ fn report(word: &str) -> Report {
 
 fn open(upstream: &Arc<Upstream>, epoch: u64) -> Arc<Queue> {
     let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
-    upstream.open(&node, epoch, false).queue.clone()
+    upstream.open(&node, epoch, 1, false).queue.clone()
 }
 
 /// What a report comes to, and what is asked of the apiserver for it.
@@ -424,7 +424,7 @@ async fn a_node_that_says_much_does_not_hold_up_one_that_says_little() {
     upstream.permits.forget_permits(AT_ONCE - 1);
     let busy = upstream.permits.acquire().await.unwrap();
     let node = |name: &str| NodeIdentity { name: name.to_owned(), uid: format!("{name}-1") };
-    let (mut noisy, mut quiet) = (upstream.open(&node("e"), 1, false), upstream.open(&node("q"), 1, false));
+    let (mut noisy, mut quiet) = (upstream.open(&node("e"), 1, 1, false), upstream.open(&node("q"), 1, 2, false));
     (0..200).for_each(|id| noisy.push(of_another_pod(id, &format!("of-e-{id}"))));
     quiet.push(of_another_pod(1, "of-q"));
     tokio::task::yield_now().await;
@@ -443,7 +443,7 @@ async fn reports_wait_for_leases_that_are_late() {
     let upstream = replica(&world);
     let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
     upstream.leases.begin(&node, 1);
-    let mut reports = upstream.open(&node, 1, false);
+    let mut reports = upstream.open(&node, 1, 1, false);
     reports.push(report("one"));
     for _ in 0..9 {
         tokio::task::yield_now().await;
