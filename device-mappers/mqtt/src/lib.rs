@@ -1,6 +1,7 @@
 //! Devices that speak MQTT: values come on topics, and are set by publishing to others.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use skerry_mapper::net::Address;
@@ -19,13 +20,16 @@ const MOST: usize = 4096;
 #[derive(Debug)]
 pub struct Mqtt;
 
-/// One property.
+/// One property; who has it shares it.
 #[derive(Clone, Debug)]
-pub struct Topic {
+pub struct Topic(Arc<Route>);
+
+#[derive(Debug)]
+struct Route {
     /// Where its values come; may have wildcards.
-    pub state: Option<String>,
+    state: Option<String>,
     /// Where it is set.
-    pub command: Option<String>,
+    command: Option<String>,
     form: Form,
     qos: u8,
     retain: bool,
@@ -52,7 +56,7 @@ impl Point for Topic {
     }
 
     fn verified(&self) -> bool {
-        self.state.is_some()
+        self.0.state.is_some()
     }
 }
 
@@ -81,14 +85,14 @@ impl Driver for Mqtt {
         if let Some(topic) = command.as_ref().filter(|topic| topic.contains(['#', '+'])) {
             return Err(ConfigError(format!("`commandTopic` is {topic:?}, but cannot have wildcards")));
         }
-        Ok(Topic {
+        Ok(Topic(Arc::new(Route {
             state,
             command,
             form: Form::new(visitor)?,
             qos: visitor.integer("qos", 0, 2)?.and_then(|qos| u8::try_from(qos).ok()).unwrap_or(0),
             retain: visitor.flag("retain")?,
             kind: property.kind,
-        })
+        })))
     }
 
     async fn connect(&self, device: &DeviceInfo<'_>) -> Result<Device, Fault> {
@@ -136,7 +140,7 @@ impl Link for Device {
         let wanted: Vec<(usize, Topic)> = points.iter().map(|(index, topic)| (*index, (*topic).clone())).collect();
         let topics = |routes: &[(usize, Topic)]| -> Vec<(String, u8)> {
             let mut topics: Vec<(String, u8)> =
-                routes.iter().filter_map(|(_, topic)| Some((topic.state.clone()?, topic.qos))).collect();
+                routes.iter().filter_map(|(_, topic)| Some((topic.0.state.clone()?, topic.0.qos))).collect();
             topics.sort_unstable();
             // Of two properties on one topic, the higher QoS.
             topics.dedup_by(|later, earlier| {
@@ -155,7 +159,7 @@ impl Link for Device {
             self.connection.queue_subscribe(topic, *qos);
         }
         self.routes = wanted;
-        self.latest.clear();
+        self.latest = Vec::with_capacity(self.routes.len());
         self.waiting.clear();
         self.connection.flush().await.map_err(Fault::Offline)
     }
@@ -183,7 +187,7 @@ impl Link for Device {
         Ok(())
     }
 
-    async fn write(&mut self, point: &Topic, value: &Value) -> Result<(), Fault> {
+    async fn write(&mut self, Topic(point): &Topic, value: &Value) -> Result<(), Fault> {
         let topic = point
             .command
             .as_ref()
@@ -201,7 +205,8 @@ impl Link for Device {
         while self.waiting.is_empty() {
             self.pump().await?;
         }
-        readings.extend(self.waiting.drain(..));
+        // Most devices rest most of the time.
+        readings.extend(std::mem::take(&mut self.waiting));
         Ok(())
     }
 }
@@ -232,7 +237,7 @@ impl Device {
     }
 
     fn take(&mut self, topic: &str, extract: impl Fn(&Form) -> Result<Sample, String>) {
-        for (index, route) in &self.routes {
+        for (index, Topic(route)) in &self.routes {
             if !route.state.as_ref().is_some_and(|filter| matches(filter, topic)) {
                 continue;
             }

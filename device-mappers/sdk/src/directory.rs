@@ -59,7 +59,7 @@ struct Entry {
 struct Handle {
     /// Dropping it ends the worker.
     updates: watch::Sender<Arc<Device>>,
-    calls: mpsc::Sender<Call>,
+    calls: mpsc::Sender<Box<Call>>,
 }
 
 impl<D: Driver> Directory<D> {
@@ -121,7 +121,7 @@ impl<D: Driver> Directory<D> {
     }
 
     /// Where a device's methods are called; an error when it has no worker.
-    pub(crate) fn calls(&self, key: &str) -> Result<mpsc::Sender<Call>, String> {
+    pub(crate) fn calls(&self, key: &str) -> Result<mpsc::Sender<Box<Call>>, String> {
         let state = self.lock();
         let entry = state.devices.get(key).ok_or_else(|| format!("this mapper has no device {key}"))?;
         let worker = entry.worker.as_ref().ok_or_else(|| format!("the model of {key} is not there yet"))?;

@@ -96,7 +96,9 @@ impl<D: Driver> DeviceMethodService for Service<D> {
         let calls = self.0.calls(&key(&request.device_namespace, &request.device_name)).map_err(Status::not_found)?;
         let (reply, outcome) = oneshot::channel();
         let call = Call { method: request.method, arguments: request.arguments.into_iter().collect(), reply };
-        calls.try_send(call).map_err(|_| Status::resource_exhausted("other calls of this device wait already"))?;
+        calls
+            .try_send(Box::new(call))
+            .map_err(|_| Status::resource_exhausted("other calls of this device wait already"))?;
         match outcome.await {
             Ok(Ok(Done { results, written })) => {
                 Ok(Response::new(CallResponse { results: results.into_iter().collect(), written }))

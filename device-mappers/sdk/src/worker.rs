@@ -23,7 +23,7 @@ mod write;
 /// The last resort: no operation of a driver takes this long.
 const STUCK: Duration = Duration::from_secs(30);
 
-/// A method that is to be run.
+/// A method that is to be run. Queues of them are of boxes: each device has one, with room for many.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) method: String,
@@ -59,7 +59,7 @@ pub(crate) struct Worker<D: Driver> {
     reports: Arc<Reports>,
     epoch: watch::Receiver<u64>,
     updates: watch::Receiver<Arc<Device>>,
-    calls: mpsc::Receiver<Call>,
+    calls: mpsc::Receiver<Box<Call>>,
     device: Arc<Device>,
     /// Of the device, for spreading.
     seed: u64,
@@ -102,7 +102,7 @@ enum End {
 
 enum Event {
     Updated(bool),
-    Call(Option<Call>),
+    Call(Option<Box<Call>>),
     Registered,
     Time,
     Values(Result<(), Fault>),
@@ -113,7 +113,7 @@ impl<D: Driver> Worker<D> {
         driver: Arc<D>,
         reports: Arc<Reports>,
         mut updates: watch::Receiver<Arc<Device>>,
-        calls: mpsc::Receiver<Call>,
+        calls: mpsc::Receiver<Box<Call>>,
     ) -> Self {
         let device = Arc::clone(&updates.borrow_and_update());
         let mut worker = Self {
@@ -239,7 +239,7 @@ impl<D: Driver> Worker<D> {
                     }
                     subscribe = true;
                 }
-                Event::Call(Some(call)) => self.call(link, call).await?,
+                Event::Call(Some(call)) => self.call(link, *call).await?,
                 Event::Registered => self.registered(),
                 Event::Values(outcome) => {
                     self.online(backoff);
@@ -386,6 +386,7 @@ impl<D: Driver> Worker<D> {
     fn take_up(&mut self, device: Arc<Device>) {
         let mut before: Vec<Option<Running<D::Point>>> =
             std::mem::take(&mut self.properties).into_iter().map(Some).collect();
+        self.properties.reserve_exact(device.properties.len());
         let same_config = device.config == self.device.config;
         for property in &device.properties {
             let kept = self
