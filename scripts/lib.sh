@@ -17,9 +17,9 @@ fail() {
   exit 1
 }
 
-# What nobody has words for: whatever ends a script says what that was.
+# What nobody has words for: whatever ends a script says what that was. (A subshell's end is for whoever made it to tell.)
 set -E
-trap 'printf "\nfailed: %s\nwhat to do: see the message above, mend it and try again\n" "$BASH_COMMAND" >&2' ERR
+trap '[ "$BASH_SUBSHELL" -gt 0 ] || printf "\nfailed: %s\nwhat to do: see the message above, mend it and try again\n" "$BASH_COMMAND" >&2' ERR
 
 need_root() {
   [ "$(id -u)" = 0 ] || fail "this starts containers, bridges and mounts" "run it as root (sudo -E $0)"
