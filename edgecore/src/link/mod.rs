@@ -434,7 +434,8 @@ fn after_session(backoff: &mut Backoff, stood: Duration, retry_after: Option<Dur
         backoff.reset();
     }
     let own = backoff.wait();
-    retry_after.map_or(Wait::Own(own), |told| Wait::Told(told.min(MAX_TOLD)))
+    // As after a failure: others are told the same.
+    retry_after.map_or(Wait::Own(own), |told| Wait::Told(told.min(MAX_TOLD) + own))
 }
 
 /// A pause before the next attempt.
