@@ -7,7 +7,7 @@ mod affinity;
 #[cfg(test)]
 mod tests;
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Taint, Toleration, Volume};
+use k8s_openapi::api::core::v1::{Pod, PodSpec, Taint, Toleration, Volume};
 
 use super::references::{NodeFacts, PodEvent};
 use super::resources::{Totals, pod_level, pod_requests};
@@ -79,19 +79,6 @@ pub fn unsupported(pod: &Pod) -> Option<PodEvent> {
         let message = format!("volumeDevices of container \"{}\" are not supported on this node", container.name);
         return Some(event("FailedMapVolume", message));
     }
-    let wanted = |container: &Container| {
-        let resources = container.resources.as_ref()?;
-        let all = resources.limits.iter().flatten().chain(resources.requests.iter().flatten());
-        all.map(|(name, _)| name).find(|name| name.contains('/')).cloned()
-    };
-    if let Some((container, resource)) =
-        spec.containers.iter().chain(init).find_map(|container| Some((&container.name, wanted(container)?)))
-    {
-        let message = format!(
-            "container \"{container}\" wants {resource}: device plugins are not supported on this node; run the pod on another node"
-        );
-        return Some(event("UnexpectedAdmissionError", message));
-    }
     if spec.resource_claims.as_ref().is_some_and(|claims| !claims.is_empty()) {
         let message = "resourceClaims are not supported on this node; run the pod on another node";
         return Some(event("FailedPrepareDynamicResources", message.to_owned()));
@@ -111,6 +98,10 @@ pub fn unenforced(pod: &Pod, node: &NodeFacts) -> Option<PodEvent> {
         let own = container.resources.as_ref().and_then(|resources| resources.limits.as_ref());
         if own.is_some_and(|limits| limits.contains_key("ephemeral-storage")) {
             limits.push(format!("ephemeral-storage of container \"{}\"", container.name));
+        }
+        // A device plugin's, or one that somebody says the node has: that is told apart by nobody here, and a kubelet runs it, too.
+        for name in own.into_iter().flatten().map(|(name, _)| name).filter(|name| name.contains('/')) {
+            limits.push(format!("{name} of container \"{}\", which gets no device with it", container.name));
         }
     }
     for volume in spec.volumes.iter().flatten() {

@@ -182,6 +182,10 @@ fn limits_that_nobody_enforces_are_named() {
     let whole = json!({"containers": [], "resources": {"limits": {"memory": "1Gi"}}});
     assert_eq!(message(whole.clone(), false), None);
     assert!(message(whole, true).unwrap().contains("the pod as a whole"));
+    let gpu = json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "1", "vendor.com/gpu": "1"}}}]});
+    assert!(
+        message(gpu, false).unwrap().ends_with(": vendor.com/gpu of container \"a\", which gets no device with it")
+    );
 }
 
 #[test]
@@ -216,9 +220,6 @@ fn what_cannot_be_mounted_is_named() {
     assert_eq!(reason(json!({"containers": [], "hostUsers": false})), Some("FailedCreatePodSandBox"));
     let device = json!({"containers": [{"name": "a", "volumeDevices": [{"name": "v", "devicePath": "/dev/x"}]}]});
     assert_eq!(reason(device), Some("FailedMapVolume"));
-    let wants = |resource: &str| json!({"containers": [{"name": "a", "resources": {"limits": {resource: "1"}}}]});
-    assert_eq!((reason(wants("cpu")), reason(wants("ephemeral-storage"))), (None, None));
-    assert_eq!(reason(wants("vendor.com/gpu")), Some("UnexpectedAdmissionError"));
     let claims = json!({"containers": [{"name": "a"}], "resourceClaims": [{"name": "gpu"}]});
     assert_eq!(reason(claims), Some("FailedPrepareDynamicResources"));
 }
