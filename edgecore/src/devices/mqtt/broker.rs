@@ -82,6 +82,12 @@ struct Rules {
     is_old: bool,
     /// It was said that they are not in force.
     is_told: bool,
+    /// The broker that was started here has the list.
+    is_given: bool,
+    /// The data directory has it.
+    is_copied: bool,
+    /// It was said that the data directory cannot have it.
+    is_copy_missed: bool,
 }
 
 impl Broker {
@@ -96,6 +102,9 @@ impl Broker {
             is_unread: true,
             is_old: true,
             is_told: false,
+            is_given: false,
+            is_copied: false,
+            is_copy_missed: false,
         };
         Self {
             at,
@@ -184,8 +193,10 @@ impl Broker {
             _ => std::fs::DirBuilder::new().mode(0o700).create(&self.dir)?,
         }
         self.make().await?;
+        self.copy();
         self.write("access", self.rules.list.as_bytes(), user.as_ref())?;
         self.write("passwords", &self.rules.passwords, user.as_ref())?;
+        self.rules.is_given = true;
         self.write("mosquitto.conf", self.config(user.as_ref()).as_bytes(), user.as_ref())?;
         if let Some(user) = &user {
             chown(&self.dir, Some(user.uid), Some(user.gid))?;
@@ -257,7 +268,7 @@ impl Broker {
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // Passwords are only its own broker's.
-            let is_due = self.own.is_some() || self.rules.is_unread || self.rules.is_old;
+            let is_due = self.own.is_some() || self.rules.is_unread || self.rules.is_old || !self.rules.is_copied;
             tokio::select! {
                 change = self.rules.changes.recv() => match change {
                     Ok(change) if change.collection == Collection::Devices => {
@@ -284,14 +295,16 @@ impl Broker {
     }
 
     async fn refresh(&mut self) -> io::Result<()> {
-        let is_new = self.make().await?;
-        if let Some(own) = self.own.as_ref().filter(|_| is_new) {
+        self.make().await?;
+        self.copy();
+        if let Some(own) = self.own.as_ref().filter(|_| !self.rules.is_given) {
             let user = user();
             self.write("access", self.rules.list.as_bytes(), user.as_ref())?;
             self.write("passwords", &self.rules.passwords, user.as_ref())?;
             if let Some(pid) = own.id().and_then(|pid| i32::try_from(pid).ok()) {
                 kill(Pid::from_raw(pid), Signal::SIGHUP)?;
             }
+            self.rules.is_given = true;
         }
         let lacks = self.is_theirs && !self.rules.writers.is_empty();
         if lacks && !std::mem::replace(&mut self.rules.is_told, true) {
@@ -303,8 +316,24 @@ impl Broker {
         Ok(())
     }
 
-    /// Makes the list of what there is now, and keeps it in the data directory. Answers whether it, or the passwords, changed.
-    async fn make(&mut self) -> io::Result<bool> {
+    /// Keeps the list in the data directory, for whoever has another broker. The own one does without it.
+    fn copy(&mut self) {
+        if self.rules.is_copied {
+            return;
+        }
+        // There is no secret in it, and somebody else is to read it.
+        match files::write(&self.access, self.rules.list.as_bytes(), 0o644) {
+            Ok(()) => (self.rules.is_copied, self.rules.is_copy_missed) = (true, false),
+            Err(error) => {
+                if !std::mem::replace(&mut self.rules.is_copy_missed, true) {
+                    warn!(%error, list = %self.access.display(), "the MQTT access list cannot be kept for other brokers");
+                }
+            }
+        }
+    }
+
+    /// Makes the list of what there is now.
+    async fn make(&mut self) -> io::Result<()> {
         let passwords = read_passwords(&self.passwords)?;
         let rules = &mut self.rules;
         if rules.is_unread {
@@ -314,16 +343,13 @@ impl Broker {
             rules.is_unread = false;
         }
         if !rules.is_old && rules.passwords == passwords {
-            return Ok(false);
+            return Ok(());
         }
         let list = rules.writers.list(&access::users(&String::from_utf8_lossy(&passwords)));
-        let is_new = rules.list != list || rules.passwords != passwords;
-        if rules.list != list {
-            // There is no secret in it, and somebody else is to read it.
-            files::write(&self.access, list.as_bytes(), 0o644)?;
-        }
+        rules.is_copied &= rules.list == list;
+        rules.is_given &= rules.list == list && rules.passwords == passwords;
         (rules.list, rules.passwords, rules.is_old) = (list, passwords, false);
-        Ok(is_new)
+        Ok(())
     }
 
     /// Ends what was started.
