@@ -80,8 +80,8 @@ struct NextKey {
 enum Stage {
     /// The handshake goes on.
     Shaking(Box<ServerConnection>),
-    /// It is over: who the peer is.
-    Done(Option<Vec<CertificateDer<'static>>>),
+    /// It is over: who the peer is, until that was asked.
+    Done(Mutex<Option<Vec<CertificateDer<'static>>>>),
     /// It could not begin.
     Impossible(rustls::Error),
 }
@@ -110,7 +110,10 @@ impl Session for Tls {
 
     fn peer_identity(&self) -> Option<Box<dyn Any>> {
         match &self.stage {
-            Stage::Done(certificates) => certificates.clone().map(|chain| Box::new(chain) as Box<dyn Any>),
+            Stage::Done(chain) => {
+                let chain = chain.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+                Some(Box::new(chain))
+            }
             Stage::Shaking(_) | Stage::Impossible(_) => None,
         }
     }
@@ -143,7 +146,7 @@ impl Session for Tls {
         if self.secrets.is_some() && !connection.is_handshaking() {
             let chain = connection.peer_certificates();
             let chain = chain.map(|chain| chain.iter().map(|certificate| certificate.clone().into_owned()).collect());
-            self.stage = Stage::Done(chain);
+            self.stage = Stage::Done(Mutex::new(chain));
         }
         Ok(false)
     }
