@@ -305,7 +305,8 @@ impl Stats {
         let mut snapshot = self.take(listed, wanted, turn).await;
         // Whoever began to listen there.
         let runtime = UnixStream::connect(&self.0.runtime).await.and_then(|stream| stream.peer_cred());
-        let runtime = runtime.ok().and_then(|credentials| credentials.pid());
+        // That is init, where a socket is its own and starts the runtime.
+        let runtime = runtime.ok().and_then(|credentials| credentials.pid()).filter(|pid| *pid != 1);
         snapshot.programs = blocking(move || {
             let runtime = runtime.and_then(|pid| proc::process(&pid.to_string()));
             let programs = [("kubelet", proc::own()), ("runtime", runtime)];
