@@ -14,6 +14,7 @@ mod fence;
 mod hostile;
 mod join;
 mod linkcut;
+mod mappers;
 mod modbus;
 mod mqtt;
 mod nodedelete;

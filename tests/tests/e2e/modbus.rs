@@ -7,13 +7,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skerry_tests::cloudcore::kubelet_address;
-use skerry_tests::images::BUSYBOX;
 use skerry_tests::kubectl::{Kubectl, restarts};
 use skerry_tests::mapper::{self, Modbus};
+use skerry_tests::ports;
 use skerry_tests::process::Process;
 use skerry_tests::wait::{stays, until};
-use skerry_tests::{paths, ports};
 
+use crate::mappers;
 use crate::world::{World, control, story};
 
 #[test]
@@ -77,16 +77,15 @@ fn a_mapper_in_a_pod_comes_back_from_a_power_cut_without_a_link() -> Result<()> 
     story("modbus-pod", |world| {
         let mut plant = Modbus::start(&world.dir().join("modbus"), false)?;
         let port = ports::free()?;
-        world.kubectl.create(&mapper_pod(world, port)?)?;
+        world.kubectl.create(&mappers::pod(world, "modbus", port)?)?;
         world.kubectl.create(&model())?;
         world.kubectl.create(&device(world.edge.name(), plant.port(), &desired("19.5", None)))?;
         register(&plant, 0, 195, "what the Device was created with")?;
         let pod = world.wait_ready("app=skerry-mapper-modbus", 1)?.remove(0);
         stays("the mapper's container under its probe", Duration::from_secs(8), || {
-            Ok(restarts(&world.kubectl.get("pod", "mapper")?) == restarts(&pod))
+            Ok(restarts(&world.kubectl.get("pod", "mapper-modbus")?) == restarts(&pod))
         })?;
-        through_the_cloud(world)?;
-        register(&plant, 0, 215, "what a method said")?;
+        through_the_cloud(world, &plant)?;
 
         world.relay.cut();
         at_the_box(world, &["set", "boiler", "temperature=25"])?;
@@ -109,7 +108,7 @@ fn a_mapper_in_a_pod_comes_back_from_a_power_cut_without_a_link() -> Result<()> 
 }
 
 /// What is asked of the node itself for its devices comes through cloudcore, and a method is called by whoever may.
-fn through_the_cloud(world: &World) -> Result<()> {
+fn through_the_cloud(world: &World, plant: &Modbus) -> Result<()> {
     let boiler = format!("/devices/{}/boiler", world.kubectl.namespace());
     let listed: Value = serde_json::from_str(&world.page("/devices")?)?;
     ensure!(listed.to_string().contains("boiler"), "{listed}");
@@ -118,12 +117,40 @@ fn through_the_cloud(world: &World) -> Result<()> {
     let values = world.page("/devices/values?follow=false")?;
     let lines = values.lines().map(serde_json::from_str).collect::<serde_json::Result<Vec<Value>>>()?;
     ensure!(lines.iter().any(|line| line["value"] == "19.5"), "{values}");
-    if !kubelet_address().is_loopback() {
-        // As the apiserver proxies it.
-        let node = format!("/api/v1/nodes/{}/proxy", world.edge.name());
-        let proxied: Value = world.admin().run(&["get", "--raw", &format!("{node}{boiler}")])?.parse()?;
+    // As the apiserver proxies it, where it reaches cloudcore.
+    let proxy = format!("/api/v1/nodes/{}/proxy", world.edge.name());
+    let is_proxied = !kubelet_address().is_loopback();
+    if is_proxied {
+        let proxied: Value = world.admin().run(&["get", "--raw", &format!("{proxy}{boiler}")])?.parse()?;
         ensure!(proxied["properties"][0]["reported"]["value"] == "19.5", "{proxied}");
     }
+
+    // Followed: what is, then what comes.
+    let mut follow = world.admin().command();
+    if is_proxied {
+        follow.args(["get", "--raw", &format!("{proxy}/devices/values")]);
+    } else {
+        follow.args([
+            "--server",
+            &world.kubelet()?,
+            "--insecure-skip-tls-verify=true",
+            "get",
+            "--raw",
+            "/devices/values",
+        ]);
+    }
+    let follow = Process::spawn("values that are followed", &mut follow, &world.dir().join("values.log"))?;
+    let followed = |value: &str| {
+        let is_there = |line: &Value| line["property"] == "level" && line["value"] == value;
+        until(&format!("level {value} to be followed"), 30, || {
+            let lines = fs::read_to_string(follow.log())?;
+            Ok(lines.lines().filter_map(|line| serde_json::from_str(line).ok()).any(|line| is_there(&line)))
+        })
+    };
+    followed("7")?;
+    plant.set_register(1, 100, 77)?;
+    followed("77")?;
+    follow.kill();
     let metrics = world.page("/metrics/devices")?;
     let labels = format!("namespace=\"{}\",device=\"boiler\",property=\"temperature\"", world.kubectl.namespace());
     ensure!(metrics.contains(&format!("device_property_value{{{labels}}} 19.5 ")), "{metrics}");
@@ -137,46 +164,14 @@ fn through_the_cloud(world: &World) -> Result<()> {
     ensure!(!refused.success && refused.stderr.contains("orbidden"), "{}", refused.text());
     let called = world.straight(world.admin(), &call)?;
     ensure!(called.success, "{}", called.text());
+    register(plant, 0, 215, "what a method said")?;
+    if is_proxied {
+        fs::write(&arguments, json!({"arguments": {"temperature": "22.5"}}).to_string())?;
+        let proxied = world.admin().run(&["create", "--raw", &format!("{proxy}{method}"), call[3], call[4]])?;
+        ensure!(proxied.contains("22.5"), "{proxied}");
+        register(plant, 0, 225, "what a method said through the apiserver")?;
+    }
     Ok(())
-}
-
-/// The pod of the mapper's example, with this bed's places and with the program and its libraries from this machine, for there is no image of it.
-fn mapper_pod(world: &World, port: u16) -> Result<Value> {
-    let example = paths::repository().join("device-mappers/modbus/example.yaml");
-    let example = example.to_str().context("a path")?;
-    // It prints one document behind the other.
-    let objects = world.kubectl.run(&["create", "--dry-run=client", "-o", "json", "-f", example])?;
-    let objects = serde_json::Deserializer::from_str(&objects).into_iter::<Value>();
-    let objects: Vec<Value> = objects.collect::<serde_json::Result<_>>()?;
-    let set =
-        objects.into_iter().find(|object| object["kind"] == "DaemonSet").context("the example has no DaemonSet")?;
-    let mut spec = set["spec"]["template"]["spec"].clone();
-    let dmi = world.edge.dmi_socket();
-    let product = paths::product("skerry-mapper-modbus")?;
-    let store = world.dir().join("mapper-store");
-    fs::create_dir_all(&store)?;
-    let places = [
-        ("dmi", dmi.parent().context("a directory")?),
-        ("store", &store),
-        ("product", product.parent().context("a directory")?),
-        ("lib", Path::new("/lib")),
-        ("lib64", Path::new("/lib64")),
-    ];
-    spec["volumes"] = places.iter().map(|(name, path)| json!({"name": name, "hostPath": {"path": path}})).collect();
-    spec["nodeName"] = world.edge.name().into();
-    let container = &mut spec["containers"][0];
-    container["volumeMounts"] = places.iter().map(|(name, path)| json!({"name": name, "mountPath": path})).collect();
-    container["image"] = BUSYBOX.into();
-    container["command"] = json!([product]);
-    container["args"] = json!([
-        format!("--metrics=127.0.0.1:{port}"),
-        format!("--dmi-socket={}", dmi.display()),
-        format!("--store={}", store.display()),
-    ]);
-    container["livenessProbe"]["tcpSocket"]["port"] = port.into();
-    container["livenessProbe"]["periodSeconds"] = 1.into();
-    let labels = &set["spec"]["template"]["metadata"]["labels"];
-    Ok(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "mapper", "labels": labels}, "spec": spec}))
 }
 
 fn start_mapper(world: &World, directory: &Path) -> Result<Process> {
