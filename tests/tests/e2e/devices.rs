@@ -4,11 +4,13 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skerry_proto::device::{DeviceReport, DeviceStatusStatus};
 use skerry_proto::wire::{self, Collection, frame::Body};
+use skerry_tests::kubectl::Kubectl;
 use skerry_tests::paths;
 use skerry_tests::peer::Session;
 use skerry_tests::wait::until;
 
 use crate::hostile::{NODE, answer_until_quiet, enter, welcome};
+use crate::mappers::{self, MAPPERS};
 use crate::world::{World, story};
 
 /// Of the shapes of KubeEdge's samples.
@@ -22,9 +24,18 @@ fn manifests_for_kubeedge_apply_and_what_cannot_be_is_refused_at_once() -> Resul
             world.admin().run(&[&established[..], &[&format!("crd/{name}.devices.kubeedge.io")]].concat())?;
         }
         world.kubectl.apply(SAMPLES)?;
-        for protocol in ["http", "modbus", "mqtt", "opcua", "virtual"] {
-            let example = paths::repository().join(format!("device-mappers/{protocol}/example.yaml"));
+        for mapper in MAPPERS {
+            let example = paths::repository().join(format!("device-mappers/{mapper}/example.yaml"));
             world.kubectl.run(&["apply", "--dry-run=server", "-f", &example.display().to_string()])?;
+            // edgecore calls only what the Device itself declares.
+            for object in mappers::example(world, mapper)? {
+                let spec = &object["spec"];
+                let declared: Vec<&Value> =
+                    spec["methods"].as_array().into_iter().flatten().map(|of| &of["name"]).collect();
+                for name in spec["protocol"]["configData"]["methods"].as_object().into_iter().flat_map(|of| of.keys()) {
+                    ensure!(declared.iter().any(|of| *of == name), "{mapper}: spec.methods has no {name}");
+                }
+            }
         }
         let table = world.kubectl.run(&["get", "devices"])?;
         for word in ["NODE", "MODEL", "PROTOCOL", "STATE", "boiler-1", "edge-node", "boiler-model", "modbus"] {
@@ -110,6 +121,90 @@ fn devices_go_to_their_node_and_only_it_reports_them() -> Result<()> {
         world.kubectl.delete("device", "mine")?;
         world.kubectl.wait_gone("devicestatus", "mine", 60)
     })
+}
+
+#[test]
+fn with_the_policy_a_device_that_does_not_fit_its_model_is_refused() -> Result<()> {
+    story("devices-policy", |world| {
+        let policy = Policy::apply(world)?;
+        let mut oven = model("oven", &[("heat", "INT"), ("door", "BOOLEAN"), ("glow", "DOUBLE"), ("note", "STRING")]);
+        oven["spec"]["properties"][0]["minimum"] = "0".into();
+        oven["spec"]["properties"][0]["maximum"] = "300".into();
+        // A device that is there before its model, and fits it as little as others, stays, and can be written to but for its spec.
+        let nowhere =
+            |name: &str, properties: &Value| device(name, &json!({"nodeName": "nowhere", "properties": properties}));
+        world.kubectl.create(&nowhere("early", &json!([{"name": "hat"}])))?;
+        world.kubectl.create(&oven)?;
+        world.kubectl.create(&model("kiln", &[("hat", "INT")]))?;
+        // Why it would be refused; nothing if it would be taken.
+        let dry = |manifest: &Value| -> Result<String> {
+            let arguments = ["create", "--dry-run=server", "-f", "-"];
+            let done = world.kubectl.pipe(&arguments, manifest.to_string().as_bytes())?;
+            Ok(if done.code == Some(0) { String::new() } else { done.errors })
+        };
+        until("the policy to be in force", 60, || {
+            Ok(dry(&nowhere("bad", &json!([{"name": "hat"}])))?.contains("does not have the property hat"))
+        })?;
+        let desired = |name: &str, value: &str| json!([{"name": "heat"}, {"name": name, "desired": {"value": value}}]);
+        for (name, value, word) in [
+            ("door", "yes", "of another type"),
+            ("glow", "1.5.2", "of another type"),
+            ("heat", "1.5", "of another type"),
+            ("heat", "301", "beyond the bounds"),
+            ("heat", "-1", "beyond the bounds"),
+        ] {
+            let properties = json!([{"name": name, "desired": {"value": value}}]);
+            let said = dry(&nowhere("bad", &properties))?;
+            ensure!(said.contains(word) && said.contains(&format!("property {name}")), "{name}={value}: {said}");
+        }
+        for (name, value) in [("door", "true"), ("glow", "-1.5e3"), ("glow", ".5"), ("note", "so"), ("door", "")] {
+            let said = dry(&nowhere("good", &desired(name, value)))?;
+            ensure!(said.is_empty(), "{name}={value}: {said}");
+        }
+        let said = dry(&nowhere("good", &json!([{"name": "heat", "desired": {"value": "300"}}])))?;
+        ensure!(said.is_empty(), "a value at its bound: {said}");
+        world.kubectl.patch(
+            "device",
+            "early",
+            &json!({"metadata": {"annotations": {"x": "y"}}, "status": {"state": "ok"}}),
+        )?;
+        let refused = world.kubectl.patch("device", "early", &json!({"spec": {"nodeName": "elsewhere"}}));
+        ensure!(
+            refused.is_err_and(|error| error.to_string().contains("property hat")),
+            "a spec that does not fit was taken"
+        );
+        // As large as any that the edge is likely to have.
+        let many: Vec<String> = (0..100).map(|number| format!("p{number}")).collect();
+        let typed: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "INT")).collect();
+        let mut large = model("large", &typed);
+        large["spec"]["properties"][99]["maximum"] = "5".into();
+        world.kubectl.create(&large)?;
+        let properties: Vec<Value> = many.iter().map(|name| json!({"name": name, "desired": {"value": "6"}})).collect();
+        let mut of_it = nowhere("large", &properties.into());
+        of_it["spec"]["deviceModelRef"]["name"] = "large".into();
+        until("a device of a hundred properties to be refused", 30, || {
+            Ok(dry(&of_it)?.contains("bounds of the DeviceModel large: property p99"))
+        })?;
+        drop(policy);
+        until("the policy to be gone", 60, || Ok(dry(&nowhere("bad", &json!([{"name": "hat"}])))?.is_empty()))
+    })
+}
+
+/// The policy, until this is dropped: it is everybody's.
+struct Policy(Kubectl, String);
+
+impl Policy {
+    fn apply(world: &World) -> Result<Self> {
+        let file = paths::repository().join("deploy/device-policy.yaml").display().to_string();
+        world.admin().run(&["apply", "-f", &file])?;
+        Ok(Self(world.admin().clone(), file))
+    }
+}
+
+impl Drop for Policy {
+    fn drop(&mut self) {
+        self.0.run(&["delete", "--ignore-not-found", "-f", &self.1]).ok();
+    }
 }
 
 /// Reports a status; why it was refused.
