@@ -111,7 +111,7 @@ impl World {
             }
             return;
         };
-        if read != shown.version && !(unversioned && !is_pod) {
+        if read != shown.version && (is_pod || !unversioned) {
             (delivery.read, delivery.is_ours, delivery.tried) = (None, false, true);
             return;
         }
