@@ -96,10 +96,8 @@ impl Back {
         };
         let is_new = || read().is_some_and(|(at, value)| at > self.1 && value == temperature);
         eventually(&format!("{device} has {temperature} again"), is_new, || format!("{:?}", read())).await;
-        let took = clock::monotonic() - self.0;
-        eprintln!("{device} recovered after {took:?}");
-        let asked = std::env::var("SKERRY_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-        assert!(took < Duration::from_secs(asked.max(5)), "it took {took:?}");
+        // What is promised of that `scripts/bench devices --part recovery` holds it to.
+        eprintln!("{device} recovered after {:?}", clock::monotonic() - self.0);
     }
 }
 

