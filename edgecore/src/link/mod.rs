@@ -126,6 +126,8 @@ pub struct Link {
 impl Link {
     /// Until the shutdown.
     pub async fn run(self) {
+        // Whatever becomes of its machines, it is one start of the agent.
+        let run = tokio::fs::read_to_string("/proc/sys/kernel/random/uuid").await.unwrap_or_default();
         let mut backoff = Backoff::new(FIRST_RETRY, LAST_RETRY, rand::random());
         let mut edge: Option<(Edge, u64)> = None;
         let mut given = session::Given::default();
@@ -148,7 +150,7 @@ impl Link {
             }
             let machine = match edge.take() {
                 Some((machine, _)) => machine,
-                None => match self.machine().await {
+                None => match self.machine(run.trim()).await {
                     Ok(machine) => {
                         given = session::Given::default();
                         machine
@@ -335,12 +337,11 @@ impl Link {
     }
 
     /// A machine that knows what the store holds.
-    async fn machine(&self) -> Result<Edge, store::Error> {
+    async fn machine(&self, run: &str) -> Result<Edge, store::Error> {
         let rows = self.store.index().await?;
         let epoch = self.store.epoch().await?;
-        let run = tokio::fs::read_to_string("/proc/sys/kernel/random/uuid").await.unwrap_or_default();
         let agent = concat!("edgecore ", env!("CARGO_PKG_VERSION"));
-        let edge = Edge::new(&self.node, run.trim(), self.store.store_id(), agent, epoch, rows);
+        let edge = Edge::new(&self.node, run, self.store.store_id(), agent, epoch, rows);
         Ok(edge.with_revisions(self.store.revisions().await?))
     }
 

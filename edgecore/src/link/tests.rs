@@ -243,9 +243,14 @@ fn object(collection: Collection, name: &str, content: &str) -> Object {
 /// A hub that wants these objects, driven until it is in sync; answers the reports it got.
 async fn serve(peer: &mut Peer, wanted: &[Object], reports: usize) -> (u64, Vec<Report>) {
     let hello = hello(peer).await;
+    welcome(peer, &hello, wanted, reports).await
+}
+
+/// The same, after the Hello.
+async fn welcome(peer: &mut Peer, hello: &wire::Hello, wanted: &[Object], reports: usize) -> (u64, Vec<Report>) {
     let epoch = hello.last_epoch + 1;
     let server_time = u64::try_from(clock::wall().as_millisecond()).unwrap();
-    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), &hello, epoch, server_time, "test");
+    let (mut hub, mut outputs) = Hub::new(clock::monotonic(), hello, epoch, server_time, "test");
     for object in wanted {
         outputs.extend(hub.step(clock::monotonic(), HubInput::Desired(object.clone().into())));
     }
@@ -442,13 +447,16 @@ async fn a_row_lost_to_damage_comes_again() {
     let bed = Bed::new().await;
     let wanted = [object(Collection::Pods, "p", "1"), object(Collection::Pods, "q", "1")];
     let mut peer = bed.accept().await;
-    serve(&mut peer, &wanted, 0).await;
+    let first = hello(&mut peer).await;
+    welcome(&mut peer, &first, &wanted, 0).await;
     let vandal = rusqlite::Connection::open(bed._dir.path().join(store::FILE)).unwrap();
     vandal.execute("UPDATE objects SET version = version + 1 WHERE uid = 'uid-p'", []).unwrap();
     assert_eq!(bed.store.list(Collection::Pods).await.unwrap().len(), 1);
     assert!(receive(&mut peer).await.is_none(), "the link starts over");
     let mut peer = bed.accept().await;
-    serve(&mut peer, &wanted, 0).await;
+    let second = hello(&mut peer).await;
+    assert_eq!((&second.run_id, &second.store_id), (&first.run_id, &first.store_id), "the same start of the agent");
+    welcome(&mut peer, &second, &wanted, 0).await;
     assert_eq!(bed.store.list(Collection::Pods).await.unwrap().len(), 2);
     bed.end().await;
 }
