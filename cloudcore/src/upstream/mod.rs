@@ -357,6 +357,10 @@ impl Upstream {
                 Err(outcome) => return outcome,
             },
         };
+        // The watch may have come to it since this session was asked for.
+        if named.epoch > queue.epoch {
+            return Outcome::Superseded;
+        }
         let unnamed = (named.epoch < queue.epoch).then(|| (queue.epoch, named.agents.followed_by(queue.who)));
         let patch = match node::patch(node, &named.version, unnamed, &content, capacity.as_ref()) {
             Ok(patch) => patch,

@@ -346,6 +346,11 @@ async fn the_node_of_a_newer_session_is_not_written_over() {
         assert!(matches!(late, Outcome::Later(None)) || tried && matches!(late, Outcome::Superseded));
         assert_eq!(shown(), "7");
     }
+    // Its watch comes to the newer one when the report is under way already.
+    see_node(&old, &world);
+    lock(&world).asked.clear();
+    assert!(matches!(old.attempt(&first, &report("late"), false).await, Outcome::Superseded));
+    assert_eq!(lock(&world).asked, [""; 0]);
 }
 
 #[tokio::test]
