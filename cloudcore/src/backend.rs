@@ -25,19 +25,25 @@ pub struct NodeIdentity {
 pub struct Agents {
     /// Whose the newest session is.
     pub who: u64,
-    /// Whose session that one took over, which was somebody else.
-    pub ousted: u64,
+    /// Whose sessions were taken over by somebody else, the last one first. Of more than two boxes with one identity each is to be known.
+    pub ousted: [u64; 4],
 }
 
 impl Agents {
     /// These, after a session of `who` has begun.
     pub(crate) fn followed_by(self, who: u64) -> Self {
-        if self.who == who || self.who == 0 { Self { who, ..self } } else { Self { who, ousted: self.who } }
+        if self.who == who || self.who == 0 {
+            return Self { who, ..self };
+        }
+        let mut ousted = [0; 4];
+        let all = std::iter::once(self.who).chain(self.ousted).filter(|&one| one != who && one != 0);
+        ousted.iter_mut().zip(all).for_each(|(slot, one)| *slot = one);
+        Self { who, ousted }
     }
 
     /// Whether `who` was here before and comes back, though somebody else has the node: there are two of them.
     pub(crate) fn have_ousted(self, who: u64) -> bool {
-        self.ousted == who && self.who != who && who != 0
+        self.ousted.contains(&who) && self.who != who && who != 0
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use skerry_proto::streams::Streams;
 use tokio::sync::oneshot;
 
-use crate::backend::NodeIdentity;
+use crate::backend::{Agents, NodeIdentity};
 
 /// Epochs of one process are so far apart, in milliseconds.
 const STEP: u64 = 1 << 10;
@@ -78,10 +78,7 @@ struct Node {
 #[derive(Debug)]
 struct Session {
     uid: String,
-    /// Stands for one start of the agent on one box.
-    who: u64,
-    /// Whose session it took over that was somebody else. An agent that starts anew is never again who it was.
-    ousted: Option<u64>,
+    agents: Agents,
     evict: oneshot::Sender<Eviction>,
     /// Once it stands.
     streams: Option<Streams>,
@@ -120,15 +117,14 @@ impl Sessions {
         if standing.is_none() && inner.live >= self.most {
             return Err(BeginError::Full);
         }
-        let other = standing.filter(|standing| standing.who != who);
-        if other.is_some_and(|other| other.ousted == Some(who)) {
+        let agents = standing.map(|standing| standing.agents).unwrap_or_default();
+        if agents.have_ousted(who) {
             return Err(BeginError::Twin(node.name.clone()));
         }
-        let ousted = other.map_or_else(|| standing.and_then(|standing| standing.ousted), |other| Some(other.who));
         let least = inner.now.max(last_epoch + 1).max(held.map_or(0, |held| held.epoch + 1));
         let epoch = least + (self.own + STEP - least % STEP) % STEP;
         let (evict, evicted) = oneshot::channel();
-        let session = Session { uid: node.uid.clone(), who, ousted, evict, streams: None };
+        let session = Session { uid: node.uid.clone(), agents: agents.followed_by(who), evict, streams: None };
         let older = inner.nodes.insert(node.name.clone(), Node { epoch, session: Some(session) });
         match older.and_then(|older| older.session) {
             // It may have ended by itself just now.
@@ -280,9 +276,11 @@ mod tests {
         let first = begin(1).unwrap();
         let second = begin(2).unwrap();
         assert!(begin(1).is_err(), "they have taken turns");
+        let third = begin(3).unwrap();
+        assert!(begin(1).is_err() && begin(2).is_err(), "three do not take turns either");
         // Starting anew is nobody's return.
-        let restarts: Vec<_> = (3..6).map(|who| begin(who).unwrap()).collect();
-        drop((first, second, restarts));
+        let restarts: Vec<_> = (4..7).map(|who| begin(who).unwrap()).collect();
+        drop((first, second, third, restarts));
     }
 
     #[test]

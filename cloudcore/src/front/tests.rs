@@ -707,7 +707,7 @@ async fn a_box_that_another_replica_took_over_from_is_told_so_while_the_others_s
     let name = "box-1".to_owned();
     let lease = |epoch: Option<u64>| {
         let mut script = cloud.front.backend.script.lock().unwrap();
-        script.named.insert(name.clone(), (5, Agents { who: who.wrapping_add(1), ousted: who }));
+        script.named.insert(name.clone(), (5, Agents { who: who.wrapping_add(1), ousted: [0, who, 0, 0] }));
         script.leased = epoch.map(|epoch| (name.clone(), epoch)).into_iter().collect();
     };
     lease(Some(7));

@@ -16,7 +16,7 @@ pub(crate) mod leases;
 
 /// On a Node: the newest session that took it over from another replica, or wrote its status. On a lease: whose renewals count.
 pub(crate) const EPOCH_ANNOTATION: &str = "skerry.dev/epoch";
-/// On a Node: whose session that is, and after a comma whose it took over. As [`Agents`], in hexadecimal digits.
+/// On a Node: whose session that is, and after commas who had it before. As [`Agents`], in hexadecimal digits.
 pub(crate) const AGENTS_ANNOTATION: &str = "skerry.dev/agents";
 /// Which machine a Node is.
 const MACHINE_ANNOTATION: &str = "skerry.dev/machine-id";
@@ -131,7 +131,9 @@ pub(crate) async fn claim(
 
 /// What names a session on a Node.
 pub(crate) fn annotations(epoch: u64, Agents { who, ousted }: Agents) -> Value {
-    json!({EPOCH_ANNOTATION: epoch.to_string(), AGENTS_ANNOTATION: format!("{who:x},{ousted:x}")})
+    let ousted = ousted.into_iter().filter(|&one| one != 0);
+    let agents: Vec<String> = std::iter::once(who).chain(ousted).map(|one| format!("{one:x}")).collect();
+    json!({EPOCH_ANNOTATION: epoch.to_string(), AGENTS_ANNOTATION: agents.join(",")})
 }
 
 fn agents_of(node: &DynamicObject) -> Agents {
@@ -141,9 +143,12 @@ fn agents_of(node: &DynamicObject) -> Agents {
 
 /// Reads [`AGENTS_ANNOTATION`].
 pub(crate) fn parse_agents(text: &str) -> Option<Agents> {
-    let (who, ousted) = text.split_once(',')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    Some(Agents { who: number(who)?, ousted: number(ousted)? })
+    let mut numbers = text.split(',').map(|text| u64::from_str_radix(text, 16).ok());
+    let mut agents = Agents { who: numbers.next()??, ..Agents::default() };
+    for (slot, number) in agents.ousted.iter_mut().zip(numbers) {
+        *slot = number?;
+    }
+    Some(agents)
 }
 
 /// The epoch that a Node or lease is marked with. What no session can have had, whoever wrote it, says nothing: or it would bar the node
@@ -209,13 +214,20 @@ mod tests {
             parse_agents(annotations[AGENTS_ANNOTATION].as_str().unwrap()).unwrap()
         };
         let first = written(Agents::default().followed_by(1));
-        assert_eq!(first, Agents { who: 1, ousted: 0 });
+        assert_eq!(first, Agents { who: 1, ..Agents::default() });
         assert!(!first.have_ousted(1) && !first.have_ousted(2));
         let second = written(first.followed_by(u64::MAX));
         assert!(second.have_ousted(1), "it comes again");
         assert!(!second.have_ousted(u64::MAX) && !second.have_ousted(3), "another start of whichever");
         assert_eq!(written(second.followed_by(u64::MAX)), second, "it comes back to another replica");
-        assert_eq!(parse_agents("1"), None);
+        let third = written(second.followed_by(3));
+        assert!(third.have_ousted(1) && third.have_ousted(u64::MAX) && !third.have_ousted(3), "of three, both others");
+        let turned = written(third.followed_by(1));
+        assert_eq!(turned, Agents { who: 1, ousted: [3, u64::MAX, 0, 0] }, "one of them, when the last is gone");
+        let many = (10..16).fold(turned, |agents, who| written(agents.followed_by(who)));
+        assert_eq!(many, Agents { who: 15, ousted: [14, 13, 12, 11] });
+        assert_eq!(parse_agents("1,0"), Some(first), "as it was written before there were more");
+        assert_eq!((parse_agents(""), parse_agents("1,x")), (None, None));
     }
 
     #[test]

@@ -166,11 +166,11 @@ mod tests {
         let stored = json!({"cpu": "2", "example.com/dongle": "3"});
         let boxes = r#"[{"address":"192.168.1.5","type":"InternalIP"},{"address":"10.9.9.9","type":"InternalIP"}]"#;
         assert_eq!(
-            patch(&e(), "3", Some((7, Agents { who: 10, ousted: 0 })), &report, Some(&stored)).unwrap(),
+            patch(&e(), "3", Some((7, Agents { who: 10, ousted: [11, 0, 0, 0] })), &report, Some(&stored)).unwrap(),
             json!({
                 "metadata": {
                     "uid": "u", "resourceVersion": "3", "labels": {},
-                    "annotations": {ADDRESSES_ANNOTATION: boxes, "skerry.dev/epoch": "7", "skerry.dev/agents": "a,0"},
+                    "annotations": {ADDRESSES_ANNOTATION: boxes, "skerry.dev/epoch": "7", "skerry.dev/agents": "a,b"},
                 },
                 "status": {
                     "capacity": {"cpu": "2"}, "allocatable": {"cpu": "1900m", "example.com/dongle": "3"}, "nodeInfo": {"kernelVersion": "6"},
