@@ -405,7 +405,10 @@ impl Closures {
                 known.claim = known.claim.max(epoch);
             }
             // Of two that had the same epoch, the one that came too late is over as well.
-            Claim::Theirs(newest) => {
+            Claim::Theirs(newest, agents) => {
+                if let Some(agents) = agents.filter(|_| newest >= known.claim) {
+                    known.agents = agents;
+                }
                 known.claim = known.claim.max(newest).max(epoch + 1);
                 self.subscribers.wake(&node.name);
             }

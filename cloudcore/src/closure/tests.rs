@@ -371,9 +371,15 @@ fn a_node_is_ones_own_only_when_the_claim_is_written() {
     assert!(!closures.open(&identity("e"), 12, 11, WHO).claims());
     // Of two replicas that had the same epoch, the one that came second is told so.
     let mut late = closures.open(&identity("e"), 13, 12, WHO);
-    closures.claimed(&identity("e"), 13, Claim::Theirs(13));
+    closures.claimed(&identity("e"), 13, Claim::Theirs(13, None));
     assert_eq!(closures.drain(&mut late), [FeedEvent::Superseded]);
     assert!(closures.open(&identity("e"), 14, 13, WHO).claims());
+    // Whose the other one is counts before the watch shows it, and not when the watch has shown a newer one.
+    let agents = |who| Agents { who, ..Agents::default() };
+    closures.claimed(&identity("e"), 14, Claim::Theirs(20, Some(agents(7))));
+    assert_eq!(closures.claim(&identity("e")), Some((20, agents(7))));
+    closures.claimed(&identity("e"), 14, Claim::Theirs(19, Some(agents(8))));
+    assert_eq!(closures.claim(&identity("e")), Some((20, agents(7))));
 }
 
 #[test]

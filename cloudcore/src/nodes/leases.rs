@@ -251,7 +251,7 @@ impl Leases {
                 Some((renewal, how)) = under_way.next(), if !under_way.is_empty() => {
                     let newer = self.lock().renewed(&renewal, how, clock::monotonic(), rand::random());
                     if let Some(newer) = newer {
-                        shared.closures().claimed(&renewal.node, renewal.epoch, Claim::Theirs(newer));
+                        shared.closures().claimed(&renewal.node, renewal.epoch, Claim::Theirs(newer, None));
                     }
                 }
                 () = self.wake.notified() => {}

@@ -100,8 +100,9 @@ pub(crate) async fn look(api: &Apiserver, node: &NodeIdentity) -> Result<Option<
 pub(crate) enum Claim {
     /// The Node names this session.
     Ours,
-    /// It names another one that is as new or newer: of two that claim with the same epoch, who comes second has lost.
-    Theirs(u64),
+    /// It names another one that is as new or newer, and whose that is if that is known: of two that claim with the same epoch, who comes
+    /// second has lost.
+    Theirs(u64, Option<Agents>),
 }
 
 /// Says that a session of `who` has a Node from now on: whoever has an older one sees it, and ends it. `known` is what the watch shows;
@@ -119,7 +120,7 @@ pub(crate) async fn claim(
     // If it is gone, the session hears of that elsewhere.
     let Some(Named { version, epoch: named, agents }) = known else { return Ok((Claim::Ours, None)) };
     if named >= epoch {
-        return Ok((Claim::Theirs(named), None));
+        return Ok((Claim::Theirs(named, Some(agents)), None));
     }
     // Only on what was looked at: of two that claim at once, the second is refused, and looks again.
     let annotations = annotations(epoch, agents.followed_by(who));

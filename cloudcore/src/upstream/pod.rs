@@ -195,7 +195,8 @@ impl Upstream {
     pub(super) async fn newest(&self, queue: &Queue) -> Result<Named, Outcome> {
         match nodes::look(&self.api, &queue.node).await {
             Ok(Some(named)) if named.epoch > queue.epoch => {
-                self.shared.closures().claimed(&queue.node, queue.epoch, Claim::Theirs(named.epoch));
+                let theirs = Claim::Theirs(named.epoch, Some(named.agents));
+                self.shared.closures().claimed(&queue.node, queue.epoch, theirs);
                 Err(Outcome::Superseded)
             }
             Ok(Some(found)) => Ok(found),
