@@ -198,8 +198,8 @@ pub async fn connect(
             move || autonomy.clone().run(api.clone())
         }),
         supervise::keep("kubelet addresses", {
-            let (api, ports) = (api.clone(), ports.clone());
-            move || kubelet::publish::run(api.clone(), ports.clone())
+            let (api, shared, ports) = (api.clone(), shared.clone(), ports.clone());
+            move || kubelet::publish::run(api.clone(), shared.clone(), ports.clone())
         }),
     ];
     let kubelets = Kubelets { ports, api: api.clone(), client };

@@ -295,15 +295,10 @@ impl Closures {
             if node.uid == identity.uid {
                 change.now_autonomous = autonomous && !node.autonomous;
                 node.autonomous = autonomous;
-                node.resource_version = resource_version;
                 node.capacity = capacity;
                 node.shown = shown;
                 node.lost = lost;
-                if claim >= node.claim {
-                    node.agents = agents;
-                }
-                if claim > node.claim {
-                    node.claim = claim;
+                if node.says(Named { version: resource_version.into(), epoch: claim, agents }) {
                     self.subscribers.wake(&identity.name);
                 }
                 let object = objects::succeeding(object, Some(&node.object));
@@ -415,12 +410,12 @@ impl Closures {
         }
     }
 
-    /// A session here has written a Node, which is of this version since.
-    pub(crate) fn node_written(&mut self, node: &NodeIdentity, version: &str) {
+    /// A Node was written here, and says this since.
+    pub(crate) fn node_written(&mut self, node: &NodeIdentity, named: Named) {
         if let Some(known) = self.nodes.get_mut(node.name.as_str()).filter(|known| known.uid == node.uid)
-            && version_less(&known.resource_version, version)
+            && known.says(named)
         {
-            known.resource_version = version.into();
+            self.subscribers.wake(&node.name);
         }
     }
 
@@ -539,6 +534,22 @@ impl Closures {
         for key in services_in(&self.services, namespace) {
             self.subscribers.mark(name, Collection::Services, key);
         }
+    }
+}
+
+impl Node {
+    /// What it says of its sessions, in an answer or in the watch: either may come first. Answers whether it names a newer one.
+    fn says(&mut self, Named { version, epoch, agents }: Named) -> bool {
+        if version_less(&version, &self.resource_version) {
+            return false;
+        }
+        self.resource_version = version.into();
+        if epoch >= self.claim {
+            self.agents = agents;
+        }
+        let is_newer = epoch > self.claim;
+        self.claim = self.claim.max(epoch);
+        is_newer
     }
 }
 

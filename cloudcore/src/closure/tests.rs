@@ -383,6 +383,33 @@ fn a_node_is_ones_own_only_when_the_claim_is_written() {
 }
 
 #[test]
+fn what_a_node_was_answered_to_be_is_not_undone_by_a_watch_that_lags() {
+    let mut closures = ready();
+    let node = identity("e");
+    let shown = |version: u64, epoch: u64| {
+        let mut node = node_json("e");
+        node["metadata"]["resourceVersion"] = version.to_string().into();
+        node["metadata"]["annotations"] = json!({EPOCH_ANNOTATION: epoch.to_string()});
+        NodeInput::of(node)
+    };
+    let version = |closures: &Closures| closures.node_named(&node).unwrap().version;
+    let answered = |version: &str, epoch: u64| Named { version: version.into(), epoch, agents: Agents::default() };
+    closures.node_applied(shown(5, 1));
+    let mut session = closures.open(&node, 1, 1, WHO);
+    closures.drain(&mut session);
+    closures.node_written(&node, answered("9", 1));
+    closures.node_applied(shown(7, 1));
+    assert_eq!(version(&closures), "9");
+    closures.node_applied(shown(11, 1));
+    assert_eq!(version(&closures), "11");
+    // What is written whoever has the node shows who has it.
+    closures.node_written(&node, answered("12", 2));
+    assert_eq!(closures.drain(&mut session), [FeedEvent::Superseded]);
+    closures.node_written(&node, answered("10", 3));
+    assert_eq!((version(&closures), closures.claim(&node).unwrap().0), ("12".to_owned(), 2));
+}
+
+#[test]
 fn a_session_says_how_new_its_objects_are_and_when_it_has_come_as_far_as_its_edge() {
     use skerry_proto::wire::Revision;
     let mut closures = ready();

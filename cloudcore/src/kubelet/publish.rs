@@ -11,27 +11,31 @@ use tracing::{debug, info, warn};
 
 use super::ports::{Address, Door, Ports, Shown};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
+use crate::backend_k8s::Shared;
+use crate::nodes;
 use crate::retry::chain;
 
 /// Writes under way at once.
 const AT_ONCE: usize = 8;
 
 /// Writes what is to be written, for ever.
-pub(crate) async fn run(api: Apiserver, ports: Arc<Ports>) {
+pub(crate) async fn run(api: Apiserver, shared: Arc<Shared>, ports: Arc<Ports>) {
     let due = futures_util::stream::unfold(Arc::clone(&ports), |ports| async {
         let name = ports.unpublished().await;
         Some((name, ports))
     });
-    due.for_each_concurrent(AT_ONCE, |name| publish(&api, &ports, name)).await;
+    due.for_each_concurrent(AT_ONCE, |name| publish(&api, &shared, &ports, name)).await;
 }
 
-async fn publish(api: &Apiserver, ports: &Ports, name: String) {
+async fn publish(api: &Apiserver, shared: &Shared, ports: &Ports, name: String) {
     let mut attempt = 0;
     // Asked anew each time: the node may have come back to another replica meanwhile, or be gone.
     while let Some(door) = ports.wanted(&name) {
         match api.patch_status(Kind::Node, "", &name, patch(&door, ports.address())).await {
             Ok(written) => {
                 debug!(node = name, port = door.port, "the Node says where its kubelet is reached");
+                // Reports are written over what the Node is now.
+                shared.closures().node_written(&door.node, nodes::named(&written));
                 return ports.written(&door.node, &Shown::of(&written));
             }
             Err(error) => match verdict(&error) {

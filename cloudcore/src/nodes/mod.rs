@@ -88,11 +88,16 @@ pub(crate) struct Named {
 pub(crate) async fn look(api: &Apiserver, node: &NodeIdentity) -> Result<Option<Named>, kube::Error> {
     let found = api.get(Kind::Node, "", &node.name).await?;
     let found = found.filter(|found| found.metadata.uid.as_deref() == Some(node.uid.as_str()));
-    Ok(found.map(|found| Named {
-        epoch: epoch_of(&found).unwrap_or_default(),
-        agents: agents_of(&found),
-        version: found.metadata.resource_version.unwrap_or_default(),
-    }))
+    Ok(found.as_ref().map(named))
+}
+
+/// What a Node says of its sessions.
+pub(crate) fn named(node: &DynamicObject) -> Named {
+    Named {
+        version: node.metadata.resource_version.clone().unwrap_or_default(),
+        epoch: epoch_of(node).unwrap_or_default(),
+        agents: agents_of(node),
+    }
 }
 
 /// What became of a claim.
@@ -106,28 +111,27 @@ pub(crate) enum Claim {
 }
 
 /// Says that a session of `who` has a Node from now on: whoever has an older one sees it, and ends it. `known` is what the watch shows;
-/// without it the Node is asked for. Answers its new version, too.
+/// without it the Node is asked for. Answers what the Node says then, too, if it was written.
 pub(crate) async fn claim(
     api: &Apiserver,
     node: &NodeIdentity,
     (epoch, who): (u64, u64),
     known: Option<Named>,
-) -> Result<(Claim, Option<String>), kube::Error> {
+) -> Result<(Claim, Option<Named>), kube::Error> {
     let known = match known {
         Some(known) => Some(known),
         None => look(api, node).await?,
     };
     // If it is gone, the session hears of that elsewhere.
-    let Some(Named { version, epoch: named, agents }) = known else { return Ok((Claim::Ours, None)) };
-    if named >= epoch {
-        return Ok((Claim::Theirs(named, Some(agents)), None));
+    let Some(known) = known else { return Ok((Claim::Ours, None)) };
+    if known.epoch >= epoch {
+        return Ok((Claim::Theirs(known.epoch, Some(known.agents)), None));
     }
     // Only on what was looked at: of two that claim at once, the second is refused, and looks again.
-    let annotations = annotations(epoch, agents.followed_by(who));
-    let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": version, "annotations": annotations}});
-    api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch))
-        .await
-        .map(|node| (Claim::Ours, node.metadata.resource_version))
+    let annotations = annotations(epoch, known.agents.followed_by(who));
+    let patch = json!({"metadata": {"uid": node.uid, "resourceVersion": known.version, "annotations": annotations}});
+    let written = api.patch(Kind::Node, "", &node.name, &Patch::Merge(patch)).await?;
+    Ok((Claim::Ours, Some(named(&written))))
 }
 
 /// What names a session on a Node.

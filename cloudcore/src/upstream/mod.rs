@@ -210,21 +210,24 @@ impl Upstream {
     /// Takes the node over from whatever replica had it, however long that takes.
     async fn claim(&self, queue: &Queue) {
         let mut attempt = 0;
-        let mut known = self.shared.closures().node_named(&queue.node);
         loop {
             let claimed = match self.permits.acquire().await {
                 Ok(_permit) => {
                     self.leases.on_time().await;
-                    Box::pin(nodes::claim(&self.api, &queue.node, (queue.epoch, queue.who), known.take())).await
+                    // As it is after the wait, and where that was not the newest as the apiserver has it.
+                    let known = (attempt == 0).then(|| self.shared.closures().node_named(&queue.node)).flatten();
+                    Box::pin(nodes::claim(&self.api, &queue.node, (queue.epoch, queue.who), known)).await
                 }
                 Err(_) => return,
             };
             match claimed {
-                Ok((claim, version)) => {
+                Ok((claim, written)) => {
                     {
                         let mut closures = self.shared.closures();
                         closures.claimed(&queue.node, queue.epoch, claim);
-                        version.inspect(|version| closures.node_written(&queue.node, version));
+                        if let Some(written) = written {
+                            closures.node_written(&queue.node, written);
+                        }
                     }
                     if claim == Claim::Ours {
                         self.ports.claimed(&queue.node, queue.epoch);
@@ -375,7 +378,7 @@ impl Upstream {
                 if unnamed.is_some() {
                     closures.claimed(node, queue.epoch, Claim::Ours);
                 }
-                written.metadata.resource_version.inspect(|version| closures.node_written(node, version));
+                closures.node_written(node, nodes::named(&written));
                 Outcome::Taken
             }
             Err(error) => match verdict(&error) {

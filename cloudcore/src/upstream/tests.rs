@@ -304,6 +304,24 @@ async fn the_first_session_of_a_node_names_itself_before_it_writes_what_a_newer_
 }
 
 #[tokio::test]
+async fn a_claim_that_waits_is_made_over_the_node_as_it_is_then() {
+    let world = world(&json!({}));
+    let upstream = replica(&world);
+    let busy = upstream.permits.acquire_many(u32::try_from(AT_ONCE).unwrap()).await.unwrap();
+    let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
+    let _reports = upstream.open(&node, 3, 1, true);
+    tokio::task::yield_now().await;
+    lock(&world).claim(2);
+    see_node(&upstream, &world);
+    drop(busy);
+    while lock(&world).asked.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(lock(&world).asked, ["PATCH e"]);
+    assert_eq!(lock(&world).node["metadata"]["annotations"][EPOCH_ANNOTATION], "3");
+}
+
+#[tokio::test]
 async fn what_a_node_said_is_not_tried_again_when_a_newer_session_has_it() {
     let world = world(&json!({}));
     let upstream = replica(&world);
