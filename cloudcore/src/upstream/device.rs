@@ -67,7 +67,13 @@ impl Upstream {
             let metadata = json!({"uid": uid, "resourceVersion": facts.version});
             let patch = Patch::Merge(json!({"metadata": metadata, "status": {"state": state}}));
             match self.api.patch(Kind::Device, namespace, name, &patch).await {
-                Ok(device) if device.data["status"]["state"] == state => {}
+                Ok(device) if device.data["status"]["state"] == state => {
+                    // The next state is written over this, wherever the watch is by then.
+                    let mut closures = self.shared.closures();
+                    if closures.device(&key).is_some_and(|known| known.uid == *uid) {
+                        closures.device_applied(DeviceInput::device(Kind::Device.json(&device), true), 0);
+                    }
+                }
                 Ok(_) => {
                     info!(
                         "the CRD of Devices, which is not cloudcore's, keeps no status.state: Devices do not show theirs"

@@ -18,6 +18,7 @@ struct World {
     /// Null: there is none.
     event: Value,
     device_status: Value,
+    device: Value,
     version: u64,
     asked: Vec<String>,
     /// Of whose message no status is taken.
@@ -33,7 +34,11 @@ fn world(status: &Value) -> Shown {
     });
     let annotations = json!({EPOCH_ANNOTATION: "1"});
     let node = json!({"metadata": {"name": "e", "uid": "e-1", "resourceVersion": "9", "annotations": annotations}});
-    Arc::new(Mutex::new(World { pod, node, version: 10, ..World::default() }))
+    let device = json!({
+        "metadata": {"namespace": "n", "name": "d", "uid": "u-d", "resourceVersion": "3"},
+        "spec": {"nodeName": "e"}, "status": {"state": "online"},
+    });
+    Arc::new(Mutex::new(World { pod, node, device, version: 10, ..World::default() }))
 }
 
 impl World {
@@ -61,6 +66,16 @@ impl World {
                 let (code, answer, kept) = keep(method, body, kept, &mut self.version);
                 self.device_status = kept;
                 (code, answer)
+            }
+            ("PATCH", DEVICE) => {
+                let patch: Value = serde_json::from_slice(body).unwrap();
+                if patch["metadata"]["resourceVersion"] != self.device["metadata"]["resourceVersion"] {
+                    return conflict();
+                }
+                self.version += 1;
+                self.device["metadata"]["resourceVersion"] = self.version.to_string().into();
+                self.device["status"] = patch["status"].clone();
+                (200, self.device.clone())
             }
             ("GET", path) if path.starts_with("/api/v1/namespaces/n/pods/of-") => not_found(),
             ("PATCH", "/api/v1/nodes/e") => {
@@ -104,6 +119,8 @@ impl World {
 
 const DEVICE_STATUSES: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devicestatuses";
 const DEVICE_STATUS: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devicestatuses/d";
+
+const DEVICE: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devices/d";
 
 fn conflict() -> (u16, Value) {
     (409, json!({"status": "Failure", "code": 409, "reason": "Conflict", "message": "modified"}))
@@ -182,6 +199,12 @@ fn see_pod(upstream: &Upstream, world: &Shown) {
     upstream.shared.closures().pod_applied(PodInput::of(pod), 1, clock::wall());
 }
 
+/// Its watch of devices does.
+fn see_device(upstream: &Upstream, world: &Shown) {
+    let device = lock(world).device.clone();
+    upstream.shared.closures().device_applied(DeviceInput::device(device, true), 1);
+}
+
 fn status(word: &str) -> Value {
     json!({"phase": "Running", "startTime": "2026-01-01T00:00:00Z", "message": word})
 }
@@ -190,6 +213,12 @@ fn report(word: &str) -> Report {
     let payload = json!({"status": status(word)}).to_string().into();
     let (namespace, name, uid) = ("n".to_owned(), "p".to_owned(), "u".to_owned());
     Report { id: 1, kind: ReportKind::PodStatus, namespace, name, uid, payload }
+}
+
+fn of_device(state: &str, word: &str) -> Report {
+    let payload = json!({"status": {"state": state, "extensions": {"word": word}}}).to_string().into();
+    let (namespace, name, uid) = ("n".to_owned(), "d".to_owned(), "u-d".to_owned());
+    Report { id: 1, kind: ReportKind::DeviceStatus, namespace, name, uid, payload }
 }
 
 fn open(upstream: &Arc<Upstream>, epoch: u64) -> Arc<Queue> {
@@ -376,18 +405,9 @@ async fn the_status_of_a_device_is_looked_at_once_and_not_written_over_a_newer_s
     let world = world(&json!({}));
     let (old, new) = (replica(&world), replica(&world));
     let (first, second) = (open(&old, 1), open(&new, 2));
-    for upstream in [&old, &new] {
-        let device = json!({
-            "metadata": {"namespace": "n", "name": "d", "uid": "u-d", "resourceVersion": "3"},
-            "spec": {"nodeName": "e"}, "status": {"state": "online"},
-        });
-        upstream.shared.closures().device_applied(DeviceInput::device(device, true), 1);
-    }
-    let report = |word: &str| {
-        let payload = json!({"status": {"state": "online", "extensions": {"word": word}}}).to_string().into();
-        let (namespace, name, uid) = ("n".to_owned(), "d".to_owned(), "u-d".to_owned());
-        Report { id: 1, kind: ReportKind::DeviceStatus, namespace, name, uid, payload }
-    };
+    see_device(&old, &world);
+    see_device(&new, &world);
+    let report = |word| of_device("online", word);
     let shown = || lock(&world).device_status["status"]["extensions"]["word"].clone();
     let asked = || std::mem::take(&mut lock(&world).asked);
     for (word, expected) in [("one", ["PATCH d", "POST devicestatuses"].as_slice()), ("two", &["PATCH d"])] {
@@ -404,6 +424,21 @@ async fn the_status_of_a_device_is_looked_at_once_and_not_written_over_a_newer_s
     assert!(matches!(old.attempt(&first, &report("late"), true).await, Outcome::Superseded));
     assert_eq!(asked(), ["PATCH d", "GET e"]);
     assert_eq!(shown(), "new");
+}
+
+#[tokio::test]
+async fn states_of_a_device_follow_one_another_faster_than_the_watch() {
+    let world = world(&json!({}));
+    let upstream = replica(&world);
+    let queue = open(&upstream, 1);
+    see_device(&upstream, &world);
+    for state in ["offline", "online", "offline"] {
+        assert!(matches!(upstream.attempt(&queue, &of_device(state, "one"), false).await, Outcome::Taken));
+        assert_eq!(lock(&world).device["status"]["state"], state);
+    }
+    lock(&world).asked.clear();
+    assert!(matches!(upstream.attempt(&queue, &of_device("offline", "two"), false).await, Outcome::Taken));
+    assert_eq!(lock(&world).asked, ["PATCH d"], "it is known to show that state");
 }
 
 #[tokio::test]
