@@ -19,7 +19,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
-use serde_json::{Value, json};
+use serde_json::Value;
 use skerry_proto::device;
 
 use crate::clock;
@@ -285,11 +285,13 @@ impl Apiserver {
         }
     }
 
-    /// What an object shows, where the right to patch it is all there is: a patch that changes nothing is answered with it, and writes
-    /// nothing.
-    pub(crate) async fn look(&self, kind: Kind, namespace: &str, name: &str) -> Result<DynamicObject, kube::Error> {
-        let (api, params) = (self.api(kind, namespace), PatchParams::default());
-        self.count("get", kind.plural(), api.patch(name, &params, &Patch::Merge(json!({})))).await
+    /// An object's version, and nothing else of it; `None` when there is none.
+    pub(crate) async fn version(&self, kind: Kind, namespace: &str, name: &str) -> Result<Option<String>, kube::Error> {
+        let answer = self.count("get", kind.plural(), self.api(kind, namespace).get_metadata(name)).await;
+        match answer {
+            Err(error) if verdict(&error) == Verdict::NotFound => Ok(None),
+            other => other.map(|found| found.metadata.resource_version),
+        }
     }
 
     pub(crate) async fn list(&self, kind: Kind, fields: &str) -> Result<Vec<DynamicObject>, kube::Error> {
@@ -409,6 +411,8 @@ impl Apiserver {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn error(status: Value) -> kube::Error {

@@ -93,11 +93,9 @@ impl Upstream {
     /// The version of a DeviceStatus, if there is one, while no newer session has the node, looked at after that: in the watch of Nodes where
     /// that is as new.
     async fn device_shown(&self, queue: &Queue, namespace: &str, name: &str) -> Result<Option<String>, Outcome> {
-        // A request beside the one that writes, of what the node may have written.
-        lock(&queue.state).device_written(clock::monotonic());
-        let shown = match self.api.look(Kind::DeviceStatus, namespace, name).await {
-            Ok(shown) => shown.metadata.resource_version,
-            Err(error) if verdict(&error) == Verdict::NotFound => return Ok(None),
+        let shown = match self.api.version(Kind::DeviceStatus, namespace, name).await {
+            Ok(Some(shown)) => shown,
+            Ok(None) => return Ok(None),
             Err(error) => return Err(self.no_device_status(&error)),
         };
         let has_reached = {
@@ -105,12 +103,12 @@ impl Upstream {
             if closures.is_superseded(&queue.node, queue.epoch) {
                 return Err(Outcome::Superseded);
             }
-            shown.as_ref().is_some_and(|shown| closures.has_reached(Source::Nodes, shown))
+            closures.has_reached(Source::Nodes, &shown)
         };
         if !has_reached {
             self.newest(queue).await?;
         }
-        Ok(shown)
+        Ok(Some(shown))
     }
 
     /// What a failed request for a DeviceStatus makes of a report.

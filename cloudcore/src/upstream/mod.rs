@@ -423,12 +423,9 @@ impl Upstream {
     /// Counts up an event that is there already; `None` if it is not. It never counts down: what is said of it may be older than what it
     /// shows, from a store that was put back, or by a session that is over.
     async fn count_up(&self, event: &event::Outgoing) -> Option<Outcome> {
-        let shown = match self.api.look(Kind::Event, &event.namespace, &event.name).await {
-            Ok(shown) => Kind::Event.json(&shown),
-            Err(error) => {
-                let verdict = verdict(&error);
-                return (verdict != Verdict::NotFound).then(|| Outcome::of(verdict));
-            }
+        let shown = match self.api.get(Kind::Event, &event.namespace, &event.name).await {
+            Ok(shown) => Kind::Event.json(&shown?),
+            Err(error) => return Some(Outcome::of(verdict(&error))),
         };
         let Some(patch) = event::repetition(event, &shown) else { return Some(Outcome::Unchanged) };
         let written = self.api.patch(Kind::Event, &event.namespace, &event.name, &Patch::Merge(patch)).await;
