@@ -12,11 +12,12 @@ use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::join::{deleted_message, expired_message, too_old_message};
 use super::{AGENT, Front, Stranger, Wire, shown};
-use crate::backend::{Backend, Feed, FeedEvent, NodeCheck, NodeIdentity};
+use crate::backend::{Backend, BackendError, Feed, FeedEvent, NodeCheck, NodeIdentity};
 use crate::clock;
 use crate::metrics;
 use crate::pki::{NodeCertificate, Standing};
@@ -134,7 +135,6 @@ where
     S: SecretStore,
 {
     let node = &certificate.node;
-    let shutdown = || ("shutdown", Some(goodbye(Reason::Shutdown, "cloudcore is going down")));
     let heard = tokio::select! {
         () = front.stop.cancelled() => return Err(shutdown()),
         heard = tokio::time::timeout(HELLO_PATIENCE, wire.next(true)) => heard,
@@ -158,24 +158,12 @@ where
     }
     // Deletions from here on are seen, so that none falls between the check and the place taken.
     let mut deletions = front.backend.deletions();
-    let checked = tokio::select! {
-        () = front.stop.cancelled() => return Err(shutdown()),
-        checked = tokio::time::timeout(CHECK_PATIENCE, front.backend.check(node)) => checked,
-    };
-    let (mut known, agents) = match checked {
-        Ok(Ok(NodeCheck::Live { epoch, agents })) => (epoch, agents),
-        Ok(Ok(NodeCheck::Deleted | NodeCheck::OtherUid)) => return Err(deleted(node)),
-        Ok(Err(error)) => {
-            debug!(node = shown(node), "cannot check the node: {}", chain(&error));
-            return Err(later("unavailable", "the apiserver cannot be asked about this node now"));
-        }
-        Err(_) => return Err(later("unavailable", "the apiserver does not answer now")),
+    let (mut known, agents) = match asked(&front.stop, "about this node", front.backend.check(node)).await? {
+        NodeCheck::Live { epoch, agents } => (epoch, agents),
+        NodeCheck::Deleted | NodeCheck::OtherUid => return Err(deleted(node)),
     };
     let seen = hello.revisions.iter().map(|revision| revision.newest).max().unwrap_or_default();
-    let revision = tokio::time::timeout(CHECK_PATIENCE, front.backend.revision(seen)).await;
-    let Ok(Ok(revision)) = revision else {
-        return Err(later("unavailable", "the apiserver cannot be asked how new its objects are now"));
-    };
+    let revision = asked(&front.stop, "how new its objects are", front.backend.revision(seen)).await?;
     let restored = revision < seen;
     if restored {
         warn!(
@@ -199,10 +187,7 @@ where
     // knew may have had sessions since that the Node does not name.
     let is_back = agents.have_ousted(who);
     if is_back || hello.last_epoch == 0 && known != 0 {
-        let leased = tokio::time::timeout(CHECK_PATIENCE, front.backend.leased(&node.name)).await;
-        let Ok(Ok(leased)) = leased else {
-            return Err(later("unavailable", "the apiserver cannot be asked about the node's lease now"));
-        };
+        let leased = asked(&front.stop, "about the node's lease", front.backend.leased(&node.name)).await?;
         if is_back && leased.is_some() {
             let error = BeginError::Twin(node.name.clone());
             warn!(node = shown(node), "{error}");
@@ -227,6 +212,23 @@ where
         Some(false) => Ok(Begun { hello, place, restored }),
         None => Err(later("unavailable", "too much is going on")),
     }
+}
+
+/// What the apiserver answers, unless that takes too long or cloudcore goes down.
+async fn asked<T>(
+    stop: &CancellationToken,
+    what: &str,
+    answer: impl Future<Output = Result<T, BackendError>>,
+) -> Result<T, Refused> {
+    let answer = tokio::select! {
+        () = stop.cancelled() => return Err(shutdown()),
+        answer = tokio::time::timeout(CHECK_PATIENCE, answer) => answer,
+    };
+    let refused = || later("unavailable", &format!("the apiserver cannot be asked {what} now"));
+    answer.map_err(|_| refused())?.map_err(|error| {
+        debug!("no session begins: {}", chain(&error));
+        refused()
+    })
 }
 
 /// Which start of which box it is that says Hello; the same at every replica.
@@ -381,6 +383,10 @@ fn goodbye(reason: Reason, message: impl Into<String>) -> Goodbye {
     Goodbye { reason: reason.into(), message: message.into(), retry_after_ms: 0 }
 }
 
+fn shutdown() -> Refused {
+    ("shutdown", Some(goodbye(Reason::Shutdown, "cloudcore is going down")))
+}
+
 fn protocol(what: &str) -> Refused {
     ("protocol", Some(goodbye(Reason::Protocol, what)))
 }
@@ -429,6 +435,17 @@ mod tests {
         assert_eq!(lives(FULL + 1000 * slow, |second| if second <= 50 { slow } else { 0 }), 50 + 28);
         assert_eq!(lives(FULL + slow, |_| 0), 28);
         assert_eq!(lives(FULL - 1, |_| slow), 28, "whoever is listened to has to be heard");
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_the_apiserver_when_cloudcore_goes_down() {
+        let stop = CancellationToken::new();
+        assert_eq!(asked(&stop, "anything", async { Ok(7) }).await, Ok(7));
+        let source = kube::Error::LinesCodecMaxLineLengthExceeded;
+        let failed = async { Err::<(), _>(BackendError { action: "ask".to_owned(), source }) };
+        assert_eq!(asked(&stop, "anything", failed).await.unwrap_err().0, "unavailable");
+        stop.cancel();
+        assert_eq!(asked(&stop, "anything", std::future::pending::<Result<(), _>>()).await, Err(shutdown()));
     }
 
     #[test]
