@@ -500,7 +500,7 @@ async fn reports_wait_for_leases_that_are_late() {
     let world = world(&json!({"phase": "Pending"}));
     let upstream = replica(&world);
     let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
-    upstream.leases.begin(&node, 1);
+    upstream.leases.begin_late(&node, 1);
     let mut reports = upstream.open(&node, 1, 1, false);
     reports.push(report("one"));
     for _ in 0..9 {

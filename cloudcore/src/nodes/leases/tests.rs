@@ -60,6 +60,19 @@ fn many_nodes_are_renewed_more_seldom_and_not_together() {
 }
 
 #[test]
+fn renewals_are_late_when_one_is_that_is_due() {
+    let mut wheel = Wheel::default();
+    assert!(!wheel.is_late(seconds(100)), "there is none");
+    wheel.begin(&node(), 3, seconds(10));
+    assert!(!wheel.is_late(seconds(10) + LATE - Duration::from_millis(1)));
+    assert!(wheel.is_late(seconds(10) + LATE));
+    let renewal = wheel.take(seconds(13)).unwrap();
+    assert!(!wheel.is_late(seconds(100)), "it is under way");
+    wheel.renewed(&renewal, Renewed::Failed, seconds(14), 0.5);
+    assert!(!wheel.is_late(seconds(16)) && wheel.is_late(seconds(17)), "it is due at once");
+}
+
+#[test]
 fn a_session_that_ends_leaves_its_successor_alone() {
     let mut wheel = Wheel::default();
     wheel.begin(&node(), 3, seconds(0));
