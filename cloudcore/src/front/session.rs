@@ -118,6 +118,7 @@ where
 
 impl<F> Session<F> {
     /// Lets go of all but the connection.
+    #[expect(clippy::boxed_local, reason = "the box goes as well")]
     fn over(self: Box<Self>) -> Wire {
         self.wire
     }
