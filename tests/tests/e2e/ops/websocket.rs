@@ -62,12 +62,12 @@ fn told(world: &World, identity: &Identity) -> Result<()> {
     answers(open(&exec(world, "read%20line;echo%20heard%20$line;exit%207"), V4)?)?;
     match open(&exec(world, "cat;exit%207"), V5) {
         Ok(socket) => ends_its_input(socket)?,
-        Err(error) => unspoken(error)?,
+        Err(error) => unspoken(&error)?,
     }
     serves(&mut open(&forward(world), V4)?)?;
     match open(&exec(world, "true"), "v9.channel.k8s.io") {
         Ok(_) => bail!("any protocol is spoken"),
-        Err(error) => unspoken(error)?,
+        Err(error) => unspoken(&error)?,
     }
 
     let mut cat = open(&exec(world, "cat"), V4)?;
@@ -97,7 +97,7 @@ fn told(world: &World, identity: &Identity) -> Result<()> {
 }
 
 /// Only that the runtime does not speak a protocol is no fault.
-fn unspoken(error: anyhow::Error) -> Result<()> {
+fn unspoken(error: &anyhow::Error) -> Result<()> {
     let is_refusal = match error.downcast_ref() {
         Some(Error::Http(answer)) => answer.status().is_client_error(),
         Some(Error::Protocol(ProtocolError::SecWebSocketSubProtocolError(_))) => true,
