@@ -41,21 +41,24 @@ fn world(status: &Value) -> Shown {
     Arc::new(Mutex::new(World { pod, node, device, version: 10, ..World::default() }))
 }
 
+/// Takes a status of the version that is there.
+fn show(object: &mut Value, body: &[u8], version: &mut u64) -> (u16, Value) {
+    let patch: Value = serde_json::from_slice(body).unwrap();
+    if patch["metadata"]["resourceVersion"] != object["metadata"]["resourceVersion"] {
+        return conflict();
+    }
+    *version += 1;
+    object["metadata"]["resourceVersion"] = version.to_string().into();
+    object["status"] = patch["status"].clone();
+    (200, object.clone())
+}
+
 impl World {
     fn answer(&mut self, method: &str, path: &str, body: &[u8]) -> (u16, Value) {
         self.asked.push(format!("{method} {}", path.rsplit('/').next().unwrap_or_default()));
         match (method, path) {
             ("GET", "/api/v1/nodes/e") => (200, self.node.clone()),
-            ("PATCH", "/api/v1/nodes/e/status") => {
-                let patch: Value = serde_json::from_slice(body).unwrap();
-                if patch["metadata"]["resourceVersion"] != self.node["metadata"]["resourceVersion"] {
-                    return conflict();
-                }
-                self.version += 1;
-                self.node["metadata"]["resourceVersion"] = self.version.to_string().into();
-                self.node["status"] = patch["status"].clone();
-                (200, self.node.clone())
-            }
+            ("PATCH", "/api/v1/nodes/e/status") => show(&mut self.node, body, &mut self.version),
             (_, "/api/v1/namespaces/n/events" | "/api/v1/namespaces/n/events/p.1") => {
                 let (code, answer, event) = keep(method, body, std::mem::take(&mut self.event), &mut self.version);
                 self.event = event;
@@ -67,16 +70,7 @@ impl World {
                 self.device_status = kept;
                 (code, answer)
             }
-            ("PATCH", DEVICE) => {
-                let patch: Value = serde_json::from_slice(body).unwrap();
-                if patch["metadata"]["resourceVersion"] != self.device["metadata"]["resourceVersion"] {
-                    return conflict();
-                }
-                self.version += 1;
-                self.device["metadata"]["resourceVersion"] = self.version.to_string().into();
-                self.device["status"] = patch["status"].clone();
-                (200, self.device.clone())
-            }
+            ("PATCH", DEVICE) => show(&mut self.device, body, &mut self.version),
             ("GET", path) if path.starts_with("/api/v1/namespaces/n/pods/of-") => not_found(),
             ("PATCH", "/api/v1/nodes/e") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();

@@ -194,8 +194,7 @@ impl Broker {
         }
         self.make().await?;
         self.copy();
-        self.write("access", self.rules.list.as_bytes(), user.as_ref())?;
-        self.write("passwords", &self.rules.passwords, user.as_ref())?;
+        self.write_rules(user.as_ref())?;
         self.rules.is_given = true;
         self.write("mosquitto.conf", self.config(user.as_ref()).as_bytes(), user.as_ref())?;
         if let Some(user) = &user {
@@ -253,6 +252,12 @@ impl Broker {
         )
     }
 
+    /// What the own broker reads again when it is told to.
+    fn write_rules(&self, user: Option<&User>) -> io::Result<()> {
+        self.write("access", self.rules.list.as_bytes(), user)?;
+        self.write("passwords", &self.rules.passwords, user)
+    }
+
     fn write(&self, name: &str, content: &[u8], user: Option<&User>) -> io::Result<()> {
         let path = self.dir.join(name);
         files::write(&path, content, 0o600)?;
@@ -298,9 +303,7 @@ impl Broker {
         self.make().await?;
         self.copy();
         if let Some(own) = self.own.as_ref().filter(|_| !self.rules.is_given) {
-            let user = user();
-            self.write("access", self.rules.list.as_bytes(), user.as_ref())?;
-            self.write("passwords", &self.rules.passwords, user.as_ref())?;
+            self.write_rules(user().as_ref())?;
             if let Some(pid) = own.id().and_then(|pid| i32::try_from(pid).ok()) {
                 kill(Pid::from_raw(pid), Signal::SIGHUP)?;
             }

@@ -138,15 +138,21 @@ fn pod() -> Value {
     })
 }
 
-#[tokio::test]
-async fn a_pod_that_runs_is_not_judged_again_when_the_store_was_lost() {
-    let dir = tempfile::tempdir().unwrap();
-    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+/// An agent whose pod runs, as it has reported.
+async fn running(dir: &Path) -> (String, FakeRuntime, Agent) {
+    let (endpoint, fake) = FakeRuntime::start(dir).unwrap();
     fake.image("img:1", Script::default());
-    let agent = Agent::start(dir.path(), "store", &endpoint);
+    let agent = Agent::start(dir, "store", &endpoint);
     agent.apply(Collection::Node, "box", &json!({"metadata": {"labels": {"disk": "ssd"}}})).await;
     agent.want(&pod()).await;
     agent.status(|status| status["phase"] == "Running").await;
+    (endpoint, fake, agent)
+}
+
+#[tokio::test]
+async fn a_pod_that_runs_is_not_judged_again_when_the_store_was_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, fake, agent) = running(dir.path()).await;
     let running = fake.running("c");
     assert_eq!(running.len(), 1);
     agent.end().await;
@@ -164,12 +170,7 @@ async fn a_pod_that_runs_is_not_judged_again_when_the_store_was_lost() {
 #[tokio::test]
 async fn a_kubelet_that_starts_reports_every_pod_whatever_its_notes_say() {
     let dir = tempfile::tempdir().unwrap();
-    let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
-    fake.image("img:1", Script::default());
-    let agent = Agent::start(dir.path(), "store", &endpoint);
-    agent.apply(Collection::Node, "box", &json!({"metadata": {"labels": {"disk": "ssd"}}})).await;
-    agent.want(&pod()).await;
-    agent.status(|status| status["phase"] == "Running").await;
+    let (endpoint, _fake, agent) = running(dir.path()).await;
     agent.end().await;
     let store = Store::open(&dir.path().join("store"), jiff::Timestamp::UNIX_EPOCH).unwrap();
     let pending = store.pending_reports(0, 1 << 20).await.unwrap();
