@@ -1,18 +1,24 @@
 //! What the runtime itself says of containers, and commands inside them, over CRI.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 use skerry_proto::cri::runtime_service_client::RuntimeServiceClient;
 use skerry_proto::cri::{
-    Container, ContainerState, ContainerStatus, ContainerStatusRequest, ExecSyncRequest, ListContainersRequest,
-    ListPodSandboxRequest, PodSandbox, PodSandboxState, RemovePodSandboxRequest, StatusRequest, StopPodSandboxRequest,
+    Container, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
+    CreateContainerRequest, ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig, ListContainersRequest,
+    ListPodSandboxRequest, PodSandbox, PodSandboxConfig, PodSandboxMetadata, PodSandboxState, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopPodSandboxRequest,
 };
 use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::images;
 use crate::process::Output;
 
 /// The label by which kubelets name the pod of a container.
@@ -119,6 +125,19 @@ impl Cri {
         })
     }
 
+    /// Runs so many bare pods that sleep, with a network and one container each, as no kubelet is there to do it. So many sandboxes are
+    /// made at a time, and containers beside them.
+    pub fn run_bare(&self, pods: usize, at_once: usize) -> Result<()> {
+        let turns = Arc::new(Semaphore::new(at_once));
+        self.runtime.block_on(async {
+            let mut all = JoinSet::new();
+            for number in 0..pods {
+                all.spawn_on(run_bare_pod(self.client.clone(), number, turns.clone()), self.runtime.handle());
+            }
+            all.join_all().await.into_iter().collect()
+        })
+    }
+
     /// Stops and removes every sandbox with its containers.
     pub fn remove_all(&self) -> Result<()> {
         for sandbox in self.sandboxes()? {
@@ -130,6 +149,35 @@ impl Cri {
         }
         Ok(())
     }
+}
+
+async fn run_bare_pod(mut client: RuntimeServiceClient<Channel>, number: usize, turns: Arc<Semaphore>) -> Result<()> {
+    let turn = turns.acquire().await?;
+    let name = format!("bare-{number}");
+    let sandbox = PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.clone(),
+            uid: name.clone(),
+            namespace: "default".to_owned(),
+            attempt: 0,
+        }),
+        hostname: name,
+        linux: Some(LinuxPodSandboxConfig::default()),
+        ..Default::default()
+    };
+    let request = RunPodSandboxRequest { config: Some(sandbox.clone()), runtime_handler: String::new() };
+    let pod_sandbox_id = client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+    drop(turn);
+    let container = ContainerConfig {
+        metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
+        image: Some(ImageSpec { image: images::BUSYBOX.to_owned(), ..Default::default() }),
+        command: ["sleep", "1000000"].map(str::to_owned).into(),
+        ..Default::default()
+    };
+    let request = CreateContainerRequest { pod_sandbox_id, config: Some(container), sandbox_config: Some(sandbox) };
+    let container_id = client.create_container(request).await?.into_inner().container_id;
+    client.start_container(StartContainerRequest { container_id }).await?;
+    Ok(())
 }
 
 fn label(container: &Container, name: &str) -> String {

@@ -43,8 +43,9 @@ const GROWING: Duration = Duration::from_secs(6);
 pub(crate) fn run(subject: &'static str) -> Result<()> {
     eprintln!("control frames over {subject} while a line of 256 kbit/s is flooded");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (relay, door) = line(subject, Some(ROOM))?;
     let times = runtime.block_on(async {
-        let (relay, cloud, edge, _endpoints) = pair(subject, Some(ROOM)).await?;
+        let (cloud, edge, _endpoints) = pair(door, &relay).await?;
         measure(&relay, cloud, edge).await
     })?;
     let mut worst = 0.0_f64;
@@ -61,29 +62,48 @@ pub(crate) fn run(subject: &'static str) -> Result<()> {
         worst = worst.max(at(99));
     }
     tell("link.control.p99", subject, worst, "s");
+    let (relay, door) = line(subject, None)?;
     let rate = runtime.block_on(async {
-        let (relay, cloud, edge, _endpoints) = pair(subject, None).await?;
+        let (cloud, edge, _endpoints) = pair(door, &relay).await?;
         rate(&relay, cloud, edge).await
     })?;
     tell("link.stream.rate", subject, rate / 1e6, "MB/s");
     Ok(())
 }
 
-/// Both ends and the relay between them, with so much room for TCP; and what QUIC runs on.
-async fn pair(subject: &str, room: Option<usize>) -> Result<(Relay, Wire, Wire, Vec<transport::Endpoint>)> {
+/// What the cloud's end listens on.
+enum Door {
+    Tcp(std::net::TcpListener),
+    Udp(std::net::UdpSocket),
+}
+
+/// The line, with so much room for TCP, to a door for this transport.
+fn line(subject: &str, room: Option<usize>) -> Result<(Relay, Door)> {
+    let loopback = (Ipv4Addr::LOCALHOST, 0);
     if subject == "quic" {
-        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let relay = Relay::start(socket.local_addr()?)?;
-        let (cloud, edge, endpoints) = quic(socket, &relay).await?;
-        return Ok((relay, cloud, edge, endpoints.into()));
+        let socket = std::net::UdpSocket::bind(loopback)?;
+        return Ok((Relay::start(socket.local_addr()?)?, Door::Udp(socket)));
     }
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let listener = std::net::TcpListener::bind(loopback)?;
     let relay = match room {
         Some(room) => Relay::start_narrow(listener.local_addr()?, room)?,
         None => Relay::start(listener.local_addr()?)?,
     };
-    let (cloud, edge) = websocket(listener, &relay).await?;
-    Ok((relay, cloud, edge, Vec::new()))
+    Ok((relay, Door::Tcp(listener)))
+}
+
+/// Both ends of it; and what QUIC runs on.
+async fn pair(door: Door, relay: &Relay) -> Result<(Wire, Wire, Vec<transport::Endpoint>)> {
+    match door {
+        Door::Udp(socket) => {
+            let (cloud, edge, endpoints) = quic(socket, relay).await?;
+            Ok((cloud, edge, endpoints.into()))
+        }
+        Door::Tcp(listener) => {
+            let (cloud, edge) = websocket(listener, relay).await?;
+            Ok((cloud, edge, Vec::new()))
+        }
+    }
 }
 
 /// How long pings took down and up.
