@@ -34,8 +34,10 @@ impl Recorder {
         Self { node: node.to_owned(), counts: HashMap::new(), buckets: HashMap::new() }
     }
 
-    /// The report of an event, or `None` when its object had too many of late.
+    /// The report of an event, or `None` when its object had too many of late, or has no name: of a pod that nobody knows and whose sandbox
+    /// is gone.
     pub fn record(&mut self, about: &ObjectReference, event: &PodEvent, now: Timestamp) -> Option<Report> {
+        let about_name = about.name.as_deref()?;
         let uid = about.uid.clone().unwrap_or_default();
         if !self.allow(&uid, now) {
             return None;
@@ -49,7 +51,7 @@ impl Recorder {
         *count += 1;
 
         let hash = hash ^ xxh3_64(&first.as_nanosecond().to_le_bytes());
-        let name = format!("{}.{hash:016x}", about.name.as_deref().unwrap_or_default());
+        let name = format!("{}.{hash:016x}", about_name);
         let namespace = about.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let involved_object = ObjectReference { field_path: event.field_path.clone(), ..about.clone() };
         let object = Event {

@@ -44,6 +44,8 @@ pub struct Observed {
 pub struct Sandbox {
     /// CRI id.
     pub id: String,
+    /// The pod's name and namespace.
+    pub pod: (String, String),
     /// Attempt number in its metadata.
     pub attempt: u32,
     /// SANDBOX_READY.

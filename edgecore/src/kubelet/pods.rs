@@ -442,8 +442,10 @@ impl Pods {
             if !unwanted || !*self.context.store.pods_known().borrow() {
                 continue;
             }
-            info!(pod = uid, "nobody wants this pod any more; it is stopped");
-            let metadata = ObjectMeta { uid: Some(uid), ..ObjectMeta::default() };
+            // Its name is in its events. A container without a sandbox has none.
+            let (name, namespace) = observed.sandboxes.first().map(|sandbox| sandbox.pod.clone()).unzip();
+            info!(uid, name, namespace, "nobody wants this pod any more; it is stopped");
+            let metadata = ObjectMeta { uid: Some(uid), name, namespace, ..ObjectMeta::default() };
             let pod = Pod { metadata, ..Pod::default() };
             self.spawn(pod, Life::Orphan, Admission::Admitted, Memory::default(), Some(observed), false);
         }

@@ -509,6 +509,7 @@ fn a_container_on_the_real_hierarchies() {
     };
     let sandbox = Sandbox {
         id: "5a4d".to_owned(),
+        pod: Default::default(),
         attempt: 0,
         ready: true,
         created_at: Timestamp::UNIX_EPOCH,

@@ -251,7 +251,9 @@ impl World {
                 let ips = if host_network || self.chance(30) { vec![] } else { vec!["10.1.0.9".parse().unwrap()] };
                 assert!(self.observed.sandboxes.iter().all(|other| other.attempt < *attempt), "the attempt grows");
                 let id = format!("sb{}", self.made);
-                let sandbox = Sandbox { id, attempt: *attempt, ready: !fails, created_at: self.now, ips, host_network };
+                let pod = Default::default();
+                let sandbox =
+                    Sandbox { id, pod, attempt: *attempt, ready: !fails, created_at: self.now, ips, host_network };
                 self.observed.sandboxes.insert(0, sandbox);
                 if fails {
                     return Outcome::Failed("");

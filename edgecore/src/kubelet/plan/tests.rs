@@ -44,7 +44,8 @@ impl Scene {
     fn sandbox(mut self, attempt: u32, ready: bool) -> Self {
         let ips = vec!["10.1.0.5".parse().unwrap()];
         let id = format!("sb{attempt}");
-        let sandbox = Sandbox { id, attempt, ready, created_at: at(0), ips, host_network: false };
+        let sandbox =
+            Sandbox { id, pod: Default::default(), attempt, ready, created_at: at(0), ips, host_network: false };
         self.observed.sandboxes.insert(0, sandbox);
         self
     }

@@ -231,6 +231,12 @@ async fn a_pod_that_nobody_knows_any_more_hears_its_hook() {
     let calls = fake.calls();
     let at = |call: &str| calls.iter().position(|one| one.starts_with(call));
     assert!(at("ExecSync say bye").is_some() && at("ExecSync say bye") < at("StopContainer"), "{calls:?}");
+    let event = agent.event("Killing").await;
+    let of = ["name", "namespace", "uid"].map(|key| event["involvedObject"][key].clone());
+    assert_eq!(
+        (&of, &event["metadata"]["namespace"]),
+        (&["p", "default", "uid-p"].map(Value::from), &"default".into())
+    );
     agent.end().await;
 }
 

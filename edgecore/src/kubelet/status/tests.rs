@@ -29,7 +29,15 @@ fn scene(spec: Value) -> Scene {
 impl Scene {
     fn sandbox(&mut self, ready: bool) {
         let ips = vec!["fd00::5".parse().unwrap(), "10.1.0.5".parse().unwrap(), "10.1.0.6".parse().unwrap()];
-        let sandbox = Sandbox { id: "sb".to_owned(), attempt: 0, ready, created_at: at(0), ips, host_network: false };
+        let sandbox = Sandbox {
+            id: "sb".to_owned(),
+            pod: Default::default(),
+            attempt: 0,
+            ready,
+            created_at: at(0),
+            ips,
+            host_network: false,
+        };
         self.observed.sandboxes = vec![sandbox];
     }
 

@@ -191,9 +191,11 @@ impl Cri {
             }
             None => Details { ips: Vec::new(), host_network: false },
         };
+        let metadata = listed.metadata.unwrap_or_default();
         Ok(Some(Sandbox {
             ready,
-            attempt: listed.metadata.map(|metadata| metadata.attempt).unwrap_or_default(),
+            pod: (metadata.name, metadata.namespace),
+            attempt: metadata.attempt,
             created_at: timestamp(listed.created_at).unwrap_or_default(),
             ips: details.ips,
             host_network: details.host_network,
