@@ -61,6 +61,10 @@ pub struct KubeletParts {
     pub store: Store,
     /// What the node was told.
     pub config: Arc<Config>,
+    /// Who may need a broker.
+    pub devices: Devices,
+    /// How MQTT is.
+    pub mqtt: watch::Receiver<mqtt::Status>,
     /// How the link is; a new epoch is a new session.
     pub link_state: watch::Receiver<LinkState>,
     /// What the cloud asks to be reported once more.
@@ -148,8 +152,9 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
         identity: identity.as_ref().map(|(_, seen)| seen.clone()),
         reset,
         ops: ops.clone(),
-        mqtt: mqtt_seen,
+        mqtt: mqtt_seen.clone(),
     };
+    let kubelet_devices = devices.clone();
     let control = supervise::module("control", stop.clone(), {
         let stop = stop.clone();
         move || control::serve(Arc::clone(&listener), control.clone(), stop.clone())
@@ -231,6 +236,8 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
     let parts = KubeletParts {
         store: store.clone(),
         config: Arc::clone(&config),
+        devices: kubelet_devices,
+        mqtt: mqtt_seen,
         link_state: link_seen,
         wanted,
         reset: ResetRequests::new(resets),

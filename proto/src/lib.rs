@@ -88,5 +88,7 @@ pub const EDGE_LABEL: &str = "node-role.kubernetes.io/edge";
 pub const AUTONOMY_ANNOTATION: &str = "skerry.dev/autonomy";
 /// Node annotation: the addresses of the box itself, as a Node's `status.addresses` would list them: JSON, `[{"type": …, "address": …}]`.
 pub const ADDRESSES_ANNOTATION: &str = "skerry.dev/addresses";
+/// Node condition: whether edgecore is connected to an MQTT broker. Only a node that needs one has it.
+pub const BROKER_CONDITION: &str = "MQTTBrokerReady";
 /// The port of cloudcore, TCP and later UDP, unless told otherwise.
 pub const DEFAULT_PORT: u16 = 10000;

@@ -139,7 +139,18 @@ impl Edge {
 
     /// Starts `edgecore run`.
     pub fn start(&mut self) -> Result<()> {
-        let mut command = Command::new(paths::product("edgecore")?);
+        self.start_by(Command::new(paths::product("edgecore")?))
+    }
+
+    /// The same with mounts of its own, which this line of a shell makes.
+    pub fn start_apart(&mut self, mounts: &str) -> Result<()> {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &format!("set -e; {mounts}; exec \"$0\" \"$@\"")]);
+        command.arg(paths::product("edgecore")?);
+        self.start_by(command)
+    }
+
+    fn start_by(&mut self, mut command: Command) -> Result<()> {
         command.arg("run").arg("--data-dir").arg(self.data());
         let log = self.log();
         let process = if self.daemon {

@@ -5,8 +5,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
-use skerry_proto::ADDRESSES_ANNOTATION;
 use skerry_proto::payload::NodeReport;
+use skerry_proto::{ADDRESSES_ANNOTATION, BROKER_CONDITION};
 
 use super::pod::meaning;
 use crate::backend::{Agents, NodeIdentity};
@@ -24,8 +24,10 @@ const FIELDS: [&str; 8] = [
     "declaredFeatures",
 ];
 
-/// Conditions of a kubelet's.
-const OWN_CONDITIONS: [&str; 4] = ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"];
+/// Conditions of a kubelet's, and edgecore's own.
+const OWN_CONDITIONS: [&str; 5] = ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready", BROKER_CONDITION];
+/// In a list of a strategic merge patch: what is to be done with the element of that key.
+const DIRECTIVE: &str = "$patch";
 /// Heartbeats of conditions are for people, and so are renewed this seldom, in seconds: a little more often than an edge that has nothing new
 /// reports.
 const HEARTBEAT: i64 = 870;
@@ -67,6 +69,7 @@ fn fingerprint(node: &Value, capacity: Option<&Value>) -> u64 {
     let conditions = status["conditions"].as_array().into_iter().flatten();
     let mut conditions: Vec<Value> = conditions
         .filter(|condition| condition["type"].as_str().is_some_and(|kind| OWN_CONDITIONS.contains(&kind)))
+        .filter(|condition| condition.get(DIRECTIVE).is_none())
         .filter_map(|condition| {
             let mut condition = meaning(condition)?;
             condition.as_object_mut()?.remove("lastHeartbeatTime");
@@ -113,6 +116,12 @@ pub(crate) fn patch(
         if !condition["type"].is_string() || !condition["status"].is_string() {
             return Err("a condition lacks its type or status".into());
         }
+    }
+    if let Some(Value::Array(conditions)) = status.get_mut("conditions")
+        && !conditions.iter().any(|condition| condition["type"] == BROKER_CONDITION)
+    {
+        // The node may have had it, and what a patch does not name stays.
+        conditions.push(json!({DIRECTIVE: "delete", "type": BROKER_CONDITION}));
     }
     let foreign = foreign(capacity, status.get("capacity"));
     if let Some(Value::Object(allocatable)) = status.get_mut("allocatable") {
@@ -174,7 +183,10 @@ mod tests {
                 },
                 "status": {
                     "capacity": {"cpu": "2"}, "allocatable": {"cpu": "1900m", "example.com/dongle": "3"}, "nodeInfo": {"kernelVersion": "6"},
-                    "conditions": [{"type": "Ready", "status": "True"}],
+                    "conditions": [
+                        {"type": "Ready", "status": "True"},
+                        {"$patch": "delete", "type": BROKER_CONDITION},
+                    ],
                 },
             })
         );
@@ -216,6 +228,17 @@ mod tests {
         assert!(!says(&report("True", 0)), "something changed");
         assert!(!says(&report("False", 15)), "the heartbeat is old");
         assert!(!says(&NodeReport { addresses: vec!["10.0.0.1".into()], ..report("False", 0) }), "the box moved");
+        let mut with_broker = report("False", 0);
+        let missing = json!({"type": BROKER_CONDITION, "status": "False", "message": "no broker"});
+        with_broker.status["conditions"].as_array_mut().unwrap().push(missing.clone());
+        assert!(!says(&with_broker), "a broker is needed");
+        let mut had = node.clone();
+        had["status"]["conditions"].as_array_mut().unwrap().push(missing);
+        let told = |report: &NodeReport| {
+            NodeShown::of(&had).says(&patch(&e(), "3", None, report, capacity).unwrap(), capacity)
+        };
+        assert!(told(&with_broker));
+        assert!(!told(&report("False", 0)), "none is needed any more");
         assert!(!NodeShown::default().says(&patch(&e(), "3", None, &report("False", 0), None).unwrap(), None));
     }
 

@@ -201,6 +201,7 @@ mod tests {
                 connected: true,
                 message: "127.0.0.1:1883".to_owned(),
                 is_own: false,
+                is_missed: false,
                 published: 9,
                 requests: 2,
                 refused: 1,

@@ -79,12 +79,23 @@ impl Drop for Measured<'_> {
 
 /// Runs the kubelet until shutdown.
 pub async fn run(parts: KubeletParts) {
-    let KubeletParts { store, config, link_state: link, wanted, reset, status, stats, runtime: channel, shutdown } =
-        parts;
+    let KubeletParts {
+        store,
+        config,
+        devices,
+        mqtt,
+        link_state: link,
+        wanted,
+        reset,
+        status,
+        stats,
+        runtime: channel,
+        shutdown,
+    } = parts;
     let cri = Cri::new(channel.clone());
     let volumes = Volumes::new(&config.pods_dir);
     prepare(&config, &volumes).await;
-    let (node, mut news) = NodeLoop::new(store.clone(), cri.clone(), config.clone(), status).await;
+    let (node, mut news) = NodeLoop::new(store.clone(), cri.clone(), config.clone(), (devices, mqtt), status).await;
     let (context_sender, context_receiver) = watch::channel(None);
     let linked = link.clone();
     // In one task, so that a panic in either ends both, and the kubelet is started again as a whole.

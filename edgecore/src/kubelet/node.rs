@@ -15,10 +15,11 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use skerry_proto::cri;
 use skerry_proto::payload::Settings;
+use skerry_proto::{BROKER_CONDITION, cri};
 
 use super::references::NodeFacts;
+use crate::devices::mqtt;
 use crate::order;
 use crate::runtime::cri::{CgroupDriver, Error, Health, Setup};
 
@@ -162,6 +163,8 @@ pub struct Inputs<'a> {
     pub version: Option<&'a RuntimeVersion>,
     /// What the runtime lists.
     pub images: &'a [cri::Image],
+    /// The MQTT broker, where one is needed and it is known how it is.
+    pub broker: Option<&'a mqtt::Status>,
 }
 
 /// The status at `now`. `previous` is the one before, for the times of transitions.
@@ -172,7 +175,7 @@ pub fn status(inputs: &Inputs<'_>, previous: Option<&NodeStatus>, now: Timestamp
     NodeStatus {
         capacity: Some(inputs.capacity.quantities()),
         allocatable: Some(inputs.capacity.allocatable().quantities()),
-        conditions: Some(conditions(inputs.pressures, &faults(inputs), previous_conditions, now)),
+        conditions: Some(conditions(inputs, &faults(inputs), previous_conditions, now)),
         node_info: Some(node_info(inputs.machine, inputs.version)),
         images: Some(images(inputs.images)),
         runtime_handlers: if handlers.is_empty() {
@@ -298,12 +301,12 @@ fn faults(inputs: &Inputs<'_>) -> Vec<String> {
 }
 
 fn conditions(
-    pressures: Pressures,
+    inputs: &Inputs<'_>,
     faults: &[String],
     previous: &[NodeCondition],
     now: Timestamp,
 ) -> Vec<NodeCondition> {
-    let now = whole_second(now);
+    let (now, pressures) = (whole_second(now), inputs.pressures);
     let condition = |kind: &str, is_true: bool, reason: &str, message: String| {
         let status = if is_true { "True" } else { "False" };
         let before = previous.iter().find(|condition| condition.type_ == kind && condition.status == status);
@@ -325,7 +328,7 @@ fn conditions(
         [one] => condition("Ready", false, "KubeletNotReady", one.clone()),
         many => condition("Ready", false, "KubeletNotReady", format!("[{}]", many.join(", "))),
     };
-    vec![
+    let mut all = vec![
         pressure(
             "MemoryPressure",
             pressures.memory,
@@ -345,7 +348,12 @@ fn conditions(
             ["sufficient PID available", "insufficient PID available"],
         ),
         ready,
-    ]
+    ];
+    if let Some(broker) = inputs.broker {
+        let reason = if broker.connected { "BrokerConnected" } else { "NoBroker" };
+        all.push(condition(BROKER_CONDITION, broker.connected, reason, broker.message.clone()));
+    }
+    all
 }
 
 fn whole_second(at: Timestamp) -> Timestamp {

@@ -25,6 +25,7 @@ use super::resources;
 use crate::clock;
 use crate::cni::{self, Network, Places};
 use crate::config::Config;
+use crate::devices::{Devices, mqtt};
 use crate::link::{LinkState, NODE_NOTES, ReportWanted};
 use crate::runtime::Cri;
 use crate::runtime::cri::{Health, Setup};
@@ -55,6 +56,8 @@ pub struct NodeLoop {
     images: Vec<cri::Image>,
     images_at: Option<Duration>,
     pressure: Pressure,
+    devices: Devices,
+    mqtt: watch::Receiver<mqtt::Status>,
     /// The last one, for whoever asks at the box.
     status: watch::Sender<Option<NodeStatus>>,
     sent: Option<Duration>,
@@ -82,6 +85,7 @@ impl NodeLoop {
         store: Store,
         cri: Cri,
         config: Arc<Config>,
+        (devices, mqtt): (Devices, watch::Receiver<mqtt::Status>),
         status: watch::Sender<Option<NodeStatus>>,
     ) -> (Self, News) {
         // Of an earlier loop of this process.
@@ -112,6 +116,8 @@ impl NodeLoop {
             images: Vec::new(),
             images_at: None,
             pressure: Pressure::default(),
+            devices,
+            mqtt,
             status,
             sent: None,
             started: false,
@@ -212,16 +218,23 @@ impl NodeLoop {
             self.update_facts(health.as_ref().ok()).await;
             self.sent = None;
         }
-        let inputs = Inputs {
-            machine: &self.machine,
-            capacity: &self.capacity,
-            pressures: self.pressure.observe(now, &load),
-            health: &health,
-            faults: &[],
-            version: self.version.as_ref(),
-            images: &self.images,
+        let pressures = self.pressure.observe(now, &load);
+        let is_needed = self.devices.need(&self.config.mqtt_broker);
+        let status = {
+            let broker = self.mqtt.borrow();
+            let is_known = broker.connected || broker.is_missed;
+            let inputs = Inputs {
+                machine: &self.machine,
+                capacity: &self.capacity,
+                pressures,
+                health: &health,
+                faults: &[],
+                version: self.version.as_ref(),
+                images: &self.images,
+                broker: (is_needed && is_known).then_some(&*broker),
+            };
+            node::status(&inputs, self.status.borrow().as_ref(), clock::wall())
         };
-        let status = node::status(&inputs, self.status.borrow().as_ref(), clock::wall());
         let is_ready = ready(&status);
         let changed = self.status.borrow().as_ref().map(ready) != Some(is_ready);
         let due = self.status.borrow().as_ref().is_none_or(|old| node::due(self.sent, now, old, &status));
@@ -423,6 +436,10 @@ mod tests {
     use crate::kubelet::pods::tests::Agent;
     use crate::runtime::{connect, fake::FakeRuntime};
 
+    fn nothing(store: &Store) -> (Devices, watch::Receiver<mqtt::Status>) {
+        (Devices::new(store.clone()), watch::channel(mqtt::Status::default()).1)
+    }
+
     #[test]
     fn swap_is_limited_only_where_the_kernel_has_the_file() {
         let root = tempfile::tempdir().unwrap();
@@ -442,7 +459,8 @@ mod tests {
         let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
         let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
         config.pods_dir = dir.path().to_owned();
-        let (mut node, news) = NodeLoop::new(store.clone(), cri, Arc::new(config), watch::channel(None).0).await;
+        let (mut node, news) =
+            NodeLoop::new(store.clone(), cri, Arc::new(config), nothing(&store), watch::channel(None).0).await;
         let reported = async || {
             let reports = store.pending_reports(0, 1 << 20).await.unwrap();
             serde_json::from_slice::<NodeReport>(&reports.last().unwrap().payload).unwrap().addresses
@@ -466,7 +484,9 @@ mod tests {
         let cri = Cri::new(connect::channel(&endpoint).unwrap());
         let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
         config.pods_dir = dir.path().to_owned();
-        let (mut node, _news) = NodeLoop::new(agent.store.clone(), cri, Arc::new(config), watch::channel(None).0).await;
+        let (mut node, _news) =
+            NodeLoop::new(agent.store.clone(), cri, Arc::new(config), nothing(&agent.store), watch::channel(None).0)
+                .await;
         for (boot, is_another) in [("a", false), ("a", false), ("b", true), ("b", false)] {
             node.machine.boot_id = boot.to_owned();
             assert_eq!(node.has_rebooted().await, is_another, "{boot}");
@@ -491,7 +511,8 @@ mod tests {
         let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
         let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
         config.pods_dir = dir.path().to_owned();
-        let (mut node, news) = NodeLoop::new(store, cri, Arc::new(config), watch::channel(None).0).await;
+        let (mut node, news) =
+            NodeLoop::new(store.clone(), cri, Arc::new(config), nothing(&store), watch::channel(None).0).await;
         assert!(!node.look(None).await);
         assert!(news.network.borrow().is_some() && !conf.exists());
         // They are installed later.

@@ -2,19 +2,22 @@
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use skerry_tests::kubectl::{condition, is_ready};
 use skerry_tests::process::{self, Process};
 use skerry_tests::wait::{eventually, until};
-use skerry_tests::{mapper, paths, procfs};
+use skerry_tests::{mapper, paths, ports, procfs};
 
 use crate::world::{World, story};
 
 const PASSWORD: &str = "secret";
+const CONDITION: &str = "MQTTBrokerReady";
 
 #[test]
 fn clients_of_a_broker_on_the_box_speak_with_devices() -> Result<()> {
@@ -103,18 +106,62 @@ fn clients_of_a_broker_on_the_box_speak_with_devices() -> Result<()> {
             Ok(output.stdout.trim() == "5")
         })?;
 
-        // None: it is said why, and everything else works.
-        world.edge.configure("mqtt_broker", "127.0.0.1:1")?;
-        world.restart_edge()?;
-        until("the reason to be said", 30, || Ok(world.edge.status()?.contains("no broker at 127.0.0.1:1")))?;
+        // None: it is said why, at the box and on the Node, and everything else works.
+        wait_told(world, "True", "started by edgecore")?;
+        world.edge.kill();
+        let (dir, hidden) = (world.dir().join("hidden"), "/usr/sbin/mosquitto");
+        ensure!(Path::new(hidden).exists(), "{hidden} is not where Debian has it");
+        std::fs::create_dir_all(&dir)?;
+        let dir = dir.display();
+        world.edge.start_apart(&format!(
+            "mount -t tmpfs none {dir}; mknod {dir}/mosquitto c 0 0; mount -t overlay -o lowerdir={dir}:/usr/sbin none /usr/sbin"
+        ))?;
+        until("the reason to be said", 30, || Ok(world.edge.status()?.contains("mosquitto is not installed")))?;
+        wait_told(world, "False", "`apt install mosquitto` brings it")?;
+        ensure!(is_ready(&world.node()?), "the node is not Ready: {}", world.node()?);
         let set = world.edge.cli(&["device", "set", "press", "level=3", "-n", &namespace])?;
         ensure!(set.success, "a write without a broker: {}", set.text());
         ensure!(self::twin(world)?["properties"][0]["desired"]["origin"] == "cli", "{}", self::twin(world)?);
+
+        // Somebody else's comes and goes.
+        let port = ports::free()?;
+        let at = format!("127.0.0.1:{port}");
+        world.edge.configure("mqtt_broker", &at)?;
+        world.restart_edge()?;
+        let missed = wait_told(world, "False", &format!("no broker at {at}"))?;
+        let log = world.dir().join("mosquitto.log");
+        let start = || Process::spawn("mosquitto", Command::new("mosquitto").args(["-p", &port.to_string()]), &log);
+        let broker = start()?;
+        let came = wait_told(world, "True", &at)?;
+        broker.kill();
+        let went = wait_told(world, "False", &format!("no broker at {at}"))?;
+        let _broker = start()?;
+        let back = wait_told(world, "True", &at)?;
+        ensure!(missed < came && came < went && went < back, "it changed at {missed}, {came}, {went} and {back}");
+
+        // Who has no device needs none.
         world.edge.configure("mqtt_broker", "auto")?;
         world.restart_edge()?;
         world.wait_connected()?;
+        wait_told(world, "True", "started by edgecore")?;
+        world.kubectl.delete("device", "press")?;
+        until("the Node to say nothing of a broker", 60, || Ok(condition(&world.node()?, CONDITION).is_empty()))?;
         std::fs::remove_file(&passwords)?;
         Ok(())
+    })
+}
+
+/// Waits until the Node says this of the broker; since when it is so.
+fn wait_told(world: &World, status: &str, words: &str) -> Result<String> {
+    let what = format!("{CONDITION} to be {status}: {words}");
+    eventually(&what, 60, || {
+        let node = world.node()?;
+        let all = node["status"]["conditions"].as_array().into_iter().flatten();
+        let found = all.into_iter().find(|condition| condition["type"] == CONDITION);
+        Ok(found.and_then(|found| {
+            let is_it = found["status"] == status && found["message"].as_str()?.contains(words);
+            is_it.then(|| found["lastTransitionTime"].as_str().map(str::to_owned))?
+        }))
     })
 }
 

@@ -122,6 +122,11 @@ impl Broker {
         }
     }
 
+    /// Whether the configuration says which.
+    pub(super) fn is_named(&self) -> bool {
+        self.at.is_some()
+    }
+
     /// Whether the one that is used was started here, and has the access list.
     pub(super) fn is_own(&self) -> bool {
         self.own.is_some()
@@ -164,8 +169,7 @@ impl Broker {
             let missing = now.saturating_sub(*self.missing.get_or_insert(now));
             if self.is_expected && missing < PATIENCE {
                 return Err(format!(
-                    "no broker: nothing listens on {local}, where the box's own was or is to be; `systemctl start mosquitto`, or wait {} s for one of edgecore's",
-                    (PATIENCE - missing).as_secs()
+                    "no broker: nothing listens on {local}, where the box's own was or is to be; `systemctl start mosquitto`, or wait a minute for one of edgecore's"
                 ));
             }
             if !has_devices {

@@ -90,6 +90,9 @@ pub struct Status {
     /// Whether it is edgecore's own, so that the access list is in force.
     #[serde(default)]
     pub is_own: bool,
+    /// Whether one was looked for in vain that somebody needs.
+    #[serde(skip)]
+    pub is_missed: bool,
     /// Plain values and states published.
     pub published: u64,
     /// Requests answered.
@@ -124,9 +127,9 @@ async fn serve(parts: Parts, mut broker: Broker) {
         let has_devices = devices.lock().len() > 0;
         let why = match broker.connect(has_devices).await {
             Ok((stream, place)) => {
-                status.send_modify(|status| (status.message, status.is_own) = (place, broker.is_own()));
-                let (devices, node) = (&devices, node.as_str());
-                let mut session = Session { devices, node, mirror: &mut mirror, outbox: &mut outbox, status: &status };
+                let (devices, node, is_own) = (&devices, node.as_str(), broker.is_own());
+                let (mirror, outbox, status) = (&mut mirror, &mut outbox, &status);
+                let mut session = Session { devices, node, place, is_own, mirror, outbox, status };
                 let ended = tokio::select! {
                     ended = session.run(stream, &shutdown) => ended,
                     () = broker.follow() => Ok(()),
@@ -144,7 +147,10 @@ async fn serve(parts: Parts, mut broker: Broker) {
             if is_news && has_devices {
                 warn!(reason = why, "there is no MQTT for now; all else works");
             }
-            status.send_modify(|status| (status.connected, status.message) = (false, why));
+            status.send_modify(|status| {
+                (status.connected, status.message) = (false, why);
+                status.is_missed = has_devices || broker.is_named();
+            });
         }
         tokio::select! {
             () = shutdown.cancelled() => break,
@@ -168,6 +174,15 @@ async fn pause(devices: &Devices, wait: Duration) {
 }
 
 impl Devices {
+    /// Whether somebody would miss a broker.
+    pub(crate) fn need(&self, broker: &MqttBroker) -> bool {
+        match broker {
+            MqttBroker::Auto => self.lock().len() > 0,
+            MqttBroker::At(_) => true,
+            MqttBroker::Off => false,
+        }
+    }
+
     /// Keys of all devices.
     fn keys(&self) -> Vec<Arc<str>> {
         self.lock().names().0.into_iter().map(|(key, _)| key).collect()

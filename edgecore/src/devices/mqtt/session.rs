@@ -41,6 +41,10 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 pub(super) struct Session<'a> {
     pub(super) devices: &'a Devices,
     pub(super) node: &'a str,
+    /// Words for where the broker is.
+    pub(super) place: String,
+    /// Whether it is edgecore's.
+    pub(super) is_own: bool,
     pub(super) mirror: &'a mut Mirror,
     pub(super) outbox: &'a mut Outbox,
     pub(super) status: &'a watch::Sender<Status>,
@@ -138,7 +142,10 @@ impl Session<'_> {
                 let list = self.mirror.list(&self.devices.all(), self.node, wall());
                 self.outbox.push(list);
                 info!("the MQTT broker is connected");
-                self.status.send_modify(|status| status.connected = true);
+                let place = std::mem::take(&mut self.place);
+                self.status.send_modify(|status| {
+                    (status.connected, status.message, status.is_own) = (true, place, self.is_own);
+                });
             }
             Packet::Publish { topic, payload, qos, id, retain } => {
                 let payload = payload.as_ref().map(|payload| &payload[..]).map_err(|size| *size);

@@ -40,6 +40,7 @@ fn compute(
         faults: &[],
         version: Some(&version),
         images: &[],
+        broker: None,
     };
     status(&inputs, previous, now)
 }
@@ -103,6 +104,46 @@ fn conditions_keep_the_time_of_their_last_change() {
     assert_eq!(ready.last_transition_time, conditions(&first)[3].last_transition_time);
     assert_ne!(ready.last_heartbeat_time, conditions(&first)[3].last_heartbeat_time);
     assert_eq!(serde_json::to_value(ready).unwrap_or_default()["lastHeartbeatTime"], "2027-01-15T08:01:00Z");
+}
+
+#[test]
+fn a_broker_is_spoken_of_only_where_one_is_needed() {
+    let (machine, capacity, health) = (machine(), resources(), healthy());
+    let of = |broker: Option<&mqtt::Status>, previous: Option<&NodeStatus>, second| {
+        let inputs = Inputs {
+            machine: &machine,
+            capacity: &capacity,
+            pressures: Pressures::default(),
+            health: &health,
+            faults: &[],
+            version: None,
+            images: &[],
+            broker,
+        };
+        status(&inputs, previous, at(second))
+    };
+    let told = |status: &NodeStatus| {
+        let all = status.conditions.clone().unwrap_or_default();
+        all.into_iter().find(|one| one.type_ == BROKER_CONDITION).map(|one| {
+            (one.status, one.reason.unwrap_or_default(), one.message.unwrap_or_default(), one.last_transition_time)
+        })
+    };
+    let mut broker = mqtt::Status { message: "no broker; install one".to_owned(), ..Default::default() };
+    let without = of(None, None, 0);
+    assert_eq!(told(&without), None);
+    let missing = of(Some(&broker), Some(&without), 10);
+    let since = Some(Time(whole_second(at(10))));
+    let words = |status: &str, reason: &str, message: &str, since| {
+        Some((status.to_owned(), reason.to_owned(), message.to_owned(), since))
+    };
+    assert_eq!(told(&missing), words("False", "NoBroker", "no broker; install one", since));
+    assert!(due(Some(MINUTE), MINUTE, &without, &missing) && due(Some(MINUTE), MINUTE, &missing, &without));
+    let still = of(Some(&broker), Some(&missing), 20);
+    assert_eq!(told(&still), told(&missing));
+    assert!(!due(Some(MINUTE), MINUTE, &missing, &still));
+    (broker.connected, broker.message) = (true, "127.0.0.1:1883".to_owned());
+    let there = of(Some(&broker), Some(&still), 30);
+    assert_eq!(told(&there), words("True", "BrokerConnected", "127.0.0.1:1883", Some(Time(whole_second(at(30))))));
 }
 
 #[test]
