@@ -1,10 +1,12 @@
-//! Whether they may: as a kubelet asks it, by SubjectAccessReviews of subresources of the node.
+//! Whether they may: as a kubelet asks it, by SubjectAccessReviews of subresources of the node; and for what is of one device alone also of
+//! that device, so that whoever may press its button need not be allowed all that a node can.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Method;
 use serde_json::{Value, json};
+use skerry_proto::device::{GROUP, VERSION};
 use skerry_proto::ops::percent_decode;
 
 use super::cache::{Asked, Silence};
@@ -39,7 +41,7 @@ const ROUTES: [(&str, &[&str]); 15] = [
 const PROXY: &[&str] = &["proxy"];
 
 /// What is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Attributes {
     /// A name for metrics.
     pub(crate) route: &'static str,
@@ -47,6 +49,36 @@ pub(crate) struct Attributes {
     pub(crate) verb: &'static str,
     /// Any of them is enough.
     pub(crate) subresources: &'static [&'static str],
+    /// It is also enough to be allowed this.
+    device: Option<Device>,
+}
+
+/// What of a device is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Device {
+    namespace: String,
+    name: String,
+    subresource: &'static str,
+}
+
+impl Device {
+    /// Of the paths that edgecore answers for one device. None of them has an escape that could be a slash: it would end a part for one
+    /// reader only.
+    fn of(path: &str, decoded: &str) -> Option<Self> {
+        let slashes = |text: &str| text.bytes().filter(|byte| *byte == b'/').count();
+        if slashes(path) != slashes(decoded) {
+            return None;
+        }
+        let parts: Vec<&str> = decoded.split('/').filter(|part| !part.is_empty()).collect();
+        let (namespace, name, subresource) = match *parts.as_slice() {
+            ["devices", namespace, name]
+            | ["devices", namespace, name, "properties", _]
+            | ["devices", namespace, name, "properties", _, "history"] => (namespace, name, "values"),
+            ["devices", namespace, name, "methods", _] => (namespace, name, "methods"),
+            _ => return None,
+        };
+        Some(Self { namespace: namespace.to_owned(), name: name.to_owned(), subresource })
+    }
 }
 
 /// Why it is not known whether they may.
@@ -75,13 +107,17 @@ impl Attributes {
         let first = decoded.strip_prefix('/')?.split('/').next().unwrap_or_default();
         let route = ROUTES.into_iter().find(|(name, _)| *name == first);
         let (route, subresources) = route.unwrap_or(if first == "run" { ("run", PROXY) } else { ("other", PROXY) });
-        Some(Self { route, verb, subresources })
+        Some(Self { route, verb, subresources, device: Device::of(path, &decoded) })
     }
 
     /// How a kubelet says no.
     pub(crate) fn forbidden(&self, user: &User) -> String {
+        let device = self.device.as_ref().map_or_else(String::new, |device| {
+            let Device { namespace, name, subresource } = device;
+            format!("; nor resource=devices.{GROUP}, subresource={subresource}, namespace={namespace}, name={name}")
+        });
         format!(
-            "Forbidden (user={}, verb={}, resource=nodes, subresource(s)=[{}])\n",
+            "Forbidden (user={}, verb={}, resource=nodes, subresource(s)=[{}]{device})\n",
             user.name,
             self.verb,
             self.subresources.join(" ")
@@ -119,10 +155,12 @@ impl<R: Reviews> Authoriser<R> {
     }
 
     /// Whether one of the subresources is allowed. What cannot be asked is not, and is an error unless another is allowed.
-    pub(crate) async fn allows(&self, user: &User, node: &str, wanted: Attributes) -> Result<bool, Unauthorised> {
+    pub(crate) async fn allows(&self, user: &User, node: &str, wanted: &Attributes) -> Result<bool, Unauthorised> {
         let mut failed = None;
-        for subresource in wanted.subresources {
-            match self.review(&spec(user, node, wanted.verb, subresource)).await {
+        let of_node = wanted.subresources.iter().map(|subresource| of_node(node, wanted.verb, subresource));
+        let of_device = wanted.device.iter().map(|device| of_device(device, wanted.verb));
+        for resource in of_node.chain(of_device) {
+            match self.review(&spec(user, &resource)).await {
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
                 // Nor will it answer the next one.
@@ -150,13 +188,25 @@ fn good_for(allowed: bool) -> Duration {
 }
 
 /// The spec of a SubjectAccessReview.
-fn spec(user: &User, node: &str, verb: &str, subresource: &str) -> Value {
+fn spec(user: &User, resource: &Value) -> Value {
     json!({
         "user": user.name,
         "uid": user.uid,
         "groups": user.groups,
         "extra": user.extra,
-        "resourceAttributes": {"verb": verb, "version": "v1", "resource": "nodes", "subresource": subresource, "name": node},
+        "resourceAttributes": resource,
+    })
+}
+
+fn of_node(node: &str, verb: &str, subresource: &str) -> Value {
+    json!({"verb": verb, "version": "v1", "resource": "nodes", "subresource": subresource, "name": node})
+}
+
+fn of_device(device: &Device, verb: &str) -> Value {
+    let Device { namespace, name, subresource } = device;
+    json!({
+        "verb": verb, "group": GROUP, "version": VERSION, "resource": "devices", "subresource": subresource,
+        "namespace": namespace, "name": name,
     })
 }
 
@@ -218,6 +268,43 @@ mod tests {
     }
 
     #[test]
+    fn what_is_of_one_device_may_be_allowed_of_it_alone() {
+        for (path, of) in [
+            ("/devices/plant/press/methods/start", "plant/press methods"),
+            ("/devices/plant/press/methods/start/", "plant/press methods"),
+            ("/devices/plant/press/methods/st%20art", "plant/press methods"),
+            ("/devices/plant/press", "plant/press values"),
+            ("/devices/values/press", "values/press values"),
+            ("/devices/plant/press/properties/level", "plant/press values"),
+            ("/devices/plant/press/properties/level/history", "plant/press values"),
+            // What is of several, or of none.
+            ("/devices", ""),
+            ("/devices/values", ""),
+            ("/devices/plant/press/methods", ""),
+            ("/devices/plant/press/methods/start/now", ""),
+            ("/metrics/devices", ""),
+            ("/exec/plant/press/methods/start", ""),
+            // To the edge a device named `b/methods`, or none.
+            ("/devices/a/b%2fmethods/c", ""),
+            ("/devices/a%2fb/methods/c", ""),
+            ("/devices%2fa/b/methods/c", ""),
+        ] {
+            let found = Attributes::of(&Method::POST, path).unwrap();
+            let device =
+                found.device.map(|device| format!("{}/{} {}", device.namespace, device.name, device.subresource));
+            assert_eq!(device.unwrap_or_default(), of, "{path}");
+        }
+        let wanted = Attributes::of(&Method::POST, "/devices/plant/press/methods/start").unwrap();
+        let user = User { name: "eve".to_owned(), ..User::default() };
+        assert_eq!(
+            wanted.forbidden(&user),
+            "Forbidden (user=eve, verb=create, resource=nodes, subresource(s)=[proxy]; nor resource=devices.devices.kubeedge.io, subresource=methods, namespace=plant, name=press)\n"
+        );
+        let spec = spec(&user, &of_device(&wanted.device.unwrap(), wanted.verb));
+        assert_eq!(spec["resourceAttributes"]["group"], "devices.kubeedge.io");
+    }
+
+    #[test]
     fn a_no_is_a_kubelets() {
         let user = User { name: "eve".to_owned(), ..User::default() };
         let wanted = Attributes::of(&Method::POST, "/pods").unwrap();
@@ -225,7 +312,7 @@ mod tests {
             wanted.forbidden(&user),
             "Forbidden (user=eve, verb=create, resource=nodes, subresource(s)=[pods proxy])\n"
         );
-        let spec = spec(&user, "box-1", wanted.verb, "pods");
+        let spec = spec(&user, &of_node("box-1", wanted.verb, "pods"));
         assert_eq!(spec["resourceAttributes"]["name"], "box-1");
         assert_eq!((good_for(true).as_secs(), good_for(false).as_secs()), (300, 30));
     }

@@ -303,7 +303,7 @@ impl<R: Reviews> Server<R> {
             self.metrics.request("other", StatusCode::BAD_REQUEST);
             return no(No { status: StatusCode::BAD_REQUEST, message: "the path is not a plain one\n".to_owned() });
         };
-        let answered = self.ask(peer, wanted, request).await.unwrap_or_else(|No { status, message }| {
+        let answered = self.ask(peer, &wanted, request).await.unwrap_or_else(|No { status, message }| {
             // The apiserver tells whoever asked for logs what a 502 says; of a 503 it tells the number alone
             // (apimachinery's `NewGenericServerResponse`).
             let status = match (wanted.route, status) {
@@ -319,7 +319,7 @@ impl<R: Reviews> Server<R> {
         answered
     }
 
-    async fn ask(&self, peer: &Peer, wanted: Attributes, request: Request<Incoming>) -> Result<Answer, No> {
+    async fn ask(&self, peer: &Peer, wanted: &Attributes, request: Request<Incoming>) -> Result<Answer, No> {
         let node = peer.door.node.name.as_str();
         peer.stream.send_replace(None);
         let user = match self.authenticator.user(&peer.certificates, request.headers()).await {

@@ -47,7 +47,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Default)]
 struct Script {
     tokens: Mutex<HashMap<String, String>>,
-    /// User, node, verb and subresource.
+    /// User, node or device (`namespace/name`), verb and subresource.
     allowed: Mutex<Vec<[String; 4]>>,
     away: AtomicBool,
     token_reviews: AtomicUsize,
@@ -77,9 +77,14 @@ impl Reviews for FakeReviews {
         }
         assert!(spec["groups"].as_array().unwrap().contains(&json!("system:authenticated")));
         let attributes = &spec["resourceAttributes"];
-        assert_eq!(attributes["resource"], "nodes");
         let asked = [&spec["user"], &attributes["name"], &attributes["verb"], &attributes["subresource"]];
-        let asked = asked.map(|value| value.as_str().unwrap().to_owned());
+        let mut asked = asked.map(|value| value.as_str().unwrap().to_owned());
+        if attributes["resource"] == "devices" {
+            assert_eq!(attributes["group"], "devices.kubeedge.io");
+            asked[1] = format!("{}/{}", attributes["namespace"].as_str().unwrap(), asked[1]);
+        } else {
+            assert_eq!(attributes["resource"], "nodes");
+        }
         Ok(self.0.allowed.lock().unwrap().contains(&asked))
     }
 }
@@ -428,7 +433,7 @@ async fn kubelet(
             let said = json!({"node": name, "uri": request.uri().to_string(), "headers": headers});
             text(StatusCode::OK, said.to_string())
         }
-        "metrics" => text(StatusCode::OK, name),
+        "metrics" | "devices" => text(StatusCode::OK, name),
         // What comes goes back while more comes.
         "run" => {
             let kind = request.headers().get("content-type").cloned();

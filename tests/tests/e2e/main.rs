@@ -21,6 +21,7 @@ mod nodedelete;
 mod ops;
 mod powercycle;
 mod replicas;
+mod rights;
 mod transports;
 mod workloads;
 mod world;

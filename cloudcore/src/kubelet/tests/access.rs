@@ -39,6 +39,38 @@ async fn a_certificate_of_the_clusters_ca_names_its_user() {
 }
 
 #[tokio::test]
+async fn who_may_call_methods_of_a_device_may_nothing_else() {
+    let bed = Bed::start().await;
+    let _edge = bed.connect("box-1", 1);
+    let port = bed.port("box-1");
+    bed.allow("button", "plant/press", "create", "methods");
+    let button = bed.clients.client("button", "devs");
+    let mut client = bed.client(port, &button).await;
+    for (path, code) in [
+        ("/devices/plant/press/methods/start", 200),
+        ("/devices/plant/press/properties/level", 403),
+        ("/devices/plant/saw/methods/start", 403),
+        ("/devices/elsewhere/press/methods/start", 403),
+        ("/devices/plant%2fpress/methods/start", 403),
+        ("/exec/plant/press/c", 403),
+    ] {
+        let posted = client.send(Request::post(path).body(nothing()).unwrap()).await;
+        assert_eq!(posted.status().as_u16(), code, "{path}");
+        whole(posted).await.unwrap();
+        if code != 200 {
+            client = bed.client(port, &button).await;
+        }
+    }
+    assert_eq!(bed.get(port, &button, "/devices/plant/press").await.0, 403);
+    let panel = bed.clients.client("panel", "devs");
+    bed.allow("panel", "plant/press", "get", "values");
+    for of in ["", "/properties/level/history"] {
+        assert_eq!(bed.get(port, &panel, &format!("/devices/plant/press{of}")).await.0, 200);
+    }
+    assert_eq!(bed.get(port, &panel, "/devices").await.0, 403, "all devices are not one");
+}
+
+#[tokio::test]
 async fn a_client_ca_that_changes_is_the_one_that_counts() {
     let bed = Bed::start().await;
     let _edge = bed.connect("box-1", 1);
