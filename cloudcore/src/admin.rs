@@ -62,7 +62,7 @@ impl Status {
                     Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the metrics cannot be written\n".to_owned()),
                 }
             }
-            _ => (StatusCode::NOT_FOUND, TEXT, "cloudcore: /healthz, /readyz and /metrics are here\n".to_owned()),
+            _ => (StatusCode::NOT_FOUND, TEXT, "cloudcore: /healthz, /readyz and /metrics are here; those of a node at the port that its Node names, and of its devices there at /metrics/devices\n".to_owned()),
         }
     }
 }

@@ -232,8 +232,12 @@ impl Prometheus {
                 "static_configs": [{"targets": [target], "labels": {"instance": world.edge.name()}}],
             })
         };
-        let jobs =
-            [job("cadvisor", "/metrics/cadvisor"), job("resource", "/metrics/resource"), job("kubelet", "/metrics")];
+        let jobs = [
+            job("cadvisor", "/metrics/cadvisor"),
+            job("resource", "/metrics/resource"),
+            job("kubelet", "/metrics"),
+            job("devices", "/metrics/devices"),
+        ];
         let config = json!({"global": {"scrape_interval": "2s", "scrape_timeout": "2s"}, "scrape_configs": jobs});
         let config = write("prometheus.yml", &config.to_string())?;
         let port = ports::free()?;
@@ -250,7 +254,7 @@ impl Prometheus {
     fn reads(&self, world: &World) -> Result<()> {
         let node = world.edge.name();
         let namespace = world.kubectl.namespace();
-        for job in ["cadvisor", "resource", "kubelet"] {
+        for job in ["cadvisor", "resource", "kubelet", "devices"] {
             until(&format!("Prometheus to have scraped {job}"), 60, || {
                 self.has(&format!("up{{job=\"{job}\",instance=\"{node}\"}} == 1"))
             })?;
@@ -263,6 +267,7 @@ impl Prometheus {
             format!("pod_memory_working_set_bytes{{job=\"resource\",namespace=\"{namespace}\",pod=\"ops\"}} > 0"),
             "resource_scrape_error{job=\"resource\"} == 0".to_owned(),
             "kubelet_running_pods{job=\"kubelet\"} > 0".to_owned(),
+            "devices{job=\"devices\"} >= 0".to_owned(),
         ] {
             until(&format!("Prometheus to know {query}"), 20, || self.has(&query))?;
         }
