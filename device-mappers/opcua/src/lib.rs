@@ -110,6 +110,14 @@ fn understand(config: &Config) -> Result<Understood, ConfigError> {
             )));
         }
     }
+    // Whoever gives one believes that it is used.
+    if config.text("securityPolicy").is_none()
+        && let Some(key) = ["certificate", "privateKey"].into_iter().find(|key| config.text(key).is_some())
+    {
+        return Err(ConfigError(format!(
+            "`{key}` is of no use, for channels are without security; say `securityPolicy: None` if that is as it should be"
+        )));
+    }
     let user = match config.text("userName") {
         Some(user) => {
             let password = config.text("password").unwrap_or_default();
@@ -423,6 +431,12 @@ mod tests {
         assert_eq!((url.as_str(), identity.user), ("opc.tcp://h:4840", Some(("u".to_owned(), "p".to_owned()))));
         let secure = Config::from(json!({"url": "opc.tcp://h", "securityPolicy": "Basic256Sha256"}));
         assert!(understand(&secure).unwrap_err().to_string().contains("only None is supported"));
+        let mut shown =
+            json!({"url": "opc.tcp://h", "certificate": "/etc/client.pem", "privateKey": "/etc/client.key"});
+        let refused = understand(&Config::from(shown.clone())).unwrap_err().to_string();
+        assert!(refused.contains("`certificate` is of no use"), "{refused}");
+        shown["securityPolicy"] = "None".into();
+        assert!(understand(&Config::from(shown)).is_ok());
     }
 
     #[test]
