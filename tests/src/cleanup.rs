@@ -2,7 +2,7 @@
 //! of anybody else's is touched.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -17,10 +18,11 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::paths::RUN_PREFIX;
 use crate::process::run;
+use crate::procfs::Entry;
 use crate::{network, procfs};
 
-/// Programs that a run starts. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
-const PROGRAMS: [&str; 16] = [
+/// Programs that a run starts, beside our mappers. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
+const PROGRAMS: [&str; 14] = [
     "cloudcore",
     "containerd",
     "containerd-shim-runc-v2",
@@ -35,29 +37,34 @@ const PROGRAMS: [&str; 16] = [
     "prometheus",
     "python",
     "python3",
-    "skerry-mapper-modbus",
-    "skerry-mapper-virtual",
 ];
+/// How the names of our mappers begin.
+const MAPPER_PREFIX: &str = "skerry-mapper-";
 /// Where an edgecore keeps what the broker reads that it starts.
 const BROKERS: &str = "/run/skerry-mqtt-";
 
 /// Removes the directories of runs whose process is gone, and all that belongs to them.
 pub fn stale() {
-    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        if entry.file_name().to_string_lossy().starts_with(RUN_PREFIX)
-            && path.is_dir()
-            && !has_owner(&path)
-            && let Err(error) = sweep(&path)
+    let entries = fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten();
+    let ours = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(RUN_PREFIX));
+    let dirs: Vec<PathBuf> = ours.map(|entry| entry.path()).filter(|path| path.is_dir() && !has_owner(path)).collect();
+    for dir in &dirs {
+        if !is_next_door(dir, &dirs)
+            && let Err(error) = sweep(dir)
         {
-            eprintln!("could not remove {}, left by a run that was killed: {error:#}", path.display());
+            eprintln!("could not remove {}, left by a run that was killed: {error:#}", dir.display());
         }
     }
 }
 
 /// Removes everything that belongs to a directory, and the directory.
 pub fn sweep(dir: &Path) -> Result<()> {
+    // One at a time: whoever comes second would miss what the first has forgotten the names of.
+    let _lock = match File::open(dir).map(|dir| Flock::lock(dir, FlockArg::LockExclusive)) {
+        Ok(lock) => lock.ok(),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot open {}", dir.display())),
+    };
     if !dir.exists() {
         return Ok(());
     }
@@ -99,11 +106,8 @@ pub fn kill_all(dir: &Path) {
     // Several rounds: whoever is killed last may have started another one.
     for _ in 0..20 {
         let all = procfs::processes();
-        let roots: BTreeSet<i32> = all
-            .iter()
-            .filter(|entry| entry.pid != own && entry.mentions(dir) && PROGRAMS.contains(&entry.program()))
-            .map(|entry| entry.pid)
-            .collect();
+        let roots: BTreeSet<i32> =
+            all.iter().filter(|entry| entry.pid != own && belongs(entry, dir)).map(|entry| entry.pid).collect();
         if roots.is_empty() {
             return;
         }
@@ -119,6 +123,13 @@ pub fn kill_all(dir: &Path) {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// Whether a run that has its files here started it. What has no argument to tell by, a simulator say, has its log here.
+fn belongs(entry: &Entry, dir: &Path) -> bool {
+    let program = entry.program();
+    let is_ours = PROGRAMS.contains(&program) || program.starts_with(MAPPER_PREFIX);
+    (is_ours && entry.mentions(dir)) || entry.complains_into(dir)
 }
 
 /// Unmounts everything inside a directory.
@@ -253,6 +264,24 @@ fn has_owner(dir: &Path) -> bool {
     let pid: Option<i32> = words.next().and_then(|word| word.parse().ok());
     let born: Option<u64> = words.next().and_then(|word| word.parse().ok());
     pid.is_some_and(|pid| procfs::is_running(pid) && procfs::start_time(pid) == born)
+}
+
+/// Whether what still runs of it runs in a network of its own (see scripts/room) where somebody else is, too: bridges and cgroups in there
+/// are out of reach from here, and whoever comes next in there would not know of them without the directory. Where nobody but `left` is,
+/// all goes with the last of them.
+fn is_next_door(dir: &Path, left: &[PathBuf]) -> bool {
+    let here = procfs::network_namespace("self");
+    let of =
+        |entry: &Entry| procfs::network_namespace(&entry.pid.to_string()).filter(|there| Some(there) != here.as_ref());
+    let all = procfs::processes();
+    let there: BTreeSet<PathBuf> = all.iter().filter(|entry| belongs(entry, dir)).filter_map(of).collect();
+    if there.is_empty() {
+        return false;
+    }
+    let is_left = |entry: &&Entry| left.iter().any(|dir| belongs(entry, dir));
+    let mut nobodys: BTreeSet<i32> = all.iter().filter(is_left).map(|entry| entry.pid).collect();
+    nobodys.extend(procfs::descendants(&all, &nobodys));
+    all.iter().filter(|entry| !nobodys.contains(&entry.pid)).filter_map(of).any(|network| there.contains(&network))
 }
 
 /// The CNI library notes each sandbox's loopback in a place of its own, which a sandbox that was not stopped leaves behind.

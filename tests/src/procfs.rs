@@ -27,6 +27,11 @@ impl Entry {
         let inside = format!("{}/", dir.display());
         self.arguments.iter().any(|argument| argument.contains(&inside))
     }
+
+    /// Whether its standard error is a file in this directory.
+    pub fn complains_into(&self, dir: &Path) -> bool {
+        fs::read_link(format!("/proc/{}/fd/2", self.pid)).is_ok_and(|file| file.starts_with(dir))
+    }
 }
 
 /// Every process there is.
@@ -123,9 +128,14 @@ pub fn cgroup(pid: i32, controller: &str) -> Option<PathBuf> {
     }
 }
 
-/// Mount points inside a directory, the latest first.
+/// What tells the network of a process (or of `self`) from others.
+pub fn network_namespace(pid: &str) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/ns/net")).ok()
+}
+
+/// Mount points inside a directory, the latest first, as this thread sees them: it may have mounts of its own.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     let mut found: Vec<PathBuf> = table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))

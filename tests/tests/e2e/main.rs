@@ -13,6 +13,7 @@ mod dmi;
 mod fence;
 mod hostile;
 mod join;
+mod killed;
 mod linkcut;
 mod mappers;
 mod modbus;
