@@ -2,7 +2,7 @@
 //!
 //! | start | why there |
 //! |---|---|
-//! | locks on the data directory and on the runtime's pods | two agents on one of them would fight |
+//! | locks on the data directory, the runtime's pods, and where pods and their logs lie | two agents on one of them would fight |
 //! | configuration | nothing works without |
 //! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
@@ -49,6 +49,8 @@ use crate::{clock, supervise};
 const GIVE_BACK: Duration = Duration::from_secs(300);
 /// Name of the lock's file in the data directory; it holds the process id.
 pub const LOCK: &str = "edgecore.lock";
+/// Where the locks are on what agents would fight over: only root can write there, and a reboot clears it.
+pub const LOCKS: &str = "/run";
 /// Reports wanted once more that the kubelet may fall behind; beyond it, it reports all.
 const WANTED: usize = 256;
 /// How long a module may take to end.
@@ -104,7 +106,7 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     let config = Arc::new(Config::load(&data_dir)?);
     let _lock = lock(&data_dir.join(LOCK))?;
-    let _runtime = lock_runtime(&config.runtime_endpoint)?;
+    let _pods = lock_pods(Path::new(LOCKS), &config)?;
     let identity = identity(&data_dir);
     if let Ok(identity) = &identity {
         anyhow::ensure!(
@@ -311,17 +313,49 @@ pub fn lock(path: &Path) -> anyhow::Result<Flock<File>> {
     take(path, &format!("works on {dir}"), "give this one another --data-dir")
 }
 
-/// Takes the lock on a runtime's pods: to a second agent on it they would be nobody's, and it would end them.
-pub fn lock_runtime(endpoint: &str) -> anyhow::Result<Flock<File>> {
-    take(&runtime_lock(endpoint)?, &format!("runs pods on {endpoint}"), "give this one a runtime of its own")
+/// Takes the locks on all that [`shared`] names.
+pub fn lock_pods(locks: &Path, config: &Config) -> anyhow::Result<Vec<Flock<File>>> {
+    shared(locks, config)?.iter().map(|one| take(&one.lock, &one.does, one.otherwise)).collect()
 }
 
-/// Where that lock is. Only root can write there, and a reboot clears it.
-pub fn runtime_lock(endpoint: &str) -> anyhow::Result<PathBuf> {
-    let socket = connect::socket_path(endpoint)?;
-    let socket = socket.canonicalize().unwrap_or(socket);
-    let name = socket.to_string_lossy().replace('/', "-");
-    Ok(Path::new("/run").join(format!("edgecore{name}.lock")))
+/// What two agents would fight over: to either, pods that it does not know, their directories and their logs are left over from something,
+/// and it takes them away.
+pub struct Shared {
+    /// Where its lock is.
+    pub lock: PathBuf,
+    does: String,
+    otherwise: &'static str,
+}
+
+impl Shared {
+    /// Whose it is, if another agent that runs has it.
+    pub fn taken(&self) -> Option<String> {
+        Some(busy(&self.does, &holder(&self.lock)?, self.otherwise))
+    }
+}
+
+/// A node's runtime, and its directories, each once; `locks` is [`LOCKS`], or another in tests.
+pub fn shared(locks: &Path, config: &Config) -> anyhow::Result<Vec<Shared>> {
+    let socket = connect::socket_path(&config.runtime_endpoint)?;
+    let mut found: Vec<Shared> = Vec::new();
+    for (path, does, otherwise) in [
+        (&socket, "runs pods on", "give this one a runtime of its own"),
+        (&config.pods_dir, "has pods in", "give this one another --pods-dir"),
+        (&config.logs_dir, "has logs of pods in", "give this one another logs_dir in config.toml"),
+    ] {
+        let lock = locks.join(lock_name(path));
+        if found.iter().all(|other| other.lock != lock) {
+            found.push(Shared { lock, does: format!("{does} {}", path.display()), otherwise });
+        }
+    }
+    Ok(found)
+}
+
+/// By the path's real name, however much of it is there yet.
+fn lock_name(path: &Path) -> String {
+    let real = path.ancestors().find_map(|dir| Some(dir.canonicalize().ok()?.join(path.strip_prefix(dir).ok()?)));
+    let real = real.as_deref().unwrap_or(path).to_string_lossy();
+    format!("edgecore{}.lock", real.trim_end_matches('/').replace('/', "-"))
 }
 
 fn take(path: &Path, does: &str, otherwise: &str) -> anyhow::Result<Flock<File>> {
@@ -332,10 +366,7 @@ fn take(path: &Path, does: &str, otherwise: &str) -> anyhow::Result<Flock<File>>
         // Only for the message.
         let _ = file.read_to_string(&mut pid);
         match errno {
-            nix::Error::EWOULDBLOCK => anyhow::anyhow!(
-                "another edgecore {does} (process {}); stop it first, or {otherwise}",
-                if pid.trim().is_empty() { "unknown" } else { pid.trim() }
-            ),
+            nix::Error::EWOULDBLOCK => anyhow::anyhow!(busy(does, &pid, otherwise)),
             errno => anyhow::anyhow!("cannot lock {}: {errno}", path.display()),
         }
     })?;
@@ -343,6 +374,11 @@ fn take(path: &Path, does: &str, otherwise: &str) -> anyhow::Result<Flock<File>>
         warn!(%error, "the process id cannot be written to {}", path.display());
     }
     Ok(lock)
+}
+
+fn busy(does: &str, pid: &str, otherwise: &str) -> String {
+    let pid = if pid.trim().is_empty() { "unknown" } else { pid.trim() };
+    format!("another edgecore {does} (process {pid}); stop it first, or {otherwise}")
 }
 
 /// Over the old one, which takes no room that a full disk does not have.
@@ -355,13 +391,15 @@ fn note_pid(file: &mut File) -> std::io::Result<()> {
 
 /// The process that holds the lock of a data directory, if any does.
 pub fn running(data_dir: &Path) -> Option<i32> {
-    let mut file = File::open(data_dir.join(LOCK)).ok()?;
+    holder(&data_dir.join(LOCK))?.trim().parse().ok()
+}
+
+/// What is written in a lock that somebody holds.
+fn holder(lock: &Path) -> Option<String> {
+    let mut file = File::open(lock).ok()?;
     let mut pid = String::new();
     file.read_to_string(&mut pid).ok()?;
-    match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Ok(_) => None,
-        Err(_) => pid.trim().parse().ok(),
-    }
+    Flock::lock(file, FlockArg::LockSharedNonblock).is_err().then_some(pid)
 }
 
 /// Feeds systemd's watchdog from the main loop: if that hangs, so does this.
@@ -406,14 +444,44 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_has_one_agent_however_its_socket_is_called() {
+    fn what_agents_would_fight_over_has_one_agent_however_it_is_called() {
         let dir = tempfile::tempdir().unwrap();
-        let (socket, link) = (dir.path().join("cri.sock"), dir.path().join("link"));
-        File::create(&socket).unwrap();
-        std::os::unix::fs::symlink(&socket, &link).unwrap();
-        let of = |path: &Path| runtime_lock(&format!("unix://{}", path.display())).unwrap();
-        assert_eq!(of(&socket), of(&link));
-        assert_ne!(of(&socket), of(Path::new("/run/containerd/containerd.sock")));
-        assert_eq!(of(Path::new("/no/such.sock")), Path::new("/run/edgecore-no-such.sock.lock"));
+        let at = |name: &str| dir.path().join(name);
+        File::create(at("cri.sock")).unwrap();
+        std::os::unix::fs::symlink(at("cri.sock"), at("link")).unwrap();
+        std::os::unix::fs::symlink(dir.path(), at("elsewhere")).unwrap();
+        assert_eq!(lock_name(&at("cri.sock")), lock_name(&at("link")));
+        assert_ne!(lock_name(&at("cri.sock")), lock_name(&at("other.sock")));
+        assert_eq!(lock_name(Path::new("/no/such.sock")), "edgecore-no-such.sock.lock");
+        // Also as long as nobody has made it, which must not change its name.
+        let before = lock_name(&at("elsewhere/logs"));
+        std::fs::create_dir(at("logs")).unwrap();
+        assert_eq!((&before, &before), (&lock_name(&at("elsewhere/logs/")), &lock_name(&at("logs"))));
+    }
+
+    #[test]
+    fn an_agent_beside_another_that_has_its_logs_there_is_told_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = |name: &str| {
+            let mut config = Config::new(&"h:1".parse().unwrap(), name);
+            config.runtime_endpoint = format!("unix://{}/{name}.sock", dir.path().display());
+            config.pods_dir = dir.path().join(name);
+            config.logs_dir = dir.path().join("logs");
+            config
+        };
+        let locks = dir.path();
+        let held = lock_pods(locks, &config("one")).unwrap();
+        let said = lock_pods(locks, &config("two")).unwrap_err().to_string();
+        for word in ["has logs of pods in", &std::process::id().to_string(), "stop it", "logs_dir in config.toml"] {
+            assert!(said.contains(word), "{said}");
+        }
+        let taken: Vec<_> = shared(locks, &config("two")).unwrap().iter().filter_map(Shared::taken).collect();
+        assert_eq!(taken, [said]);
+        drop(held);
+        let mut two = config("two");
+        two.pods_dir.clone_from(&two.logs_dir);
+        // One directory for both is one lock.
+        assert_eq!(lock_pods(locks, &two).unwrap().len(), 2);
+        assert!(shared(locks, &config("one")).unwrap().iter().all(|one| one.taken().is_none()));
     }
 }

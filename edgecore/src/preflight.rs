@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use skerry_proto::cri::VersionRequest;
 use skerry_proto::cri::runtime_service_client::RuntimeServiceClient;
 
+use crate::app::{self, Shared};
 use crate::cni::{self, Network, Places as CniPlaces};
 use crate::config::Config;
 use crate::runtime::cri::Setup;
@@ -65,6 +66,8 @@ pub struct Places {
     pub cgroups: PathBuf,
     /// Where a kubelet would listen.
     pub kubelet: SocketAddr,
+    /// `/run`.
+    pub locks: PathBuf,
     /// Whether this process is root's.
     pub root: bool,
 }
@@ -74,6 +77,7 @@ impl Default for Places {
         Self {
             cgroups: "/sys/fs/cgroup".into(),
             kubelet: SocketAddr::from((Ipv4Addr::UNSPECIFIED, KUBELET_PORT)),
+            locks: app::LOCKS.into(),
             root: nix::unistd::geteuid().is_root(),
         }
     }
@@ -90,6 +94,7 @@ pub async fn run(config: &Config, data_dir: &Path, places: &Places, now: Timesta
         Check { what: "pod network", verdict: network(config, &setup) },
         Check { what: "cgroups", verdict: cgroups(&places.cgroups) },
         Check { what: "clock", verdict: clock(now) },
+        Check { what: "other agents", verdict: others(config, &places.locks, running) },
         Check {
             what: "kubelet port",
             verdict: if running { Verdict::Ok("edgecore runs here already".to_owned()) } else { port(places.kubelet) },
@@ -212,6 +217,16 @@ fn clock(now: Timestamp) -> Verdict {
     }
 }
 
+/// It will not start beside one; but that may be meant to end first.
+fn others(config: &Config, locks: &Path, running: bool) -> Verdict {
+    // An endpoint that is none is another check's matter.
+    let shared = app::shared(locks, config).unwrap_or_default();
+    match shared.iter().find_map(Shared::taken) {
+        Some(taken) if !running => Verdict::Warning(taken),
+        _ => Verdict::Ok("none that has its pods or logs where this one will".to_owned()),
+    }
+}
+
 fn port(address: SocketAddr) -> Verdict {
     match std::net::TcpListener::bind(address) {
         Ok(_) => Verdict::Ok(format!("{} is free, no other kubelet runs", address.port())),
@@ -239,10 +254,16 @@ mod tests {
     async fn each_trouble_is_said_with_its_remedy() {
         let dir = tempfile::tempdir().unwrap();
         let busy = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let places = Places { cgroups: dir.path().join("cg"), kubelet: busy.local_addr().unwrap(), root: false };
+        let places = Places {
+            cgroups: dir.path().join("cg"),
+            kubelet: busy.local_addr().unwrap(),
+            locks: dir.path().into(),
+            root: false,
+        };
         std::fs::write(dir.path().join("file"), "").unwrap();
         let mut config = config(dir.path());
         config.node_name = "Box".to_owned();
+        let _locks = app::lock_pods(&places.locks, &config).unwrap();
         let checks = run(&config, &dir.path().join("file"), &places, Timestamp::UNIX_EPOCH, false).await;
         let text: Vec<String> = checks.iter().map(ToString::to_string).collect();
         for (index, words) in [
@@ -253,13 +274,14 @@ mod tests {
             "containernetworking-plugins",
             "mount",
             "set the clock",
+            "another edgecore runs pods on",
             "another kubelet",
         ]
         .iter()
         .enumerate()
         {
             assert!(text[index].contains(words), "{words} is not in {}", text[index]);
-            assert!(checks[index].is_fatal() || index == 4, "{}", text[index]);
+            assert!(checks[index].is_fatal() || [4, 7].contains(&index), "{}", text[index]);
         }
     }
 

@@ -69,8 +69,9 @@ impl Reset {
                 Config::new(&"localhost".parse()?, "unknown")
             }
         };
+        writeln!(out, "{}", intent(&config, data_dir))?;
         if !self.yes {
-            write!(out, "{}", question(&config, data_dir))?;
+            write!(out, "Go on? [y/N] ")?;
             out.flush()?;
             let mut answer = String::new();
             std::io::stdin().lock().read_line(&mut answer)?;
@@ -80,7 +81,7 @@ impl Reset {
         }
         let mut steps = Steps { out, left: Vec::new() };
         // Somebody else's pods are not this data directory's to end.
-        let stopped = stop(&config, data_dir).await.and_then(|()| app::lock_runtime(&config.runtime_endpoint));
+        let stopped = stop(&config, data_dir).await.and_then(|()| app::lock_pods(Path::new(app::LOCKS), &config));
         let (alone, _pods) = match stopped {
             Ok(lock) => {
                 steps.done("stop the agent", Ok(()))?;
@@ -123,8 +124,8 @@ impl Reset {
             steps.done("end what served MQTT", mqtt::end_left(data_dir).await.map_err(Into::into))?;
             let again = !steps.left.is_empty();
             steps.done("remove identity, store and configuration", remove_state(data_dir, &config, again))?;
-            if let Ok(lock) = app::runtime_lock(&config.runtime_endpoint) {
-                files::remove(&lock)?;
+            for shared in app::shared(Path::new(app::LOCKS), &config)? {
+                files::remove(&shared.lock)?;
             }
         }
         let Steps { mut out, left } = steps;
@@ -141,9 +142,9 @@ impl Reset {
 }
 
 /// What goes, before it goes.
-fn question(config: &Config, data_dir: &Path) -> String {
+fn intent(config: &Config, data_dir: &Path) -> String {
     format!(
-        "This ends every pod of the runtime {}, and removes the pods' directories in {}, their logs in {}, and edgecore's own files in {}. Go on? [y/N] ",
+        "This ends every pod of the runtime {}, and removes the pods' directories in {}, their logs in {}, and edgecore's own files in {}.",
         config.runtime_endpoint,
         config.pods_dir.join("pods").display(),
         config.logs_dir.display(),
@@ -495,12 +496,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_question_names_the_runtime_and_every_directory() {
+    fn it_says_what_goes_with_the_runtime_and_every_directory() {
         let mut config = Config::new(&"h:1".parse().unwrap(), "n");
         config.runtime_endpoint = "unix:///run/other.sock".to_owned();
-        let asked = question(&config, Path::new("/srv/edge"));
+        let said = intent(&config, Path::new("/srv/edge"));
         for named in ["unix:///run/other.sock", "/var/lib/kubelet/pods", "/var/log/pods", "/srv/edge"] {
-            assert!(asked.contains(named), "{asked}");
+            assert!(said.contains(named), "{said}");
         }
     }
 

@@ -167,6 +167,10 @@ mod tests {
             names
         };
         std::fs::File::create(logs.join("0.log")).unwrap().set_len(logs::MAX_SIZE).unwrap();
+        // Of a container that somebody else's runtime has.
+        let others = dir.path().join("logs/default_other_uid-other/c/0.log");
+        std::fs::create_dir_all(others.parent().unwrap()).unwrap();
+        std::fs::File::create(&others).unwrap().set_len(logs::MAX_SIZE).unwrap();
         fake.fail("ReopenContainerLog", tonic::Status::unknown("no"));
         rotate_logs(&agent.context).await;
         assert_eq!(names(), ["0.log"]);
@@ -181,6 +185,7 @@ mod tests {
         std::fs::write(logs.join("0.log"), "").unwrap();
         rotate_logs(&agent.context).await;
         assert_eq!(asked(), 0);
+        assert!(others.exists());
         agent.end().await;
     }
 }

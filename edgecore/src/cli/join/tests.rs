@@ -19,7 +19,12 @@ impl Bench {
         std::fs::create_dir(dir.path().join("data")).unwrap();
         let (endpoint, runtime) = FakeRuntime::start(dir.path()).unwrap();
         std::fs::write(dir.path().join("cgroup.controllers"), "cpu memory\n").unwrap();
-        let places = Places { cgroups: dir.path().to_owned(), kubelet: "127.0.0.1:0".parse().unwrap(), root: true };
+        let places = Places {
+            cgroups: dir.path().to_owned(),
+            kubelet: "127.0.0.1:0".parse().unwrap(),
+            locks: dir.path().into(),
+            root: true,
+        };
         Self { runtime, endpoint, places, dir }
     }
 
@@ -124,7 +129,7 @@ async fn a_box_that_has_joined_is_looked_at_again() {
     bench.runtime.stop();
     let (error, text) = bench.said(&join).await.unwrap_err();
     assert!(text.contains("failed   container runtime: "), "{text}");
-    assert!(error.to_string().contains("1 of 8 checks failed; joined as before"), "{error}");
+    assert!(error.to_string().contains("1 of 9 checks failed; joined as before"), "{error}");
     assert_eq!(std::fs::read_to_string(bench.data_dir().join(config::FILE)).unwrap(), config);
 }
 
@@ -135,7 +140,7 @@ async fn a_box_that_is_not_fit_is_not_joined() {
     bench.runtime.stop();
     let (error, text) = bench.said(&arguments(&cloud, &bench)).await.unwrap_err();
     assert!(text.contains("failed   container runtime: "), "{text}");
-    assert!(error.to_string().contains("1 of 8 checks failed; not joined"), "{error}");
+    assert!(error.to_string().contains("1 of 9 checks failed; not joined"), "{error}");
     assert!(!bench.data_dir().join(config::FILE).exists());
     assert!(cloud.requests.lock().unwrap().is_empty());
 }
