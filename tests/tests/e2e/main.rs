@@ -8,6 +8,7 @@ mod apifaults;
 mod badinput;
 mod bed;
 mod crashes;
+mod defaults;
 mod devices;
 mod dmi;
 mod fence;
