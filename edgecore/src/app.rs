@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -334,7 +335,7 @@ impl Shared {
     }
 }
 
-/// A node's runtime, and its directories, each once; `locks` is [`LOCKS`], or another in tests.
+/// A node's runtime, its directories, each once, and cgroups; `locks` is [`LOCKS`], or another in tests.
 pub fn shared(locks: &Path, config: &Config) -> anyhow::Result<Vec<Shared>> {
     let socket = connect::socket_path(&config.runtime_endpoint)?;
     let mut found: Vec<Shared> = Vec::new();
@@ -347,6 +348,13 @@ pub fn shared(locks: &Path, config: &Config) -> anyhow::Result<Vec<Shared>> {
         if found.iter().all(|other| other.lock != lock) {
             found.push(Shared { lock, does: format!("{does} {}", path.display()), otherwise });
         }
+    }
+    // Of pods there is one tree a machine, or a container with cgroups of its own: its inode tells which.
+    let tree = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"].iter().find_map(|tree| std::fs::metadata(tree).ok());
+    if let Some(tree) = tree {
+        let lock = locks.join(format!("edgecore-cgroups-{}.lock", tree.ino()));
+        let (does, otherwise) = ("has the cgroups of pods on this machine".to_owned(), "run this one on another");
+        found.push(Shared { lock, does, otherwise });
     }
     Ok(found)
 }
@@ -476,12 +484,13 @@ mod tests {
             assert!(said.contains(word), "{said}");
         }
         let taken: Vec<_> = shared(locks, &config("two")).unwrap().iter().filter_map(Shared::taken).collect();
-        assert_eq!(taken, [said]);
+        assert_eq!(taken[0], said);
+        assert!(taken[1].contains("has the cgroups of pods"), "{taken:?}");
         drop(held);
         let mut two = config("two");
         two.pods_dir.clone_from(&two.logs_dir);
         // One directory for both is one lock.
-        assert_eq!(lock_pods(locks, &two).unwrap().len(), 2);
+        assert_eq!(lock_pods(locks, &two).unwrap().len(), 3);
         assert!(shared(locks, &config("one")).unwrap().iter().all(|one| one.taken().is_none()));
     }
 }
