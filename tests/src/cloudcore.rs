@@ -163,6 +163,11 @@ impl Cloudcore {
         Ok(found.with_context(|| format!("cloudcore tells no {name}"))?.parse()?)
     }
 
+    /// All that it logged so far.
+    pub fn log_text(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.dir.join("cloudcore.log")).unwrap_or_default()).into_owned()
+    }
+
     /// Runs `cloudcore token …`.
     pub fn token(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(paths::product("cloudcore")?);

@@ -104,7 +104,7 @@ fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Resul
 }
 
 /// A pod whose container ends once it is told to.
-fn falls(node: &str) -> Value {
+pub(crate) fn falls(node: &str) -> Value {
     let mut pod = sleeper("falls", node, false);
     let script = "until test -e /flag/die; do sleep 0.2; done; rm /flag/die; exit 7";
     pod["spec"]["containers"][0] = container("main", &["sh", "-c", script]);
@@ -114,7 +114,7 @@ fn falls(node: &str) -> Value {
 }
 
 /// Tells it to, and waits for the one that takes its place.
-fn fall(world: &World) -> Result<String> {
+pub(crate) fn fall(world: &World) -> Result<String> {
     let first = world.runtime.cri().container("falls", "main")?;
     // Not by an exec: a container that ends kills what was executed in it, at times before it could end well.
     let pod = world.kubectl.get("pod", "falls")?;

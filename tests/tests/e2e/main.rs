@@ -7,6 +7,7 @@
 mod apifaults;
 mod badinput;
 mod bed;
+mod clones;
 mod crashes;
 mod defaults;
 mod devices;
