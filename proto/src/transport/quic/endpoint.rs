@@ -22,6 +22,9 @@ use super::tls;
 
 /// Reads of the socket, of a batch each, before others have their turn.
 const ROUNDS: usize = 8;
+/// Reads in a row that fail until the socket counts as broken. An error that says something of a datagram that was sent, or of the way it
+/// took, is said once.
+const FAILURES: usize = 16;
 /// Datagrams that are handed to the system at once, as far as it can.
 const MAX_SEGMENTS: usize = 10;
 
@@ -240,13 +243,14 @@ impl Reader {
         let shared = &*self.0;
         let size = usize::from(u16::MAX).min(shared.largest() * shared.udp.gro_segments());
         let mut buffer = vec![0; size * BATCH_SIZE];
+        let mut failures = 0;
         let mut unused = pin!(shared.until(|state| !state.held && state.connections.is_empty()));
         let broken = loop {
             let readable = tokio::select! {
                 () = &mut unused => return,
                 readable = shared.io.readable() => readable,
             };
-            match readable.and_then(|()| shared.read_some(&mut buffer, size)) {
+            match readable.and_then(|()| shared.read_some(&mut buffer, size, &mut failures)) {
                 Ok(true) => tokio::task::coop::consume_budget().await,
                 Ok(false) => tokio::task::yield_now().await,
                 Err(error) => break error,
@@ -269,8 +273,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether that was all.
-    fn read_some(&self, buffer: &mut [u8], size: usize) -> io::Result<bool> {
+    /// Whether that was all. `failures` counts those in a row.
+    fn read_some(&self, buffer: &mut [u8], size: usize, failures: &mut usize) -> io::Result<bool> {
         for _ in 0..ROUNDS {
             let mut metas = [RecvMeta::default(); BATCH_SIZE];
             let mut parts = buffer.chunks_mut(size).map(IoSliceMut::new);
@@ -279,12 +283,19 @@ impl Shared {
             let read = || self.udp.recv((&self.io).into(), &mut parts, &mut metas);
             match self.io.try_io(Interest::READABLE, read) {
                 Ok(count) => {
-                    self.hear(parts.iter().zip(&metas).take(count).map(|(part, meta)| (&part[..meta.len], meta)))
+                    self.hear(parts.iter().zip(&metas).take(count).map(|(part, meta)| (&part[..meta.len], meta)));
+                    *failures = 0;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-                // It says something of one peer, or of who wants to be one.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
-                Err(error) => return Err(error),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    *failures = 0;
+                    return Ok(true);
+                }
+                Err(error) => {
+                    *failures += 1;
+                    if *failures == FAILURES {
+                        return Err(error);
+                    }
+                }
             }
         }
         Ok(false)

@@ -9,6 +9,8 @@ use super::super::{Event, Wire};
 use super::*;
 use crate::mux;
 
+mod faults;
+
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How it ends.
