@@ -30,6 +30,7 @@ pub struct Metrics(Arc<Counters>);
 struct Counters {
     sessions: Gauge,
     starts: Family<Outcome, Counter>,
+    ends: Family<Outcome, Counter>,
     syncs: Counter,
     joins: Family<Outcome, Counter>,
     renewals: Family<Outcome, Counter>,
@@ -46,6 +47,7 @@ impl Metrics {
         let counters = &metrics.0;
         registry.register("skerry_sessions", "Sessions that stand", counters.sessions.clone());
         registry.register("skerry_session_starts", "Sessions begun, by result", counters.starts.clone());
+        registry.register("skerry_session_ends", "Sessions that stood and ended, by result", counters.ends.clone());
         registry.register(
             "skerry_session_syncs",
             "Times that a session found its edge in sync",
@@ -74,6 +76,11 @@ impl Metrics {
     /// A session was begun or refused.
     pub fn session_start(&self, result: &'static str) {
         self.0.starts.get_or_create(&Outcome { result }).inc();
+    }
+
+    /// A session that stood has ended.
+    pub fn session_end(&self, result: &'static str) {
+        self.0.ends.get_or_create(&Outcome { result }).inc();
     }
 
     /// An edge is in sync.

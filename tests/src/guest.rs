@@ -23,7 +23,18 @@ const SKERRY_AND_CRDS: &str = "skerry-and-crds";
 
 /// Nodes that stories join as by a bare client, of machines called `machine-…`. They are never Ready, and where most nodes are not,
 /// controllers hold back: a story that waits for a taint would wait for ever.
-pub const VISITORS: [&str; 4] = ["first-one", "hostile", "short-lived", "too-early"];
+pub const VISITORS: [&str; 10] = [
+    "first-one",
+    "hostile",
+    "liar-quic",
+    "liar-websocket",
+    "short-lived",
+    "slow-quic-1",
+    "slow-quic-2",
+    "slow-websocket-1",
+    "slow-websocket-2",
+    "too-early",
+];
 /// What a Node says of its machine.
 const MACHINE_ANNOTATION: &str = "skerry.dev/machine-id";
 

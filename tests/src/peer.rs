@@ -19,7 +19,7 @@ use skerry_proto::payload::{JoinRequest, JoinResponse, Refusal};
 use skerry_proto::sync::MAX_FRAME;
 use skerry_proto::wire::{self, Frame, frame::Body};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::time::error::Elapsed;
@@ -177,10 +177,15 @@ struct Quic {
 impl Session {
     /// Opens a WebSocket with this identity; without a certificate where `identity` is `None`.
     pub fn open(address: SocketAddr, identity: Option<&Identity>) -> Result<Self> {
+        Self::over(async { Line::websocket(address, connect(address, identity).await?).await })
+    }
+
+    /// As [`Session::open`], over a connection of which the system takes only so many bytes before they are read.
+    pub fn open_narrow(address: SocketAddr, identity: &Identity, room: u32) -> Result<Self> {
         Self::over(async {
-            let stream = connect(address, identity).await?;
-            let (socket, _) = tokio_tungstenite::client_async(format!("wss://{address}{SESSION_PATH}"), stream).await?;
-            Ok(Line::WebSocket(Box::new(socket)))
+            let socket = TcpSocket::new_v4()?;
+            socket.set_recv_buffer_size(room)?;
+            Line::websocket(address, encrypted(socket.connect(address).await?, Some(identity)).await?).await
         })
     }
 
@@ -224,6 +229,32 @@ impl Session {
                 prost::encode_length_delimiter(bytes.len(), &mut delimited)?;
                 delimited.extend(bytes);
                 within(&self.runtime, quic.lanes[lane].write_all(&delimited))
+            }
+        }
+    }
+
+    /// Sends a frame among those of this class, or of control where that is `None`, wherever it belongs. A WebSocket has one order for all.
+    pub fn send_among(&mut self, class: Option<Class>, body: Body) -> Result<()> {
+        let frame = Frame { body: Some(body) };
+        self.send_on(class.map_or(0, |class| 1 + class.index()), frame.encode_to_vec())
+    }
+
+    /// Sends what says that a frame of so many bytes follows, and nothing else.
+    pub fn announce(&mut self, length: u64) -> Result<()> {
+        match &mut self.line {
+            Line::WebSocket(socket) => {
+                // A binary message of one frame, masked by nothing (RFC 6455, 5.2).
+                let head = [&[0x82, 0xff][..], &length.to_be_bytes(), &[0; 4]].concat();
+                let stream = socket.get_mut();
+                within(&self.runtime, async {
+                    stream.write_all(&head).await?;
+                    stream.flush().await
+                })
+            }
+            Line::Quic(quic) => {
+                let mut head = Vec::new();
+                prost::encoding::encode_varint(length, &mut head);
+                within(&self.runtime, quic.lanes[0].write_all(&head))
             }
         }
     }
@@ -296,6 +327,21 @@ impl Session {
         bail!("10000 frames and no {what}")
     }
 
+    /// As [`Session::receive_end`], whatever else comes that may make no sense to a client that has lied.
+    pub fn receive_farewell(&mut self) -> Result<Option<wire::Goodbye>> {
+        let Self { runtime, line, .. } = self;
+        let end = async {
+            let mut goodbye = None;
+            while let Some(frame) = line.receive().await? {
+                if let Some(Body::Goodbye(said)) = frame.body {
+                    goodbye = Some(said);
+                }
+            }
+            Ok(goodbye)
+        };
+        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), end).await })?
+    }
+
     /// Reads until cloudcore ends the session; the Goodbye it said, if any.
     pub fn receive_end(&mut self) -> Result<Option<wire::Goodbye>> {
         let mut goodbye = None;
@@ -309,6 +355,11 @@ impl Session {
 }
 
 impl Line {
+    async fn websocket(address: SocketAddr, stream: TlsStream<TcpStream>) -> Result<Self> {
+        let (socket, _) = tokio_tungstenite::client_async(format!("wss://{address}{SESSION_PATH}"), stream).await?;
+        Ok(Self::WebSocket(Box::new(socket)))
+    }
+
     async fn receive(&mut self) -> Result<Option<Frame>> {
         let socket = match self {
             Self::Quic(quic) => return Ok(quic.frames.recv().await),
@@ -395,10 +446,12 @@ pub fn hello(node: &str) -> wire::Hello {
 
 /// A TLS connection that takes whoever answers for whom it calls.
 pub async fn connect(address: SocketAddr, identity: Option<&Identity>) -> Result<TlsStream<TcpStream>> {
-    let config = client(identity)?;
-    let stream = TcpStream::connect(address).await?;
-    let name = ServerName::IpAddress(address.ip().into());
-    Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
+    encrypted(TcpStream::connect(address).await?, identity).await
+}
+
+async fn encrypted(stream: TcpStream, identity: Option<&Identity>) -> Result<TlsStream<TcpStream>> {
+    let name = ServerName::IpAddress(stream.peer_addr()?.ip().into());
+    Ok(TlsConnector::from(Arc::new(client(identity)?)).connect(name, stream).await?)
 }
 
 async fn connect_quic(address: SocketAddr, identity: &Identity) -> Result<(quinn::Endpoint, quinn::Connection)> {

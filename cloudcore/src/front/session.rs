@@ -106,12 +106,15 @@ where
     S: SecretStore,
 {
     let goodbye = drive(front, &mut session).await;
-    info!(
-        node = shown(&session.node),
-        epoch = session.place.epoch(),
-        "disconnected: {}",
-        goodbye.as_ref().map_or("the connection ended", |said| &said.message)
-    );
+    let (node, epoch) = (shown(&session.node), session.place.epoch());
+    match goodbye.as_ref().map(|said| (said.reason(), &said.message)) {
+        Some((Reason::Protocol, message)) => {
+            warn!(node, epoch, "disconnected, for the edge broke the protocol: {message}")
+        }
+        Some((_, message)) => info!(node, epoch, "disconnected: {message}"),
+        None => info!(node, epoch, "disconnected: the connection ended"),
+    }
+    front.metrics.session_end(goodbye.as_ref().map_or("closed", |said| result(said.reason())));
     // Boxed, for no session is to keep the room that its end needs.
     Box::pin(finish(session.over(), goodbye)).await;
 }
@@ -382,6 +385,20 @@ fn missed(deletions: &mut Receiver<NodeIdentity>, node: &NodeIdentity) -> Option
 
 fn goodbye(reason: Reason, message: impl Into<String>) -> Goodbye {
     Goodbye { reason: reason.into(), message: message.into(), retry_after_ms: 0 }
+}
+
+/// What the end of a session is called in the metrics, as a start is that fails for the same.
+fn result(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Shutdown => "shutdown",
+        Reason::Superseded => "superseded",
+        Reason::NodeDeleted => "node_deleted",
+        Reason::Protocol => "protocol",
+        Reason::Version => "version",
+        Reason::Overloaded => "unavailable",
+        Reason::CertificateExpired => "certificate_expired",
+        Reason::Refused | Reason::Unspecified => "refused",
+    }
 }
 
 fn shutdown() -> Refused {

@@ -316,8 +316,13 @@ fn a_thousand_sessions_that_break_leave_nothing() -> Result<()> {
 
 /// Joins as the hostile node, past the relay.
 pub(crate) fn enter(world: &World) -> Result<(SocketAddr, Identity)> {
+    enter_as(world, NODE)
+}
+
+/// As [`enter`], as this one of [`VISITORS`](skerry_tests::guest::VISITORS).
+pub(crate) fn enter_as(world: &World, node: &str) -> Result<(SocketAddr, Identity)> {
     let token = world.cloud.new_token(&[])?.token;
-    match peer::join(world.cloud.address(), &token, NODE, "machine-of-the-hostile-one")? {
+    match peer::join(world.cloud.address(), &token, node, &format!("machine-of-the-{node}-one"))? {
         Ok(identity) => Ok((world.cloud.address(), identity)),
         Err(refusal) => bail!("cloudcore does not let it join: {}", refusal.message),
     }
@@ -395,7 +400,7 @@ fn expect_refusal(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-fn still_well(world: &mut World) -> Result<()> {
+pub(crate) fn still_well(world: &mut World) -> Result<()> {
     ensure!(world.cloud.is_running(), "cloudcore is gone");
     world.wait_connected()?;
     world.wait_node_ready()

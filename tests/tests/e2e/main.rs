@@ -16,6 +16,7 @@ mod fence;
 mod hostile;
 mod join;
 mod killed;
+mod lies;
 mod linkcut;
 mod mappers;
 mod modbus;
