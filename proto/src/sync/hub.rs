@@ -12,7 +12,6 @@ use std::time::Duration;
 use prost::Message as _;
 
 use self::held::{Desired, Held, Knowledge, Parts};
-use super::fault::{self, Fault};
 use super::revisions::Freshness;
 use super::{
     COLLECTIONS, DEAD_AFTER, Digest, Entry, MAX_NAME, MAX_REPORT, Object, PROTOCOL, REPORT_WINDOW, Report,
@@ -162,9 +161,6 @@ impl Hub {
             }
         }
         let protocol = hello.protocol_max.min(*PROTOCOL.end());
-        if fault::is(Fault::BeforeComplete) {
-            hub.collections.iter_mut().for_each(|held| held.complete = true);
-        }
         let dictionaries = vec![dictionary::ID];
         let welcome = wire::Welcome { protocol, epoch, server_time, agent: agent.to_owned(), dictionaries };
         (hub, vec![send(Body::Welcome(welcome))])
@@ -488,7 +484,7 @@ impl Hub {
                     };
                     // What the edge holds once it has applied everything sent is what it will hold when this arrives.
                     match &object.delta {
-                        Some(delta) if row.held == Some(delta.base) || fault::is(Fault::BaseUnheld) => {
+                        Some(delta) if row.held == Some(delta.base) => {
                             (upsert.base, upsert.delta) = (delta.base, delta.payload.clone());
                         }
                         Some(_) | None => {
@@ -523,7 +519,7 @@ impl Hub {
             for (order, collection) in COLLECTIONS.into_iter().enumerate() {
                 let held = &mut self.collections[order];
                 held.forget_deleted();
-                if std::mem::take(&mut held.unchecked) && !fault::is(Fault::DigestUnsent) {
+                if std::mem::take(&mut held.unchecked) {
                     let digest = Some(held.held.to_wire(collection));
                     let check = wire::DigestCheck { seq: self.sent_seq + 1, digest };
                     self.transmit(Body::DigestCheck(check), None, out);

@@ -18,7 +18,6 @@ pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 
 mod digest;
 mod edge;
-mod fault;
 mod hub;
 mod outbox;
 mod revisions;

@@ -5,7 +5,6 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::fault::{self, Fault};
 use super::{REPORT_WINDOW, Report, is_coalesced};
 
 /// A report that is given back again and again waits twice as long each time, and so long at most; or as long as the cloud says.
@@ -16,7 +15,7 @@ const MOST_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     /// Waiting to be sent.
-    queued: VecDeque<Kept>,
+    pub(super) queued: VecDeque<Kept>,
     /// Sent in this session.
     pub(super) sent: VecDeque<Kept>,
     /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
@@ -25,7 +24,7 @@ pub(super) struct Outbox {
 
 #[derive(Debug)]
 pub(super) struct Kept {
-    report: Report,
+    pub(super) report: Report,
     /// How often in this session.
     given_back: u32,
     /// When it was for the first time, in whatever session.
@@ -45,9 +44,6 @@ impl Outbox {
     /// that one's, but for what that waited longer because it had been given back before.
     pub(super) fn push(&mut self, now: Duration, report: Report) {
         let kept = Kept { report, given_back: 0, since: None };
-        if fault::is(Fault::OlderKept) && self.queued.iter().any(|old| kept.replaces(old)) {
-            return;
-        }
         match self.later.iter_mut().find(|old| kept.replaces(&old.kept)) {
             Some(old) => {
                 old.due = old.due.min(now + old.told);
@@ -65,9 +61,7 @@ impl Outbox {
     pub(super) fn begin_again(&mut self) {
         self.queued.extend(self.later.drain(..).map(|later| later.kept));
         for unanswered in self.sent.drain(..).rev() {
-            if fault::is(Fault::OlderLast) {
-                self.queued.push_back(unanswered);
-            } else if !self.queued.iter().any(|new| new.replaces(&unanswered)) {
+            if !self.queued.iter().any(|new| new.replaces(&unanswered)) {
                 self.queued.push_front(unanswered);
             }
         }

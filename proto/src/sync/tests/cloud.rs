@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::node::{self, Said, Subject};
 use super::*;
+use crate::wire;
 
 /// Rank in [`COLLECTIONS`], and UID.
 pub(super) type Id = (usize, String);
@@ -340,6 +341,12 @@ impl Replica {
                 session.untold.push_back(HubInput::Desired(object.clone().into()));
             }
         }
+    }
+
+    /// The delta that makes this version of an object of the one before.
+    pub(super) fn delta(&self, upsert: &wire::Upsert) -> Option<Delta> {
+        let object = self.cache.get(&(rank(upsert.collection())?, upsert.uid.clone()))?;
+        object.delta.clone().filter(|_| object.entry.version == upsert.version)
     }
 
     fn tell(&mut self, input: HubInput) {

@@ -3,7 +3,6 @@
 use std::panic;
 
 use super::run;
-use crate::sync::fault::Fault;
 
 /// Schedules within which each is noticed.
 const SCHEDULES: u64 = 40_000;
@@ -60,8 +59,22 @@ pub(super) enum Mutation {
     VersionUnread,
     /// An event is given the count of whatever report comes last.
     EventOverwritten,
-    /// One of the machines is broken.
-    Machine(Fault),
+    /// The edge deletes what has the name, and not the UID alone.
+    DeleteByKey,
+    /// The edge keeps to itself that its digest is another one.
+    DigestIgnored,
+    /// The edge takes a commit for that of all that it has asked for.
+    AckBeyondCommit,
+    /// The hub has no digest compared.
+    DigestUnsent,
+    /// The hub sends and deletes before all has been said that is to stay.
+    BeforeComplete,
+    /// The hub counts on a state that the edge need not hold.
+    BaseUnheld,
+    /// The outbox keeps the older report of two about the same.
+    OlderKept,
+    /// What was not answered goes again behind what is newer.
+    OlderLast,
 }
 
 const ALL: [Mutation; 33] = [
@@ -90,14 +103,14 @@ const ALL: [Mutation; 33] = [
     Mutation::NotesBelieved,
     Mutation::VersionUnread,
     Mutation::EventOverwritten,
-    Mutation::Machine(Fault::DeleteByKey),
-    Mutation::Machine(Fault::DigestIgnored),
-    Mutation::Machine(Fault::AckBeyondCommit),
-    Mutation::Machine(Fault::DigestUnsent),
-    Mutation::Machine(Fault::BeforeComplete),
-    Mutation::Machine(Fault::BaseUnheld),
-    Mutation::Machine(Fault::OlderKept),
-    Mutation::Machine(Fault::OlderLast),
+    Mutation::DeleteByKey,
+    Mutation::DigestIgnored,
+    Mutation::AckBeyondCommit,
+    Mutation::DigestUnsent,
+    Mutation::BeforeComplete,
+    Mutation::BaseUnheld,
+    Mutation::OlderKept,
+    Mutation::OlderLast,
 ];
 
 #[test]

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use super::cloud::{Apiserver, CONFIG_MAPS, Id};
 use super::mutations::Mutation;
 use super::*;
+use crate::wire;
 
 #[derive(Clone, Default)]
 pub(super) struct Disk {
@@ -194,6 +195,14 @@ impl Node {
             payload: json.into(),
             ..object
         })
+    }
+
+    /// What has the name of what is to be deleted.
+    pub(super) fn namesake(&self, delete: &wire::Delete) -> Option<String> {
+        let order = rank(delete.collection())?;
+        let key = &self.disk.rows.get(&(order, delete.uid.clone()))?.key;
+        let last = self.disk.rows.iter().rfind(|((at, _), row)| *at == order && row.key == *key);
+        last.map(|((_, uid), _)| uid.clone())
     }
 
     /// A byte of what is stored turns, and no checksum notices.

@@ -48,6 +48,10 @@ impl World {
 
     fn report(&mut self, report: Report) {
         self.ledger.last.insert(subject_of(&report), Said::of(&report).serial);
+        let is_older = |old: &Report| is_coalesced(report.kind) && subject_of(old) == subject_of(&report);
+        if self.is(Mutation::OlderKept) && self.node.edge.outbox().queued.iter().any(|old| is_older(&old.report)) {
+            return;
+        }
         let out = self.node.edge.step(self.now, EdgeInput::Report(report));
         self.edge_outputs(out);
     }

@@ -45,14 +45,12 @@ pub(super) struct Connection {
     /// The node, or the replica, has let go of it; the other one hears that behind what was sent.
     left_by_node: bool,
     left_by_hub: bool,
+    /// Numbers of digest checks that were left out.
+    left_out: Vec<u64>,
 }
 
 impl World {
     pub(super) fn new(seed: u64, mutation: Option<Mutation>) -> Self {
-        fault::set(match mutation {
-            Some(Mutation::Machine(fault)) => Some(fault),
-            _ => None,
-        });
         let mut world = Self {
             dice: Dice::new(seed),
             now: Duration::ZERO,
@@ -104,11 +102,15 @@ impl World {
             is_down_lost: false,
             left_by_node: false,
             left_by_hub: false,
+            left_out: Vec::new(),
         });
         self.current = Some(id);
         self.node.agreed.clear();
-        if self.is(Mutation::ReportForgotten) {
-            self.node.edge.forget_sent();
+        let outbox = self.node.edge.outbox();
+        match self.mutation {
+            Some(Mutation::ReportForgotten) => outbox.sent.clear(),
+            Some(Mutation::OlderLast) => outbox.queued.extend(outbox.sent.drain(..).rev()),
+            _ => {}
         }
         let out = self.node.edge.step(self.now, EdgeInput::Connected);
         self.edge_outputs(out);
@@ -152,6 +154,9 @@ impl World {
         let too_early = self.is(Mutation::CompleteTooEarly);
         self.replicas[at].begin(session, &mut self.dice, too_early);
         self.hub_outputs(at, out);
+        if self.is(Mutation::BeforeComplete) {
+            COLLECTIONS.into_iter().for_each(|collection| self.say(at, HubInput::Complete(collection)));
+        }
     }
 
     /// What the replica's watch of Nodes shows ends a session that another one has followed.
@@ -217,7 +222,7 @@ impl World {
         for output in out {
             let Some(session) = &mut self.replicas[at].session else { return };
             match output {
-                HubOutput::Send(frame) => {
+                HubOutput::Send(mut frame) => {
                     if let Some(Body::Delete(delete)) = &frame.body {
                         let collection = delete.collection();
                         let is_complete =
@@ -225,7 +230,16 @@ impl World {
                         assert!(!session.untold.iter().any(is_complete), "deleted before all was said that is to stay");
                     }
                     let connection = session.connection;
-                    if let Some(connection) = self.connection(connection) {
+                    if self.is(Mutation::BaseUnheld)
+                        && let Some(Body::Upsert(upsert)) = &mut frame.body
+                        && let Some(delta) = self.replicas[at].delta(upsert)
+                    {
+                        (upsert.base, upsert.delta) = (delta.base, delta.payload);
+                    }
+                    let without_checks = self.is(Mutation::DigestUnsent);
+                    if let Some(connection) = self.connection(connection)
+                        && !(without_checks && connection.leaves_out(&mut frame))
+                    {
                         connection.down.push_back(through_the_wire(&frame));
                     }
                 }
@@ -331,7 +345,12 @@ impl World {
                 return self.node.boot(self.now);
             }
         }
-        let out = self.node.edge.step(self.now, EdgeInput::Committed { ticket });
+        let mut out = self.node.edge.step(self.now, EdgeInput::Committed { ticket });
+        if self.is(Mutation::AckBeyondCommit)
+            && let Some(last) = self.node.batches().rfind(|batch| Some(batch.connection) == self.current)
+        {
+            out.push(EdgeOutput::Send(Frame { body: Some(Body::Ack(wire::Ack { seq: last.seq })) }));
+        }
         self.edge_outputs(out);
     }
 
@@ -369,7 +388,7 @@ impl World {
     pub(super) fn deliver_up(&mut self, which: usize) {
         let Some(connection) = self.connections.get_mut(which) else { return };
         let (id, at) = (connection.id, connection.replica);
-        let Some(frame) = connection.up.pop_front() else {
+        let Some(mut frame) = connection.up.pop_front() else {
             if connection.left_by_node && !connection.is_up_lost {
                 connection.left_by_hub = true;
                 if self.session_on(at, id) {
@@ -381,6 +400,7 @@ impl World {
         if connection.is_up_lost || connection.left_by_hub && self.mutation != Some(Mutation::OldConnectionUp) {
             return;
         }
+        connection.count_as_hub(&mut frame);
         match frame.body {
             Some(Body::Hello(hello)) => self.hello(at, id, hello),
             Some(Body::Report(mut report)) if self.is(Mutation::ReportTwice) && self.session_on(at, id) => {
@@ -431,11 +451,22 @@ impl World {
         {
             frame.body = Some(Body::ReportAck(wire::ReportAck { id, refused: String::new() }));
         }
+        if self.is(Mutation::DeleteByKey)
+            && let Some(Body::Delete(delete)) = &mut frame.body
+            && let Some(namesake) = self.node.namesake(delete)
+        {
+            delete.uid = namesake;
+        }
+        let is_check = matches!(frame.body, Some(Body::DigestCheck(_)));
         let seq = match &frame.body {
             Some(Body::Upsert(wire::Upsert { seq, .. }) | Body::Delete(wire::Delete { seq, .. })) => *seq,
             _ => 0,
         };
-        let out = self.node.edge.step(self.now, EdgeInput::Frame(frame));
+        let mut out = self.node.edge.step(self.now, EdgeInput::Frame(frame));
+        if is_check && self.is(Mutation::DigestIgnored) {
+            let is_inventory = |frame: &Frame| matches!(frame.body, Some(Body::Inventory(_)));
+            out.retain(|output| !matches!(output, EdgeOutput::Send(frame) if is_inventory(frame)));
+        }
         self.outputs_of_frame(out, seq);
     }
 
@@ -619,6 +650,30 @@ impl World {
     pub(super) fn assert_converged(&self) {
         self.node.assert_holds(&self.apiserver.desired());
         self.assert_reported();
+    }
+}
+
+impl Connection {
+    /// Leaves a digest check out, and gives its number to what comes behind it. Answers whether this is one.
+    fn leaves_out(&mut self, frame: &mut Frame) -> bool {
+        match &mut frame.body {
+            Some(Body::DigestCheck(check)) => {
+                self.left_out.push(check.seq);
+                return true;
+            }
+            Some(Body::Upsert(wire::Upsert { seq, .. }) | Body::Delete(wire::Delete { seq, .. })) => {
+                *seq -= u64::try_from(self.left_out.len()).unwrap();
+            }
+            _ => {}
+        }
+        false
+    }
+
+    /// Has what the edge says of numbers mean those that the hub gave, with what was left out.
+    fn count_as_hub(&self, frame: &mut Frame) {
+        if let Some(Body::Ack(wire::Ack { seq }) | Body::Inventory(wire::Inventory { seq, .. })) = &mut frame.body {
+            *seq = self.left_out.iter().fold(*seq, |seq, left_out| seq + u64::from(*left_out <= seq + 1));
+        }
     }
 }
 
