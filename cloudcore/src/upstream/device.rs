@@ -63,7 +63,7 @@ impl Upstream {
             };
         }
         if !state.is_empty() && state != facts.state && !self.states_are_lost.load(Ordering::Relaxed) {
-            lock(&queue.state).device_written(clock::monotonic());
+            lock(&queue.state).inbox.device_written(clock::monotonic());
             let metadata = json!({"uid": uid, "resourceVersion": facts.version});
             let patch = Patch::Merge(json!({"metadata": metadata, "status": {"state": state}}));
             match self.api.patch(Kind::Device, namespace, name, &patch).await {

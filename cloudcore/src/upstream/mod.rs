@@ -19,13 +19,14 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 use skerry_proto::payload::NodeReport;
+use skerry_proto::sync::inbox::{End, Next, Waiting};
 use skerry_proto::sync::{Report, ReportKind};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
 use self::event::About;
-use self::queue::{End, Next, State, Waiting};
+use self::queue::State;
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
@@ -44,17 +45,6 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
-/// A report that meets only doubtful answers is tried this often, which takes a minute or so, so that it does not hold its place in the edge's
-/// window for ever.
-const DOUBTFUL_ATTEMPTS: u32 = 10;
-/// So long at least, and twice as long at most, the edge then keeps a pod's status, which nobody says again: rights come back.
-const DOUBTED: Duration = Duration::from_secs(300);
-/// A report that is not taken, though others are, is tried this often, which takes a quarter of a minute, before the edge has it back: most failures are
-/// over by then.
-const ATTEMPTS: u32 = 7;
-/// So long at least, and twice as long at most: what is never taken has no place most of the time, and what fails for a minute is not late
-/// by many.
-const GIVEN_BACK: Duration = Duration::from_secs(30);
 /// Requests for reports under way at once, of all nodes.
 const AT_ONCE: usize = 32;
 /// Takes the reports of all sessions.
@@ -132,7 +122,7 @@ impl Upstream {
 
     /// Bytes of reports that wait, of all nodes.
     fn waiting_bytes(&self) -> usize {
-        lock(&self.queues).values().map(|queue| lock(&queue.state).waiting_bytes()).sum()
+        lock(&self.queues).values().map(|queue| lock(&queue.state).inbox.waiting_bytes()).sum()
     }
 
     /// Begins a session. One that `claims` writes nothing before the Node says that it has it.
@@ -142,7 +132,7 @@ impl Upstream {
         lock(&self.queues).insert(node.name.clone(), queue.clone());
         let mut reports = Reports { upstream: self.clone(), queue, task: None };
         if claims {
-            lock(&reports.queue.state).begin();
+            lock(&reports.queue.state).inbox.begin();
             reports.drive(true);
         }
         reports
@@ -275,22 +265,22 @@ impl Upstream {
             }
             Err(_) => Outcome::Later(None),
         };
-        let outcome = match outcome {
-            Outcome::Doubtful(reason) if waiting.attempt + 1 >= DOUBTFUL_ATTEMPTS => {
-                if report.kind == ReportKind::PodStatus {
-                    self.api.metrics().report(kind, "later");
+        let end = match &outcome {
+            Outcome::Doubtful(reason) => waiting.doubted(reason),
+            Outcome::Later(after) => waiting.put_off(*after, self.api.takes_writes()),
+            _ => None,
+        };
+        let outcome = match end {
+            Some(End::Done(reason)) => Outcome::Refused(reason),
+            Some(End::Later(least)) => {
+                self.api.metrics().report(kind, "later");
+                if let Outcome::Doubtful(reason) = outcome {
                     let Report { namespace, name, .. } = report;
                     warn!(node = queue.node.name, %namespace, %name, %reason, "the apiserver refuses a pod's status; the edge keeps it, and says it again in minutes");
-                    return Some(End::Later(DOUBTED.mul_f64(rand::random_range(1.0..2.0))));
                 }
-                Outcome::Refused(reason)
+                return Some(End::Later(least.mul_f64(rand::random_range(1.0..2.0))));
             }
-            Outcome::Later(after) if waiting.attempt + 1 >= ATTEMPTS && self.api.takes_writes() => {
-                self.api.metrics().report(kind, "later");
-                let after = GIVEN_BACK.mul_f64(rand::random_range(1.0..2.0)).max(after.unwrap_or_default());
-                return Some(End::Later(after));
-            }
-            other => other,
+            None => outcome,
         };
         let refused = match outcome {
             Outcome::Superseded => return None,
@@ -315,10 +305,13 @@ impl Upstream {
             Outcome::Doubtful(_) | Outcome::Later(_) => {
                 let after = if let Outcome::Later(after) = outcome { after } else { None };
                 let wait = backoff(waiting.attempt, rand::random()).max(after.unwrap_or_default());
-                if lock(&queue.state).again(waiting, clock::monotonic() + wait) {
+                let id = report.id;
+                let ended = lock(&queue.state).inbox.again(waiting, clock::monotonic() + wait)?;
+                self.api.metrics().report(kind, "superseded");
+                if ended != id {
+                    queue.end(ended, End::Done(String::new()));
                     return None;
                 }
-                self.api.metrics().report(kind, "superseded");
                 String::new()
             }
         };
@@ -441,7 +434,7 @@ impl Queue {
     }
 
     fn end(&self, id: u64, how: End) {
-        lock(&self.state).end(id, how);
+        lock(&self.state).inbox.end(id, how);
         self.news.notify_one();
     }
 }
@@ -451,7 +444,7 @@ impl Reports {
     pub(crate) fn push(&mut self, report: Report) {
         let (ended, is_driven) = {
             let mut state = lock(&self.queue.state);
-            (state.push(report), state.begin())
+            (state.inbox.push(report), state.inbox.begin())
         };
         if let Some((kind, id, how)) = ended {
             let result = match &how {
@@ -472,7 +465,7 @@ impl Reports {
     /// A report that is answered, or wanted once more, if there is any.
     pub(crate) fn try_next(&mut self) -> Option<FeedEvent> {
         let mut state = lock(&self.queue.state);
-        match state.ended() {
+        match state.inbox.ended() {
             Some((id, End::Done(refused))) => return Some(FeedEvent::Reported { id, refused }),
             Some((id, End::Later(after))) => return Some(FeedEvent::ReportLater { id, after }),
             None => {}

@@ -1,22 +1,15 @@
-//! What one session's reports wait in: bounded, coalesced by what is reported, and each with a time of its own for its next try.
-//!
-//! Pure state. It also remembers what was taken of each pod, for as long as the session lives, to notice when someone else's write hides
-//! it: then the edge is asked to report once more.
+//! What one session's reports wait in, and what was taken of each pod, remembered for as long as the session lives, to notice when someone
+//! else's write hides it: then the edge is asked to report once more. Pure state.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use skerry_proto::sync::{Report, ReportKind};
+use skerry_proto::sync::ReportKind;
+use skerry_proto::sync::inbox::{Inbox, Next};
 
 use super::pod::StatusFacts;
 use crate::closure::{PodFacts, version_less};
 
-/// Reports of different things that wait for one session; the edge's window is smaller.
-const WAITING: usize = 256;
-/// Bytes of reports that wait for one session, beyond what a first one has: an edge has a quarter of a megabyte on its way, and one more.
-const WAITING_BYTES: usize = 4 << 20;
-/// When an edge that sends more is to send it again.
-const CROWDED: Duration = Duration::from_secs(10);
 /// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
 const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
@@ -24,56 +17,18 @@ const REFILL: Duration = Duration::from_secs(10);
 const MOST_BY_NAME: usize = 64;
 /// Instead of a UID: every device of the node.
 const ALL: &str = "";
-/// What a session's devices may have written: so often, and so many at once.
-const DEVICE_PACE: Duration = Duration::from_millis(200);
-const DEVICE_BURST: u32 = 5;
 
 /// One session's queue.
 #[derive(Default)]
 pub(super) struct State {
-    waiting: VecDeque<Waiting>,
+    pub(super) inbox: Inbox,
     /// UID of the pod whose report is on its way to the apiserver.
     in_hand: Option<String>,
     /// By UID.
     pods: HashMap<String, Pod>,
     node: Allowance,
-    /// When the next thing would be due that devices have written, if each came in its time.
-    devices: Duration,
     /// What the edge is to report once more; each at most once, so no more than its pods, its devices and itself.
     wanted: VecDeque<(ReportKind, String)>,
-    /// Reports that are answered, and how: no more than the edge may have on their way at once.
-    ended: VecDeque<(u64, End)>,
-    /// Somebody asks for what is next until there is nothing.
-    is_driven: bool,
-}
-
-/// What the edge is told of a report.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum End {
-    /// It is over; why it was refused, or nothing if it was taken.
-    Done(String),
-    /// It is the edge's again, for so long.
-    Later(Duration),
-}
-
-/// A report to bring to the apiserver, and when its next try is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Waiting {
-    pub(super) report: Report,
-    /// How often it was tried.
-    pub(super) attempt: u32,
-    due: Duration,
-}
-
-/// What there is to do.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    /// This.
-    Now(Waiting),
-    /// Something after this long.
-    In(Duration),
-    /// Nothing.
-    Never,
 }
 
 /// What is remembered of a pod.
@@ -92,89 +47,21 @@ struct Allowance {
 }
 
 impl State {
-    /// Whoever asks for what is next is about to. Answers whether somebody does already.
-    pub(super) fn begin(&mut self) -> bool {
-        std::mem::replace(&mut self.is_driven, true)
-    }
-
-    /// A report is answered.
-    pub(super) fn end(&mut self, id: u64, how: End) {
-        self.ended.push_back((id, how));
-    }
-
-    /// The next one that is.
-    pub(super) fn ended(&mut self) -> Option<(u64, End)> {
-        let first = self.ended.pop_front();
-        if self.ended.is_empty() {
-            // Sessions are many, and most report little: what is empty keeps no room.
-            self.ended = VecDeque::new();
-        }
-        first
-    }
-
-    /// Hands out the first job that is due. With [`Next::Never`] whoever asks is done: [`State::begin`] says when it is to ask again.
+    /// As [`Inbox::next`].
     pub(super) fn next(&mut self, now: Duration) -> Next {
-        // What devices report may wait for its pace; the others pass it by.
-        let paced = self.devices.saturating_sub(DEVICE_PACE * (DEVICE_BURST - 1));
-        let due = |waiting: &Waiting| match waiting.report.kind {
-            ReportKind::DeviceStatus => waiting.due.max(paced),
-            _ => waiting.due,
-        };
-        let at = self.waiting.iter().position(|waiting| due(waiting) <= now);
-        if let Some(waiting) = at.and_then(|at| self.waiting.remove(at)) {
-            match waiting.report.kind {
-                ReportKind::DeviceStatus => self.device_written(now),
-                ReportKind::PodStatus => self.in_hand = Some(waiting.report.uid.clone()),
-                ReportKind::NodeStatus | ReportKind::Event | ReportKind::Unspecified => {}
-            }
-            return Next::Now(waiting);
+        let next = self.inbox.next(now);
+        if let Next::Now(waiting) = &next
+            && waiting.report.kind == ReportKind::PodStatus
+        {
+            self.in_hand = Some(waiting.report.uid.clone());
         }
-        if let Some(due) = self.waiting.iter().map(due).min() {
-            return Next::In(due.saturating_sub(now));
-        }
-        self.waiting = VecDeque::new();
-        self.is_driven = false;
-        Next::Never
+        next
     }
 
     /// What was handed out has been tried. Meanwhile nothing that the apiserver showed of its pod counted, for that may have come of the try:
     /// what is known of it now is to be looked at.
     pub(super) fn tried(&mut self) {
         self.in_hand = None;
-    }
-
-    /// A device has something written.
-    pub(super) fn device_written(&mut self, now: Duration) {
-        self.devices = self.devices.max(now) + DEVICE_PACE;
-    }
-
-    /// Queues a report, which is tried at once; what was tried in vain of an older one counts for it. Answers one that ended by it.
-    pub(super) fn push(&mut self, report: Report) -> Option<(ReportKind, u64, End)> {
-        let same = self.waiting.iter().position(|other| is_about_the_same(&other.report, &report));
-        let replaced = same.and_then(|at| self.waiting.remove(at));
-        if self.waiting.len() >= WAITING {
-            return Some((report.kind, report.id, End::Done("too many reports in flight".into())));
-        }
-        if !self.waiting.is_empty() && self.waiting_bytes() + report.payload.len() > WAITING_BYTES {
-            return Some((report.kind, report.id, End::Later(CROWDED)));
-        }
-        let attempt = replaced.as_ref().map_or(0, |older| older.attempt);
-        self.waiting.push_back(Waiting { report, attempt, due: Duration::ZERO });
-        replaced.map(|older| (older.report.kind, older.report.id, End::Done(String::new())))
-    }
-
-    /// How much waits.
-    pub(super) fn waiting_bytes(&self) -> usize {
-        self.waiting.iter().map(|waiting| waiting.report.payload.len()).sum()
-    }
-
-    /// Queues a report again that was not taken. Answers whether it is queued: a newer one of the same thing makes it needless.
-    pub(super) fn again(&mut self, tried: Waiting, due: Duration) -> bool {
-        if self.waiting.iter().any(|other| is_about_the_same(&other.report, &tried.report)) {
-            return false;
-        }
-        self.waiting.push_back(Waiting { report: tried.report, attempt: tried.attempt.saturating_add(1), due });
-        true
     }
 
     /// The pod of this UID is gone.
@@ -248,14 +135,8 @@ impl State {
 
     /// Whether a report of it waits, or is about to be asked for.
     fn expects(&self, kind: ReportKind, uid: &str) -> bool {
-        self.waiting.iter().any(|other| other.report.kind == kind && other.report.uid == uid)
-            || self.wanted.iter().any(|(of, wanted)| *of == kind && wanted == uid)
+        self.inbox.holds(kind, uid) || self.wanted.iter().any(|(of, wanted)| *of == kind && wanted == uid)
     }
-}
-
-/// Whether both are about the same thing, so that the newer one does.
-fn is_about_the_same(a: &Report, b: &Report) -> bool {
-    (a.kind, &a.namespace, &a.name, &a.uid) == (b.kind, &b.namespace, &b.name, &b.uid)
 }
 
 impl Default for Allowance {
@@ -282,6 +163,7 @@ impl Allowance {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use skerry_proto::sync::Report;
 
     use super::*;
 
@@ -296,82 +178,6 @@ mod tests {
             "metadata": {"uid": "a", "resourceVersion": version},
             "status": {"phase": phase, "conditions": [{"type": "Ready", "status": status}]},
         }))
-    }
-
-    #[test]
-    fn a_newer_report_replaces_the_one_that_waits() {
-        let mut state = State::default();
-        assert_eq!(state.push(report(1, "a")), None);
-        assert_eq!(state.push(report(2, "b")), None);
-        assert_eq!(state.push(report(3, "a")), Some((ReportKind::PodStatus, 1, End::Done(String::new()))));
-        let order: Vec<u64> = state.waiting.iter().map(|waiting| waiting.report.id).collect();
-        assert_eq!(order, [2, 3]);
-    }
-
-    #[test]
-    fn what_the_apiserver_fails_over_holds_nothing_else_up() {
-        let mut state = State::default();
-        let (at, later) = (Duration::from_secs(100), Duration::from_secs(103));
-        state.push(report(1, "a"));
-        state.push(report(2, "b"));
-        let Next::Now(first) = state.next(at) else { panic!("it is due") };
-        assert_eq!((&first.report, first.attempt), (&report(1, "a"), 0));
-        assert!(state.again(first, later));
-        assert!(matches!(state.next(at), Next::Now(Waiting { report, .. }) if report.id == 2));
-        assert_eq!(state.next(at), Next::In(Duration::from_secs(3)));
-        let Next::Now(first) = state.next(later) else { panic!("its time has come") };
-        assert_eq!(first.attempt, 1);
-        assert_eq!(state.next(later), Next::Never);
-
-        state.push(report(3, "a"));
-        assert!(!state.again(first, later), "a newer one came while it was tried");
-        assert!(matches!(state.next(at), Next::Now(Waiting { report, .. }) if report.id == 3));
-        assert_eq!(state.next(at), Next::Never);
-    }
-
-    #[test]
-    fn what_devices_report_is_paced_and_holds_nothing_else_up() {
-        let mut state = State::default();
-        let device = |id: u64| Report { kind: ReportKind::DeviceStatus, ..report(id, &format!("d{id}")) };
-        let at = |millis: u64| Duration::from_secs(100) + Duration::from_millis(millis);
-        (0..20).for_each(|id| drop(state.push(device(id))));
-        let mut taken = |millis: u64| {
-            let mut ids = Vec::new();
-            while let Next::Now(waiting) = state.next(at(millis)) {
-                ids.push(waiting.report.id);
-            }
-            (ids, state.next(at(millis)))
-        };
-        assert_eq!(taken(0), (vec![0, 1, 2, 3, 4], Next::In(Duration::from_millis(200))));
-        assert_eq!(taken(199).0, [0; 0]);
-        assert_eq!(taken(1000).0, [5, 6, 7, 8, 9], "five a second");
-        state.push(report(99, "pod"));
-        assert!(matches!(state.next(at(1000)), Next::Now(Waiting { report, .. }) if report.id == 99));
-        state.push(Report { id: 100, ..device(10) });
-        let order: Vec<u64> = state.waiting.iter().map(|waiting| waiting.report.id).collect();
-        assert_eq!((order.len(), order.last()), (10, Some(&100)), "the newest state only");
-    }
-
-    #[test]
-    fn the_queue_is_bounded() {
-        let mut state = State::default();
-        for id in 0..WAITING as u64 {
-            assert_eq!(state.push(report(id, &id.to_string())), None);
-        }
-        let (_, id, how) = state.push(report(999, "more")).unwrap();
-        assert_eq!((id, how), (999, End::Done("too many reports in flight".to_owned())));
-    }
-
-    #[test]
-    fn the_queue_is_bounded_in_bytes() {
-        let large =
-            |id: u64| Report { payload: vec![b'x'; WAITING_BYTES / 2 + 1].into(), ..report(id, &id.to_string()) };
-        let mut state = State::default();
-        assert_eq!(state.push(large(1)), None);
-        assert_eq!(state.push(report(2, "small")), None);
-        assert_eq!(state.push(large(3)), Some((ReportKind::PodStatus, 3, End::Later(CROWDED))), "it is not lost");
-        assert!(matches!(state.next(Duration::ZERO), Next::Now(Waiting { report, .. }) if report.id == 1));
-        assert_eq!(state.push(large(3)), None);
     }
 
     #[test]
@@ -392,7 +198,7 @@ mod tests {
         assert!(state.see(&hidden, Duration::from_secs(10)));
         assert_eq!(state.wanted(), wanted);
         assert!(!state.see(&hidden, Duration::from_secs(11)));
-        state.push(report(2, "a"));
+        state.inbox.push(report(2, "a"));
         assert!(!state.see(&hidden, Duration::from_secs(99)), "a newer report waits");
     }
 
@@ -402,7 +208,7 @@ mod tests {
         let (before, own, foreign) =
             (facts("Running", false, "10"), facts("Running", true, "11"), facts("Running", false, "12"));
         state.accept("a", before.status, "10");
-        state.push(report(1, "a"));
+        state.inbox.push(report(1, "a"));
         assert!(matches!(state.next(Duration::ZERO), Next::Now(_)));
         // The watch may be faster than the answer to the write.
         assert!(!state.see(&own, Duration::ZERO) && !state.see(&foreign, Duration::ZERO));
@@ -421,22 +227,6 @@ mod tests {
         assert!(state.see(&marked, Duration::ZERO));
         assert_eq!(state.wanted(), Some((ReportKind::PodStatus, "a".to_owned())));
         assert_eq!(state.wanted(), None);
-    }
-
-    #[test]
-    fn somebody_asks_for_as_long_as_anything_waits() {
-        let mut state = State::default();
-        let (at, later) = (Duration::from_secs(100), Duration::from_secs(103));
-        state.push(report(1, "a"));
-        assert!(!state.begin(), "nobody does yet");
-        let Next::Now(first) = state.next(at) else { panic!("it is due") };
-        assert!(state.begin(), "it is being carried out");
-        assert!(state.again(first, later));
-        assert_eq!(state.next(at), Next::In(Duration::from_secs(3)));
-        assert!(state.begin(), "it is to be tried again");
-        assert!(matches!(state.next(later), Next::Now(_)));
-        assert_eq!(state.next(later), Next::Never);
-        assert!(!state.begin(), "what comes now needs somebody anew");
     }
 
     #[test]
@@ -470,7 +260,7 @@ mod tests {
         assert!(state.device_hidden("d"));
         assert!(!state.device_hidden("d"), "it is about to be asked for");
         assert_eq!(state.wanted(), Some((ReportKind::DeviceStatus, "d".to_owned())));
-        state.push(Report { kind: ReportKind::DeviceStatus, ..report(1, "d") });
+        state.inbox.push(Report { kind: ReportKind::DeviceStatus, ..report(1, "d") });
         assert!(!state.device_hidden("d"), "it is about to be written");
     }
 }

@@ -19,6 +19,7 @@ pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 mod digest;
 mod edge;
 mod hub;
+pub mod inbox;
 mod outbox;
 mod revisions;
 #[cfg(test)]
