@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use super::desk::{Desk, NODE, Turns};
 use super::node::{self, Said, Subject};
 use super::*;
 use crate::wire;
@@ -33,6 +34,8 @@ pub(super) struct Apiserver {
     /// Events by name, and how often each happened.
     pub(super) events: BTreeMap<String, u64>,
     next_uid: u64,
+    /// It takes nothing.
+    pub(super) is_down: bool,
 }
 
 #[derive(Clone)]
@@ -75,6 +78,7 @@ pub(super) struct Replica {
     pub(super) given: u64,
     /// Versions of the Node, as the watch shows it, and of what sessions here have written, but for pods.
     pub(super) versions: BTreeMap<Subject, u64>,
+    pub(super) turns: Turns,
 }
 
 pub(super) struct Session {
@@ -89,22 +93,11 @@ pub(super) struct Session {
     pub(super) untold: VecDeque<HubInput>,
     /// What the edge should hold once that is said.
     pub(super) told: BTreeMap<Id, Entry>,
-    pub(super) reports: VecDeque<Delivery>,
+    pub(super) desk: Desk,
     /// Of each pod, what the apiserver took.
     pub(super) taken: BTreeMap<Subject, u8>,
     /// Of those, what the edge was asked to report once more, because something else shows.
     pub(super) asked: BTreeSet<Subject>,
-}
-
-/// A report on its way to the apiserver.
-pub(super) struct Delivery {
-    pub(super) report: Report,
-    /// What was read before: the status's version.
-    pub(super) read: Option<u64>,
-    /// The epoch was this session's, looked at after that.
-    pub(super) is_ours: bool,
-    /// It was found to have another version than was known.
-    pub(super) tried: bool,
 }
 
 /// The key of the ConfigMap that a pod needs.
@@ -222,6 +215,12 @@ impl Replica {
 
     pub(super) fn with_clock(self, skew: u64, salt: u64) -> Self {
         Self { skew, salt, ..self }
+    }
+
+    /// Its session is over, and what was being done for it.
+    pub(super) fn end(&mut self) -> Option<Session> {
+        self.turns.leave(NODE);
+        self.session.take()
     }
 
     /// The watch of Nodes shows what there is.

@@ -1,10 +1,13 @@
-//! Both machines in a small world, by seeded schedules: an apiserver whose objects change, replicas of the cloud that see it late, a node
-//! with a disk, and connections that lose, delay, and overtake each other; any of them dies between any two steps.
+//! Both machines in a small world, by seeded schedules: an apiserver whose objects change, which refuses, fails, and dies between a write and
+//! its answer, replicas of the cloud that see it late, a node with a disk, and connections that lose, delay, and overtake each other; any of
+//! them dies between any two steps. Other nodes report to the same replicas, at times more than those take.
 //!
 //! What must hold is asserted where it would break: in [`node`] that no object goes backwards and nothing is deleted that is desired, in
 //! [`world`] that what is acknowledged is durable and that everything converges when the weather clears, in [`reports`] that what is
-//! reported is taken, in order and once, and that in the end everything is shown as it is. [`mutations`] says what this can notice. Within one connection nothing is lost, doubled or reordered, as its
-//! transport guarantees: what was sent on one that broke is sent again on the next.
+//! reported is taken, in order and once, and that in the end everything is shown as it is, in [`desk`] that what waits is bounded, that no
+//! report is tried for ever, and that none waits longer for what others report than until each of them had a turn. [`mutations`] says what
+//! this can notice. Within one connection nothing is lost, doubled or reordered, as its transport guarantees: what was sent on one that
+//! broke is sent again on the next.
 //!
 //! `SEED=n` replays one schedule, `SCHEDULES=n` sets how many run; `scripts/soak sync` runs a million.
 
@@ -17,6 +20,7 @@ use self::world::World;
 use crate::dice::{self, Dice};
 
 mod cloud;
+mod desk;
 mod mutations;
 mod node;
 mod reports;

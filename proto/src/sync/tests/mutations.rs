@@ -75,9 +75,27 @@ pub(super) enum Mutation {
     OlderKept,
     /// What was not answered goes again behind what is newer.
     OlderLast,
+    /// An inbox keeps the older report of two about the same.
+    NewerDropped,
+    /// What was tried in vain goes again though a newer one came meanwhile.
+    OlderTriedAgain,
+    /// What the apiserver fails over counts as taken.
+    FailureAcked,
+    /// What was tried in vain is forgotten.
+    AgainLost,
+    /// What is tried again is written without a look whether it was before.
+    AgainUnread,
+    /// How often a report was tried is forgotten.
+    TriedForEver,
+    /// What a full inbox cannot take is refused for good.
+    CrowdedRefused,
+    /// Who comes last has the next turn.
+    TurnsJumped,
+    /// Who has a turn keeps it for as long as it has anything to say.
+    TurnKept,
 }
 
-const ALL: [Mutation; 33] = [
+const ALL: [Mutation; 42] = [
     Mutation::AckBeforeCommit,
     Mutation::TicketOfLast,
     Mutation::BatchLost,
@@ -111,6 +129,15 @@ const ALL: [Mutation; 33] = [
     Mutation::BaseUnheld,
     Mutation::OlderKept,
     Mutation::OlderLast,
+    Mutation::NewerDropped,
+    Mutation::OlderTriedAgain,
+    Mutation::FailureAcked,
+    Mutation::AgainLost,
+    Mutation::AgainUnread,
+    Mutation::TriedForEver,
+    Mutation::CrowdedRefused,
+    Mutation::TurnsJumped,
+    Mutation::TurnKept,
 ];
 
 #[test]

@@ -295,7 +295,7 @@ impl Node {
 }
 
 impl Said {
-    fn payload(self, padding: usize) -> Bytes {
+    pub(super) fn payload(self, padding: usize) -> Bytes {
         let mut payload = [self.number.to_le_bytes(), self.serial.to_le_bytes()].concat();
         payload.push(self.value);
         payload.resize(payload.len() + padding, b'x');

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::cloud::{Replica, Status};
+use super::cloud::{Apiserver, Status};
+use super::desk::{Hand, NODE, Outcome};
 use super::mutations::Mutation;
 use super::node::{Said, Subject};
 use super::*;
@@ -14,6 +15,10 @@ pub(super) struct Ledger {
     pub(super) taken: BTreeSet<u64>,
     /// Those changed what it shows.
     effects: BTreeSet<u64>,
+    /// The newest of each thing of which the node has heard what became of it.
+    answered: BTreeMap<Subject, u64>,
+    /// Newer ones took their places.
+    pub(super) superseded: BTreeSet<u64>,
     /// It refused them for good.
     pub(super) refused: BTreeSet<u64>,
     /// The newest of each thing.
@@ -23,7 +28,7 @@ pub(super) struct Ledger {
     /// How often each event happened, of those whose reports cannot have been lost with a disk.
     events: BTreeMap<String, u64>,
     /// A disk was put back or replaced when so many rows had been made: those may come again.
-    restored: u64,
+    pub(super) restored: u64,
     /// What was written by a session of a node that a newer one had taken over, and by none since.
     late: BTreeSet<Subject>,
 }
@@ -33,7 +38,7 @@ impl World {
     pub(super) fn observe(&mut self) {
         let Some(report) = self.node.observe(&mut self.dice) else { return };
         if report.kind == ReportKind::Event {
-            self.ledger.events.insert(report.name.clone(), Said::of(&report).number);
+            self.ledger.happened(&report.name, Said::of(&report).number);
         }
         self.report(report);
     }
@@ -47,7 +52,7 @@ impl World {
     }
 
     fn report(&mut self, report: Report) {
-        self.ledger.last.insert(subject_of(&report), Said::of(&report).serial);
+        self.ledger.said(&report);
         let is_older = |old: &Report| is_coalesced(report.kind) && subject_of(old) == subject_of(&report);
         if self.is(Mutation::OlderKept) && self.node.edge.outbox().queued.iter().any(|old| is_older(&old.report)) {
             return;
@@ -60,10 +65,9 @@ impl World {
     /// whether there was any.
     pub(super) fn see(&mut self, at: usize) -> bool {
         let Some(session) = &mut self.replicas[at].session else { return false };
-        let waits = |subject: &Subject| session.reports.iter().any(|other| subject_of(&other.report) == *subject);
         let shows = |subject: &Subject| self.apiserver.statuses.get(subject).map(|shown| shown.said.value);
         let mut hidden = session.taken.iter().filter(|(subject, taken)| shows(subject) != Some(**taken));
-        let hidden = hidden.find(|(subject, _)| !session.asked.contains(*subject) && !waits(subject));
+        let hidden = hidden.find(|(subject, _)| !session.asked.contains(*subject) && !session.desk.holds(subject));
         let Some(subject) = hidden.map(|(subject, _)| subject.clone()) else { return false };
         session.asked.insert(subject.clone());
         let out = session.hub.ask_report(subject.0, subject.1);
@@ -71,129 +75,165 @@ impl World {
         true
     }
 
-    /// A session takes a report to the apiserver, in three steps between which anything may happen: it reads the status, looks whether
+    /// Whether the node's session at a replica may write yet; one of a Node that names none is to claim it first.
+    pub(super) fn may_report(&mut self, at: usize) -> bool {
+        let names_none = self.replicas[at].known == 0 && !self.is(Mutation::FirstUnclaimed);
+        let Some(session) = &mut self.replicas[at].session else { return false };
+        session.claims |= names_none;
+        !session.claims
+    }
+
+    /// A session brings a report to the apiserver, in three steps between which anything may happen: it reads the status, looks whether
     /// the Node names no newer session, and writes if the status is still what was read. So the session of an older epoch never
     /// overwrites what a newer one wrote. But for pods it remembers what it has read or written last, and looks only if that was not the
     /// last.
-    pub(super) fn deliver_report(&mut self, at: usize) {
+    pub(super) fn bring(&mut self, at: usize, who: usize) {
         let (unfenced, too_early) = (self.is(Mutation::EpochUnread), self.is(Mutation::EpochReadTooEarly));
         let unversioned = self.is(Mutation::VersionUnread);
-        let names_none = self.replicas[at].known == 0 && !self.is(Mutation::FirstUnclaimed);
-        let Replica { session, versions, .. } = &mut self.replicas[at];
-        let Some(session) = session else { return };
-        session.claims |= names_none;
-        if session.claims {
-            return;
-        }
-        let Some(delivery) = session.reports.front_mut() else { return };
-        let report = delivery.report.clone();
+        let Some(hand) = self.hand(at, who) else { return };
+        let Hand { read, is_ours, is_second, ref waiting } = *hand;
+        let (report, tried) = (waiting.report.clone(), waiting.attempt > 0 || is_second);
         if report.kind == ReportKind::Event {
-            return self.deliver_event(at, &report);
+            return self.bring_event(at, who, &report, tried);
         }
+        let unread = tried && self.is(Mutation::AgainUnread);
         let (said, subject) = (Said::of(&report), subject_of(&report));
         let shown = self.apiserver.statuses.get(&subject).copied().unwrap_or_default();
         let is_pod = report.kind == ReportKind::PodStatus;
-        if delivery.read.is_none()
-            && !delivery.tried
-            && let Some(known) = versions.get(&subject)
+        if let Some(known) = self.replicas[at].versions.get(&subject).copied()
+            && read.is_none()
+            && !tried
         {
-            (delivery.read, delivery.is_ours) = (Some(*known), true);
-            return;
+            return self.reads(at, who, Some(known), true);
         }
-        let look = if too_early { delivery.read.is_none() } else { delivery.read.is_some() };
-        if look && !delivery.is_ours && !unfenced {
-            delivery.is_ours = session.epoch >= self.apiserver.epoch;
-            if !delivery.is_ours {
-                self.end_session(at, Some(Reason::Superseded));
+        let look = if too_early { read.is_none() } else { read.is_some() };
+        if look && !is_ours && !unfenced {
+            let is_ours = self.epoch_of(at, who) >= self.apiserver.epoch;
+            if !is_ours {
+                return self.end_session(at, Some(Reason::Superseded));
             }
-            return;
+            return self.reads(at, who, read, true);
         }
-        let Some(read) = delivery.read else {
-            delivery.read = Some(shown.version);
-            if is_pod && shown.version > 0 && shown.said.value == said.value {
-                return self.took(at, &report, true);
+        let Some(read) = read else {
+            self.reads(at, who, Some(shown.version), is_ours);
+            if is_pod && shown.version > 0 && shown.said.value == said.value && !unread {
+                self.took(at, who, &report);
             }
             return;
         };
         if read != shown.version && (is_pod || !unversioned) {
-            (delivery.read, delivery.is_ours, delivery.tried) = (None, false, true);
+            if is_second || !is_pod {
+                return self.tried(at, who, Outcome::Later(None));
+            }
+            self.reads(at, who, None, who != NODE);
+            if let Some(hand) = self.hand(at, who) {
+                hand.is_second = true;
+            }
             return;
         }
-        assert!(session.epoch >= shown.epoch, "a session overwrote what a newer one wrote");
-        let is_restored = shown.said.serial <= self.ledger.restored;
+        assert!(who != NODE || self.epoch_of(at, who) >= shown.epoch, "a session overwrote what a newer one wrote");
+        let is_restored = shown.said.serial <= self.ledger_of(who).restored;
         assert!(said.number >= shown.said.number || is_restored, "an older report overwrote a newer one");
-        if self.refuses(at, &report) {
-            return;
+        let answer = self.answer();
+        match answer {
+            Answer::Takes | Answer::Dies => {
+                self.write(at, who, &subject, said);
+                self.ledger_of(who).wrote(said.serial, shown.said.serial == said.serial && !unread);
+                if answer == Answer::Dies {
+                    return self.tried(at, who, Outcome::Later(None));
+                }
+                if !is_pod {
+                    self.replicas[at].versions.insert(subject, shown.version + 1);
+                }
+                self.took(at, who, &report);
+            }
+            Answer::Conflicts => self.apiserver.statuses.entry(subject).or_default().version += 1,
+            Answer::Ends(outcome) => self.tried(at, who, outcome),
         }
-        let Replica { session: Some(session), versions, .. } = &mut self.replicas[at] else { return };
-        if session.epoch < self.apiserver.epoch {
-            self.ledger.late.insert(subject.clone());
-        } else {
-            self.ledger.late.remove(&subject);
-        }
-        let status = Status { said, epoch: session.epoch, version: shown.version + 1 };
-        if !is_pod {
-            versions.insert(subject.clone(), status.version);
-        }
-        self.apiserver.statuses.insert(subject, status);
-        self.took(at, &report, shown.said.serial == said.serial);
     }
 
     /// What is there already is only counted up.
-    fn deliver_event(&mut self, at: usize, report: &Report) {
-        if self.refuses(at, report) {
-            return;
-        }
-        let count = Said::of(report).number;
+    fn bring_event(&mut self, at: usize, who: usize, report: &Report, tried: bool) {
+        let said = Said::of(report);
         let shown = self.apiserver.events.get(&report.name).copied().unwrap_or_default();
-        if count > shown || self.is(Mutation::EventOverwritten) {
-            assert!(count >= shown, "an event's count went back");
-            self.apiserver.events.insert(report.name.clone(), count);
+        let unread = tried && self.is(Mutation::AgainUnread);
+        let counts = said.number > shown || self.is(Mutation::EventOverwritten) || unread;
+        if !counts {
+            return self.took(at, who, report);
         }
-        self.took(at, report, count <= shown);
+        let answer = self.answer();
+        match answer {
+            Answer::Takes | Answer::Dies => {
+                assert!(said.number >= shown, "an event's count went back");
+                self.apiserver.events.insert(report.name.clone(), said.number);
+                self.ledger_of(who).wrote(said.serial, false);
+                if answer == Answer::Dies {
+                    return self.tried(at, who, Outcome::Later(None));
+                }
+                self.took(at, who, report);
+            }
+            Answer::Conflicts => self.tried(at, who, Outcome::Later(None)),
+            Answer::Ends(outcome) => self.tried(at, who, outcome),
+        }
     }
 
-    /// The apiserver may refuse a report for good.
-    fn refuses(&mut self, at: usize, report: &Report) -> bool {
-        let refuses = self.dice.one_in(40);
-        if refuses {
-            self.ledger.refused.insert(Said::of(report).serial);
-            if report.kind == ReportKind::Event {
-                self.ledger.events.remove(&report.name);
-            }
-            self.answered(at, report.id, "no");
+    fn write(&mut self, at: usize, who: usize, subject: &Subject, said: Said) {
+        let epoch = self.epoch_of(at, who);
+        if who == NODE && epoch < self.apiserver.epoch {
+            self.ledger.late.insert(subject.clone());
+        } else {
+            self.ledger.late.remove(subject);
         }
-        refuses
+        let shown = self.apiserver.statuses.entry(subject.clone()).or_default();
+        *shown = Status { said, epoch, version: shown.version + 1 };
+    }
+
+    /// What the apiserver makes of a request that it could grant.
+    fn answer(&mut self) -> Answer {
+        if self.apiserver.is_down {
+            return Answer::Ends(Outcome::Later(None));
+        }
+        let roll = self.dice.roll(40);
+        match roll {
+            0 => Answer::Ends(Outcome::Refused),
+            _ if self.is_clear => Answer::Takes,
+            1 | 2 => Answer::Ends(Outcome::Doubtful),
+            3 => Answer::Ends(Outcome::Later(Some(Duration::from_secs(3)))),
+            4 | 5 => Answer::Ends(Outcome::Later(None)),
+            6 | 7 => Answer::Dies,
+            8 => Answer::Conflicts,
+            _ => Answer::Takes,
+        }
+    }
+
+    fn hand(&mut self, at: usize, who: usize) -> Option<&mut Hand> {
+        self.desk(at, who)?.hand.as_mut()
+    }
+
+    fn reads(&mut self, at: usize, who: usize, version: Option<u64>, is_ours: bool) {
+        if let Some(hand) = self.hand(at, who) {
+            (hand.read, hand.is_ours) = (version, is_ours);
+        }
+    }
+
+    /// That of the node's session. Its neighbours' never change.
+    fn epoch_of(&self, at: usize, who: usize) -> u64 {
+        let session = self.replicas[at].session.as_ref().filter(|_| who == NODE);
+        session.map_or(0, |session| session.epoch)
     }
 
     /// The apiserver has a report, which may have changed nothing.
-    fn took(&mut self, at: usize, report: &Report, unchanged: bool) {
+    fn took(&mut self, at: usize, who: usize, report: &Report) {
         let said = Said::of(report);
-        self.ledger.taken.insert(said.serial);
-        let is_new = unchanged || self.ledger.effects.insert(said.serial);
-        assert!(is_new || said.serial <= self.ledger.restored, "one report did something twice");
-        if report.kind == ReportKind::PodStatus
+        self.ledger_of(who).taken.insert(said.serial);
+        if who == NODE
+            && report.kind == ReportKind::PodStatus
             && let Some(session) = &mut self.replicas[at].session
         {
             session.taken.insert(subject_of(report), said.value);
             session.asked.remove(&subject_of(report));
         }
-        self.answered(at, report.id, "");
-    }
-
-    fn answered(&mut self, at: usize, id: u64, refused: &str) {
-        if let Some(session) = &mut self.replicas[at].session {
-            session.reports.pop_front();
-        }
-        self.say(at, HubInput::Reported { id, refused: refused.to_owned() });
-    }
-
-    /// The apiserver cannot take the next report for now, and the edge has it back.
-    pub(super) fn give_back(&mut self, at: usize) {
-        let after = Duration::from_secs(self.dice.pick(&[1, 5, 20, 60]));
-        let Some(session) = &mut self.replicas[at].session else { return };
-        let Some(delivery) = session.reports.pop_front() else { return };
-        self.say(at, HubInput::ReportLater { id: delivery.report.id, after });
+        self.tried(at, who, Outcome::Taken);
     }
 
     /// The disk was replaced: what was reported of late may be lost, and what was reported before may come again.
@@ -205,22 +245,81 @@ impl World {
 
     pub(super) fn assert_reported(&self) {
         assert!(self.node.disk.outbox.is_empty(), "reports were left");
-        for (subject, truth) in self.node.truths.iter().filter(|(subject, _)| !self.is_excused(subject)) {
-            let shown = self.apiserver.statuses.get(subject).map(|shown| shown.said.value);
+        self.ledger.assert_shown(&self.apiserver, &self.node.truths);
+        self.assert_neighbours_reported();
+    }
+}
+
+/// What the apiserver makes of a request.
+#[derive(PartialEq, Eq)]
+enum Answer {
+    Takes,
+    /// It takes it, and dies before it says so.
+    Dies,
+    /// Somebody else writes just before.
+    Conflicts,
+    Ends(Outcome),
+}
+
+impl Ledger {
+    /// Something is reported.
+    pub(super) fn said(&mut self, report: &Report) {
+        self.last.insert(subject_of(report), Said::of(report).serial);
+    }
+
+    /// An event has happened so often.
+    pub(super) fn happened(&mut self, name: &str, count: u64) {
+        self.events.insert(name.to_owned(), count);
+    }
+
+    /// The apiserver does what a report says, for a second time if it `shows` that already.
+    fn wrote(&mut self, serial: u64, shows: bool) {
+        let is_new = shows || self.effects.insert(serial);
+        assert!(is_new || serial <= self.restored, "one report did something twice");
+    }
+
+    /// It refuses a report for good.
+    pub(super) fn refuse(&mut self, report: &Report) {
+        self.refused.insert(Said::of(report).serial);
+        if report.kind == ReportKind::Event {
+            self.events.remove(&report.name);
+        }
+    }
+
+    /// A node hears what became of a report; `kept` are those that its disk holds.
+    pub(super) fn assert_answered(
+        &mut self,
+        subject: &Subject,
+        serial: u64,
+        kept: &BTreeMap<u64, Report>,
+        refused: &str,
+    ) {
+        let is_newer = |other: &Report| subject_of(other) == *subject && Said::of(other).serial > serial;
+        let is_said = if refused.is_empty() { &self.taken } else { &self.refused }.contains(&serial);
+        let newest = self.answered.entry(subject.clone()).or_default();
+        let is_needless = *newest > serial || kept.values().any(is_newer);
+        let is_replaced = refused.is_empty() && self.superseded.contains(&serial) && is_needless;
+        assert!(is_said || is_replaced, "acknowledged, but the apiserver has not said so, and no newer one is kept");
+        *newest = serial.max(*newest);
+    }
+
+    pub(super) fn assert_shown(&self, apiserver: &Apiserver, truths: &BTreeMap<Subject, Said>) {
+        for (subject, truth) in truths.iter().filter(|(subject, _)| !self.is_excused(subject)) {
+            let shown = apiserver.statuses.get(subject).map(|shown| shown.said.value);
             assert_eq!(shown, Some(truth.value), "{subject:?} is not shown as it is");
         }
-        for (name, count) in &self.ledger.events {
-            assert_eq!(self.apiserver.events.get(name), Some(count), "{name} is not shown as often as it happened");
+        for (name, count) in &self.events {
+            assert_eq!(apiserver.events.get(name), Some(count), "{name} is not shown as often as it happened");
         }
     }
 
     /// What was reported last was refused, or a session that was over already has written last, and the one that would have seen it has ended.
     fn is_excused(&self, subject: &Subject) -> bool {
-        self.ledger.late.contains(subject)
-            || self.ledger.last.get(subject).is_some_and(|serial| self.ledger.refused.contains(serial))
+        self.late.contains(subject) || self.last.get(subject).is_some_and(|serial| self.refused.contains(serial))
     }
 }
 
-fn subject_of(report: &Report) -> Subject {
-    (report.kind, report.uid.clone())
+/// Names are UIDs here, but for events, which have none of their own.
+pub(super) fn subject_of(report: &Report) -> Subject {
+    (report.kind, report.name.clone())
 }

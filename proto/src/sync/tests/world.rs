@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use prost::Message as _;
 
-use super::cloud::{Apiserver, Delivery, Replica, Session};
+use super::cloud::{Apiserver, Replica, Session};
+use super::desk::{Desk, NEIGHBOURS, NODE, Neighbour};
 use super::mutations::Mutation;
 use super::node::{self, Batch, Disk, Job, Node, Said};
-use super::reports::Ledger;
+use super::reports::{Ledger, subject_of};
 use super::*;
 use crate::wire::{self, Frame, frame::Body};
 
@@ -31,6 +32,9 @@ pub(super) struct World {
     /// behind, and then a session that is half open writes once more what is older, is noticed, and written over.
     same_clocks: bool,
     pub(super) ledger: Ledger,
+    pub(super) neighbours: Vec<Neighbour>,
+    /// Nothing goes wrong any more.
+    pub(super) is_clear: bool,
 }
 
 /// One connection: what was sent arrives in order, at any time, or from some point on not at all.
@@ -63,6 +67,8 @@ impl World {
             next_connection: 0,
             same_clocks: true,
             ledger: Ledger::default(),
+            neighbours: Vec::new(),
+            is_clear: false,
         };
         for _ in 0..world.dice.roll(12) {
             world.apiserver.create(&mut world.dice);
@@ -71,6 +77,10 @@ impl World {
         for salt in 0..=world.dice.roll(3) {
             let skew = if world.same_clocks { 0 } else { world.dice.pick(&[0, 1000, 3_600_000]) };
             world.replicas.push(Replica::new(&world.apiserver).with_clock(skew, salt.try_into().unwrap()));
+        }
+        for who in 1..=NEIGHBOURS {
+            let replica = world.dice.roll(world.replicas.len());
+            world.neighbours.push(Neighbour::new(who, replica));
         }
         world
     }
@@ -147,7 +157,7 @@ impl World {
             hub,
             untold: VecDeque::new(),
             told: BTreeMap::new(),
-            reports: VecDeque::new(),
+            desk: Desk::default(),
             taken: BTreeMap::new(),
             asked: BTreeSet::new(),
         };
@@ -202,7 +212,7 @@ impl World {
 
     /// The replica ends its session, if it has one.
     pub(super) fn end_session(&mut self, at: usize, reason: Option<Reason>) {
-        let Some(session) = self.replicas[at].session.take() else { return };
+        let Some(session) = self.replicas[at].end() else { return };
         if let Some(connection) = self.connection(session.connection) {
             connection.left_by_hub = true;
             if let Some(reason) = reason {
@@ -254,7 +264,7 @@ impl World {
                 }
                 HubOutput::Report(report) => {
                     let id = report.id;
-                    session.reports.push_back(Delivery { report, read: None, is_ours: false, tried: false });
+                    self.receive(at, NODE, report);
                     if self.is(Mutation::ReportAckedEarly) {
                         self.say(at, HubInput::Reported { id, refused: String::new() });
                     }
@@ -304,10 +314,9 @@ impl World {
                     }
                 }
                 EdgeOutput::Reported { id, refused } => {
-                    let Ledger { taken, refused: no, .. } = &self.ledger;
-                    let of = if refused.is_empty() { taken } else { no };
-                    let serial = Said::of(&self.node.given[&id]).serial;
-                    assert!(of.contains(&serial), "acknowledged, but the apiserver has not said so");
+                    let report = &self.node.given[&id];
+                    let (subject, serial) = (subject_of(report), Said::of(report).serial);
+                    self.ledger.assert_answered(&subject, serial, &self.node.disk.outbox, &refused);
                     self.node.jobs.push_back(Job::Done(id));
                 }
                 EdgeOutput::InSync(collection) => drop(self.node.agreed.insert(rank(collection).unwrap())),
@@ -392,7 +401,7 @@ impl World {
             if connection.left_by_node && !connection.is_up_lost {
                 connection.left_by_hub = true;
                 if self.session_on(at, id) {
-                    self.replicas[at].session = None;
+                    self.replicas[at].end();
                 }
             }
             return;
@@ -493,6 +502,9 @@ impl World {
 
     /// One random thing happens.
     pub(super) fn chaos(&mut self) {
+        if self.dice.one_in(5) {
+            self.neighbours_go_on();
+        }
         let at = self.dice.roll(self.replicas.len());
         match self.dice.roll(1000) {
             0..10 => self.flow(),
@@ -528,11 +540,11 @@ impl World {
                 let marked = !self.is(Mutation::FetchUnmarked);
                 self.replicas[at].fetch(&self.apiserver, &mut self.dice, marked);
             }
-            785..793 => self.give_back(at),
-            793..830 => {
+            785..830 => {
                 for _ in 0..self.dice.pick(&[1, 1, 2, 7]) {
-                    self.deliver_report(at);
+                    self.go_on(at);
                 }
+                self.tell_ends(at, NODE);
             }
             830..845 => self.apiserver.create(&mut self.dice),
             845..880 => {
@@ -566,6 +578,7 @@ impl World {
                 self.end_session(at, None);
                 let Replica { skew, salt, .. } = self.replicas[at];
                 self.replicas[at] = Replica::new(&self.apiserver).with_clock(skew, salt);
+                self.neighbours_connect(|other| other.replica == at);
             }
             992..994 if self.same_clocks => self.replace_disk(Disk::default()),
             950..955 | 992..994 => self.disconnect(),
@@ -589,7 +602,8 @@ impl World {
             self.deliver_up(which);
             self.feed(at);
             self.claim(at);
-            self.deliver_report(at);
+            self.go_on(at);
+            self.tell_ends(at, NODE);
             self.report_again();
             self.deliver_down();
             self.commit();
@@ -599,11 +613,16 @@ impl World {
     /// The weather clears: everything that is on its way arrives.
     pub(super) fn settle(&mut self) {
         self.connect();
+        if !self.dice.one_in(4) {
+            // What was given back to them need not wait.
+            self.neighbours_connect(|_| true);
+        }
         self.settle_on();
     }
 
     /// Until nothing is on its way, on the connection that stands; on a new one when that ends.
     pub(super) fn settle_on(&mut self) {
+        (self.is_clear, self.apiserver.is_down) = (true, false);
         for _ in 0..PATIENCE {
             if self.current.is_none() {
                 self.connect();
@@ -621,9 +640,11 @@ impl World {
                 self.watch_node(at);
                 self.claim(at);
                 self.renew(at);
-                self.deliver_report(at);
+                self.go_on(at);
+                self.tell_ends(at, NODE);
                 quiet &= !self.see(at);
             }
+            quiet &= self.neighbours_settle();
             self.deliver_down();
             self.commit();
             let current = self.current;
@@ -634,13 +655,13 @@ impl World {
                 && let Some(session) = &self.replicas[at].session
                 && Some(session.connection) == current
                 && session.untold.is_empty()
-                && session.reports.is_empty()
+                && session.desk.rests()
                 && self.apiserver.lease == session.epoch
             {
-                if self.node.disk.outbox.is_empty() {
+                if self.node.disk.outbox.is_empty() && session.desk.is_empty() && self.neighbours_are_done() {
                     return;
                 }
-                // What was given back waits for its time.
+                // What was given back waits for its time, or is to be tried again.
                 self.pass_time(Duration::from_secs(5));
             }
         }
