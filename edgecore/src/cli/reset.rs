@@ -30,6 +30,8 @@ use crate::{app, cni, files, identity, store};
 /// How long the agent may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// What all pods are in where the runtime uses the systemd driver.
+const SLICE: &str = "kubepods.slice";
 /// In how many parts the name of a pod's directory comes, of which the last is the UID: `<uid>`.
 const POD_PARTS: usize = 1;
 /// The same of the directory of its logs: `<namespace>_<name>_<uid>`.
@@ -117,7 +119,9 @@ impl Reset {
             if unit::installed().is_some_and(|unit| !unit::is_of(&unit, data_dir)) {
                 writeln!(steps.out, "kept     {} and cgroups, for they are another data directory's", unit::PATH)?;
             } else {
-                steps.done("remove cgroups", remove_cgroups(Path::new("/sys/fs/cgroup")))?;
+                let stopped = stop_slices(Path::new("/sys/fs/cgroup")).await;
+                let removed = remove_cgroups(Path::new("/sys/fs/cgroup"));
+                steps.done("remove cgroups", stopped.and(removed))?;
                 steps.done("remove the service", remove_unit().await)?;
             }
             steps.done("remove the pod network", remove_network(&network.conf_dir).await)?;
@@ -361,6 +365,12 @@ fn remove_links(dir: &Path, logs: &Path) -> anyhow::Result<()> {
     // Fails when somebody else's are in it, which is right.
     let _ = std::fs::remove_dir(dir);
     Ok(())
+}
+
+/// Of a runtime with the systemd driver: units that nobody else stops.
+async fn stop_slices(root: &Path) -> anyhow::Result<()> {
+    let is_there = ["", "systemd"].iter().any(|name| root.join(name).join(SLICE).exists());
+    if is_there && unit::is_systemd() { systemctl(&["stop", SLICE]).await } else { Ok(()) }
 }
 
 /// The `kubepods` groups of the unified hierarchy or of every controller's.

@@ -3,13 +3,15 @@
 //! Owns `kubepods`, its two QoS children and the pod cgroups in them; containers' cgroups below are the runtime's. What a kernel lacks
 //! (a controller, bandwidth control) costs a [`Warning`], never a pod: the limits of its containers still hold.
 //!
-//! With the systemd driver cgroups are units and making them by hand would fight with systemd: the runtime makes a pod's slice
-//! when it starts the sandbox, and no limit is set on the slice.
+//! With the systemd driver cgroups are units and making them by hand would fight with systemd: systemd makes a pod's slice
+//! when the runtime starts the sandbox, and neither limit nor weight is set on the slice. It would stay for ever: nobody but who is done
+//! with the pod stops it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -124,8 +126,8 @@ impl Cgroups {
     }
 
     /// Kills what is left in a pod's cgroup and removes it with everything below, in every hierarchy. One that is gone is fine.
-    /// With the systemd driver only the processes are killed; systemd removes an empty slice itself.
-    /// Blocks for up to a tenth of a second.
+    /// With the systemd driver the slice is stopped, with which systemd removes it.
+    /// Blocks for up to a tenth of a second, and for as long as systemd takes.
     pub fn destroy(&self, path: &str) -> Result<(), CgroupError> {
         let refused = || CgroupError::Path(path.to_owned());
         let relative = self.relative(path).filter(|_| self.uid_of(path).is_some()).ok_or_else(refused)?;
@@ -144,10 +146,15 @@ impl Cgroups {
             kill_all(&left);
         }
         if self.systemd {
-            return match dirs.iter().map(|dir| (dir, processes(dir, 0).len())).find(|(_, left)| *left > 0) {
-                Some((dir, left)) => Err(CgroupError::Busy { path: dir.clone(), left }),
-                None => Ok(()),
-            };
+            // What still lives would be waited for.
+            if let Some((dir, left)) = dirs.iter().map(|dir| (dir, processes(dir, 0).len())).find(|(_, left)| *left > 0)
+            {
+                return Err(CgroupError::Busy { path: dir.clone(), left });
+            }
+            if !dirs.is_empty() {
+                stop_slice(&relative);
+            }
+            return Ok(());
         }
         for dir in &dirs {
             remove(dir, 0)?;
@@ -460,6 +467,16 @@ fn thaw(dir: &Path, depth: usize) {
         for child in children(dir) {
             thaw(&child, depth + 1);
         }
+    }
+}
+
+/// Has systemd stop a slice, given by where its cgroup is. An empty one that stays is not worth holding up a pod's end.
+fn stop_slice(relative: &Path) {
+    let slice = relative.file_name().unwrap_or_default();
+    // What it has to say goes where the log goes.
+    let stopped = Command::new("systemctl").arg("stop").arg(slice).status();
+    if !stopped.is_ok_and(|status| status.success()) {
+        tracing::warn!(?slice, "systemd does not stop a pod's slice");
     }
 }
 
