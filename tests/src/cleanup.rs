@@ -22,7 +22,7 @@ use crate::procfs::Entry;
 use crate::{network, procfs};
 
 /// Programs that a run starts, beside our mappers. Others that happen to mention its directory (an editor, a `tail -f`) are left alone.
-const PROGRAMS: [&str; 14] = [
+const PROGRAMS: [&str; 15] = [
     "cloudcore",
     "containerd",
     "containerd-shim-runc-v2",
@@ -37,6 +37,7 @@ const PROGRAMS: [&str; 14] = [
     "prometheus",
     "python",
     "python3",
+    "qemu-system-x86_64",
 ];
 /// How the names of our mappers begin.
 const MAPPER_PREFIX: &str = "skerry-mapper-";

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::controlplane::ControlPlane;
 use crate::kubectl::Kubectl;
 use crate::process::{self, Output, Process};
-use crate::{guest, paths, ports};
+use crate::{guest, machine, paths, ports};
 
 /// Where cloudcore lives in the cluster.
 pub const NAMESPACE: &str = "skerry-system";
@@ -84,7 +84,8 @@ impl Cloudcore {
     pub fn spawn(&mut self) -> Result<()> {
         let mut command = Command::new(paths::product("cloudcore")?);
         command
-            .args(["run", "--advertise-address", "127.0.0.1", "--namespace", NAMESPACE, "--kubelet-csr"])
+            .args(["run", "--advertise-address", "127.0.0.1", "--advertise-address", machine::HOST])
+            .args(["--namespace", NAMESPACE, "--kubelet-csr"])
             .arg("--port")
             .arg(self.port.to_string())
             .arg("--admin-address")

@@ -19,6 +19,7 @@ pub mod guest;
 pub mod images;
 pub mod kubectl;
 pub mod kubelet;
+pub mod machine;
 pub mod manifests;
 pub mod mapper;
 pub mod network;

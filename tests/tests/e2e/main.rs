@@ -18,6 +18,7 @@ mod join;
 mod killed;
 mod lies;
 mod linkcut;
+mod machine;
 mod mappers;
 mod modbus;
 mod mqtt;
