@@ -352,7 +352,7 @@ pub fn shared(locks: &Path, config: &Config) -> anyhow::Result<Vec<Shared>> {
     // Of pods there is one tree a machine, or a container with cgroups of its own: its inode tells which.
     let tree = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"].iter().find_map(|tree| std::fs::metadata(tree).ok());
     if let Some(tree) = tree {
-        let lock = locks.join(format!("edgecore-cgroups-{}.lock", tree.ino()));
+        let lock = locks.join(format!("edgecore-cgroups-{:x}-{}.lock", tree.dev(), tree.ino()));
         let (does, otherwise) = ("has the cgroups of pods on this machine".to_owned(), "run this one on another");
         found.push(Shared { lock, does, otherwise });
     }
