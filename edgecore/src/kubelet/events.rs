@@ -51,7 +51,7 @@ impl Recorder {
         *count += 1;
 
         let hash = hash ^ xxh3_64(&first.as_nanosecond().to_le_bytes());
-        let name = format!("{}.{hash:016x}", about_name);
+        let name = format!("{about_name}.{hash:016x}");
         let namespace = about.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let involved_object = ObjectReference { field_path: event.field_path.clone(), ..about.clone() };
         let object = Event {
