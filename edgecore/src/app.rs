@@ -2,7 +2,7 @@
 //!
 //! | start | why there |
 //! |---|---|
-//! | locks on the data directory, the runtime's pods, and where pods and their logs lie | two agents on one of them would fight |
+//! | locks on the data directory, the runtime's pods, where pods and their logs lie, and cgroups | two agents on one of them would fight |
 //! | configuration | nothing works without |
 //! | identity | without a usable one there is no link, and all the rest |
 //! | store | everything else reads it |
@@ -34,6 +34,7 @@ use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tracing::{error, info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config::Config;
 use crate::control::{self, Control, ResetRequest};
@@ -107,7 +108,14 @@ pub async fn run(data_dir: PathBuf) -> anyhow::Result<()> {
 
     let config = Arc::new(Config::load(&data_dir)?);
     let _lock = lock(&data_dir.join(LOCK))?;
-    let _pods = lock_pods(Path::new(LOCKS), &config)?;
+    let _pods = match lock_pods(Path::new(LOCKS), &config) {
+        // Whoever looks whether they are taken has them for a moment.
+        Err(_) => {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            lock_pods(Path::new(LOCKS), &config)?
+        }
+        Ok(locks) => locks,
+    };
     let identity = identity(&data_dir);
     if let Ok(identity) = &identity {
         anyhow::ensure!(
@@ -363,7 +371,10 @@ pub fn shared(locks: &Path, config: &Config) -> anyhow::Result<Vec<Shared>> {
 fn lock_name(path: &Path) -> String {
     let real = path.ancestors().find_map(|dir| Some(dir.canonicalize().ok()?.join(path.strip_prefix(dir).ok()?)));
     let real = real.as_deref().unwrap_or(path).to_string_lossy();
-    format!("edgecore{}.lock", real.trim_end_matches('/').replace('/', "-"))
+    let name = real.trim_end_matches('/').replace('/', "-");
+    // Longer ones no file system takes.
+    let name = if name.len() > 200 { format!("-{:x}", xxh3_64(name.as_bytes())) } else { name };
+    format!("edgecore{name}.lock")
 }
 
 fn take(path: &Path, does: &str, otherwise: &str) -> anyhow::Result<Flock<File>> {
@@ -461,6 +472,7 @@ mod tests {
         assert_eq!(lock_name(&at("cri.sock")), lock_name(&at("link")));
         assert_ne!(lock_name(&at("cri.sock")), lock_name(&at("other.sock")));
         assert_eq!(lock_name(Path::new("/no/such.sock")), "edgecore-no-such.sock.lock");
+        assert_eq!(lock_name(Path::new(&"/long".repeat(60))).len(), "edgecore-0123456789abcdef.lock".len());
         // Also as long as nobody has made it, which must not change its name.
         let before = lock_name(&at("elsewhere/logs"));
         std::fs::create_dir(at("logs")).unwrap();

@@ -223,7 +223,7 @@ fn others(config: &Config, locks: &Path, running: bool) -> Verdict {
     let shared = app::shared(locks, config).unwrap_or_default();
     match shared.iter().find_map(Shared::taken) {
         Some(taken) if !running => Verdict::Warning(taken),
-        _ => Verdict::Ok("none that has its pods or logs where this one will".to_owned()),
+        _ => Verdict::Ok("none that has its pods, their logs or cgroups where this one will".to_owned()),
     }
 }
 

@@ -50,7 +50,9 @@ pub fn stale() {
     let ours = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(RUN_PREFIX));
     let dirs: Vec<PathBuf> = ours.map(|entry| entry.path()).filter(|path| path.is_dir() && !has_owner(path)).collect();
     for dir in &dirs {
-        if !is_next_door(dir, &dirs)
+        // Another may have taken it away meanwhile, and somebody begun anew.
+        if !has_owner(dir)
+            && !is_next_door(dir, &dirs)
             && let Err(error) = sweep(dir)
         {
             eprintln!("could not remove {}, left by a run that was killed: {error:#}", dir.display());
@@ -89,13 +91,19 @@ pub fn sweep(dir: &Path) -> Result<()> {
     fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
 
-/// Removes the locks that an edgecore took on runtimes whose sockets are here: their names are the sockets'.
+/// Removes the locks that an edgecore took on sockets and directories here: their names are these. And those on cgroups that nobody holds.
 fn remove_locks(dir: &Path) {
     let prefix = format!("edgecore{}-", dir.display()).replace('/', "-");
     for entry in fs::read_dir("/run").into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with(&prefix) && name.ends_with(".lock") {
+        let is_free = || {
+            let lock = File::open(entry.path()).map(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock));
+            matches!(lock, Ok(Ok(_)))
+        };
+        // The tree of cgroups that a lock was on has no name.
+        let is_ours = name.starts_with(&prefix) || name.starts_with("edgecore-cgroups-") && is_free();
+        if is_ours && name.ends_with(".lock") {
             fs::remove_file(entry.path()).ok();
         }
     }
@@ -114,7 +122,8 @@ pub fn kill_all(dir: &Path) {
         }
         // The roots first stand still, so that none of them answers to the death of its children.
         signal_all(&roots, Signal::SIGSTOP);
-        let below = procfs::descendants(&all, &roots);
+        let mut below = procfs::descendants(&all, &roots);
+        below.remove(&own);
         signal_all(&below, Signal::SIGKILL);
         signal_all(&roots, Signal::SIGKILL);
         for _ in 0..100 {
@@ -126,7 +135,8 @@ pub fn kill_all(dir: &Path) {
     }
 }
 
-/// Whether a run that has its files here started it. What has no argument to tell by, a simulator say, has its log here.
+/// Whether a run that has its files here started it. What has no argument to tell by, a simulator say, has its log here: so does whatever
+/// else writes its standard error into the directory, which is not for others to write in.
 fn belongs(entry: &Entry, dir: &Path) -> bool {
     let program = entry.program();
     let is_ours = PROGRAMS.contains(&program) || program.starts_with(MAPPER_PREFIX);

@@ -86,9 +86,12 @@ impl RunDir {
         if path.exists() {
             cleanup::sweep(&path)?;
         }
-        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        // Under another name until it says whose it is: without an owner it would be taken for left over.
+        let new = std::env::temp_dir().join(format!("skerry-new-{pid}-{count}"));
+        fs::create_dir_all(&new).with_context(|| format!("cannot make {}", new.display()))?;
         let born = procfs::start_time(i32::try_from(pid)?).unwrap_or(0);
-        fs::write(path.join("owner"), format!("{pid} {born}\n"))?;
+        fs::write(new.join("owner"), format!("{pid} {born}\n"))?;
+        fs::rename(&new, &path)?;
         start_janitor(janitor, &path)?;
         Ok(Self { path, owned: true })
     }

@@ -116,6 +116,9 @@ pub(crate) fn patch(
         if !condition["type"].is_string() || !condition["status"].is_string() {
             return Err("a condition lacks its type or status".into());
         }
+        if condition.get(DIRECTIVE).is_some() {
+            return Err(format!("a condition has {DIRECTIVE}, which would be a directive to the apiserver"));
+        }
     }
     if let Some(Value::Array(conditions)) = status.get_mut("conditions")
         && !conditions.iter().any(|condition| condition["type"] == BROKER_CONDITION)

@@ -369,8 +369,21 @@ fn remove_links(dir: &Path, logs: &Path) -> anyhow::Result<()> {
 
 /// Of a runtime with the systemd driver: units that nobody else stops.
 async fn stop_slices(root: &Path) -> anyhow::Result<()> {
-    let is_there = ["", "systemd"].iter().any(|name| root.join(name).join(SLICE).exists());
-    if is_there && unit::is_systemd() { systemctl(&["stop", SLICE]).await } else { Ok(()) }
+    let slices = ["", "systemd"].map(|name| root.join(name).join(SLICE));
+    // They would be killed, and are another agent's, or pods that could not be removed.
+    if let Some(slice) = slices.iter().find(|slice| has_processes(slice)) {
+        bail!("processes are left in {}: `systemctl stop {SLICE}` ends them", slice.display());
+    }
+    if slices.iter().any(|slice| slice.exists()) && unit::is_systemd() {
+        return systemctl(&["stop", SLICE]).await;
+    }
+    Ok(())
+}
+
+fn has_processes(group: &Path) -> bool {
+    let own = std::fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|processes| !processes.is_empty());
+    let below = || std::fs::read_dir(group).into_iter().flatten().flatten();
+    own || below().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()) && has_processes(&entry.path()))
 }
 
 /// The `kubepods` groups of the unified hierarchy or of every controller's.

@@ -163,7 +163,7 @@ pub struct Inputs<'a> {
     pub version: Option<&'a RuntimeVersion>,
     /// What the runtime lists.
     pub images: &'a [cri::Image],
-    /// The MQTT broker, where one is needed and it is known how it is.
+    /// The MQTT broker, where one is needed.
     pub broker: Option<&'a mqtt::Status>,
 }
 
@@ -307,8 +307,7 @@ fn conditions(
     now: Timestamp,
 ) -> Vec<NodeCondition> {
     let (now, pressures) = (whole_second(now), inputs.pressures);
-    let condition = |kind: &str, is_true: bool, reason: &str, message: String| {
-        let status = if is_true { "True" } else { "False" };
+    let condition = |kind: &str, status: &str, reason: &str, message: String| {
         let before = previous.iter().find(|condition| condition.type_ == kind && condition.status == status);
         NodeCondition {
             type_: kind.to_owned(),
@@ -321,12 +320,12 @@ fn conditions(
     };
     let pressure = |kind: &str, short: bool, reasons: [&str; 2], messages: [&str; 2]| {
         let which = usize::from(short);
-        condition(kind, short, reasons[which], format!("kubelet has {}", messages[which]))
+        condition(kind, ["False", "True"][which], reasons[which], format!("kubelet has {}", messages[which]))
     };
     let ready = match faults {
-        [] => condition("Ready", true, "KubeletReady", "kubelet is posting ready status".to_owned()),
-        [one] => condition("Ready", false, "KubeletNotReady", one.clone()),
-        many => condition("Ready", false, "KubeletNotReady", format!("[{}]", many.join(", "))),
+        [] => condition("Ready", "True", "KubeletReady", "kubelet is posting ready status".to_owned()),
+        [one] => condition("Ready", "False", "KubeletNotReady", one.clone()),
+        many => condition("Ready", "False", "KubeletNotReady", format!("[{}]", many.join(", "))),
     };
     let mut all = vec![
         pressure(
@@ -350,8 +349,12 @@ fn conditions(
         ready,
     ];
     if let Some(broker) = inputs.broker {
-        let reason = if broker.connected { "BrokerConnected" } else { "NoBroker" };
-        all.push(condition(BROKER_CONDITION, broker.connected, reason, broker.message.clone()));
+        all.push(match (broker.connected, broker.is_missed) {
+            (true, _) => condition(BROKER_CONDITION, "True", "BrokerConnected", broker.message.clone()),
+            (false, true) => condition(BROKER_CONDITION, "False", "NoBroker", broker.message.clone()),
+            // Only whoever has just started does not know.
+            (false, false) => condition(BROKER_CONDITION, "Unknown", "NotTriedYet", "edgecore starts".to_owned()),
+        });
     }
     all
 }

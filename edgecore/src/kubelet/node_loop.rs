@@ -222,7 +222,6 @@ impl NodeLoop {
         let is_needed = self.devices.need(&self.config.mqtt_broker);
         let status = {
             let broker = self.mqtt.borrow();
-            let is_known = broker.connected || broker.is_missed;
             let inputs = Inputs {
                 machine: &self.machine,
                 capacity: &self.capacity,
@@ -231,7 +230,7 @@ impl NodeLoop {
                 faults: &[],
                 version: self.version.as_ref(),
                 images: &self.images,
-                broker: (is_needed && is_known).then_some(&*broker),
+                broker: is_needed.then_some(&*broker),
             };
             node::status(&inputs, self.status.borrow().as_ref(), clock::wall())
         };

@@ -1,12 +1,13 @@
 //! A box on which nobody gave any directory: pods, logs and edgecore's own files are where the rest of the world looks for them.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::symlink;
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
@@ -34,13 +35,29 @@ fn a_box_of_defaults_has_everything_where_others_look() -> Result<()> {
         return Ok(());
     }
     // A thread may have mounts of its own, which what it starts sees, and nobody else.
-    let told =
-        std::thread::scope(|scope| scope.spawn(|| new_box().and_then(|()| alone("defaults", setup(), tell))).join());
+    let told = std::thread::scope(|scope| {
+        let box_of_defaults = || {
+            let _cgroups = the_cgroups()?;
+            new_box()?;
+            alone("defaults", setup(), tell)
+        };
+        scope.spawn(box_of_defaults).join()
+    });
     told.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn setup() -> Setup {
     Setup { cni: Cni::Empty, joined: false, ..Setup::default() }
+}
+
+/// The lock on the cgroups of pods, which are the machine's: in a /run of its own the edgecore of this box would not see who has it.
+fn the_cgroups() -> Result<Flock<File>> {
+    let tree = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"].iter().find_map(|tree| fs::metadata(tree).ok());
+    let tree = tree.context("no cgroups")?;
+    let lock = File::create(format!("/run/edgecore-cgroups-{:x}-{}.lock", tree.dev(), tree.ino()))?;
+    Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| errno)
+        .context("another edgecore has the cgroups of this machine: end it, or tell the story in a room")
 }
 
 /// System directories of this thread's own.

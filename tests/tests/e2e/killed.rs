@@ -34,7 +34,7 @@ seen | sort > "$0/before"
 "$@" & run=$!
 wait $run || exit
 # Its control plane is taken down when it is gone.
-for _ in $(seq 300); do ls -d "/tmp/skerry-test-$run"-* >/dev/null 2>&1 || break; sleep 0.1; done
+for _ in $(seq 300); do ls -d "${TMPDIR:-/tmp}/skerry-test-$run"-* >/dev/null 2>&1 || break; sleep 0.1; done
 seen | sort > "$0/after"
 "#;
 
@@ -95,7 +95,7 @@ fn a_killed_run_leaves_nothing_to_the_next() -> Result<()> {
     fs::write(hold.join("go"), "")?;
     held.kill()?;
     killed.push(held);
-    let status = two.wait_exit(180)?;
+    let status = two.wait_exit(300)?;
     ensure!(status.success(), "the next run failed ({status}): {}", two.log_tail(40));
 
     let seen = |name: &str| fs::read_to_string(hold.join(name)).with_context(|| format!("nothing was seen {name}"));

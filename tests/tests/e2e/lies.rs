@@ -119,14 +119,14 @@ fn lies_and_slow_readers_cost_nobody_else_anything() -> Result<()> {
         // Those that stand, and those that are ending while the next begin.
         let objects = 2 * LARGE * LARGE_BYTES * 4 / 3;
         let most = (SLOW.len() + 2 * LIARS.len()) * SESSION + LIARS.len() * INVENTORY + objects;
-        let left = eventually("cloudcore's memory to be given back", 30, || {
+        let left = eventually("cloudcore's memory to be given back", 60, || {
             let left = procfs::rss_kb(pid).context("no memory")?.saturating_sub(before);
             Ok((left < 16 << 10).then_some(left))
         })?;
         eprintln!("cloudcore had {before} kB, up to {peak} kB more amid them and {left} kB more after");
         ensure!((peak as usize) << 10 < most, "{peak} kB for them, where {most} B are bounds enough");
         ensure!(
-            slowest < Duration::from_secs(8).max(usual * 8),
+            slowest < Duration::from_secs(15).max(usual * 8),
             "a node waited {slowest:?} for a change, else {usual:?}"
         );
         ensure!(world.session()? == session, "the node lost its session");

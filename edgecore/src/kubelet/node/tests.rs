@@ -128,9 +128,12 @@ fn a_broker_is_spoken_of_only_where_one_is_needed() {
             (one.status, one.reason.unwrap_or_default(), one.message.unwrap_or_default(), one.last_transition_time)
         })
     };
-    let mut broker = mqtt::Status { message: "no broker; install one".to_owned(), ..Default::default() };
+    let mut broker = mqtt::Status::default();
     let without = of(None, None, 0);
     assert_eq!(told(&without), None);
+    let starts = told(&of(Some(&broker), None, 0)).unwrap();
+    assert_eq!((starts.0.as_str(), starts.1.as_str()), ("Unknown", "NotTriedYet"));
+    (broker.is_missed, broker.message) = (true, "no broker; install one".to_owned());
     let missing = of(Some(&broker), Some(&without), 10);
     let since = Some(Time(whole_second(at(10))));
     let words = |status: &str, reason: &str, message: &str, since| {

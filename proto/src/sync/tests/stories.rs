@@ -17,7 +17,7 @@ fn in_sync() -> World {
         let id = (PODS, format!("0b9cb2a2-4d3a-4a6e-8a26-0123456789{n:02}"));
         world.apiserver.write(&mut world.dice, &id, &format!("default/web-{n}"));
     }
-    world.replicas = vec![Replica::new(&world.apiserver)];
+    world.with_one_replica();
     world.settle();
     world
 }
@@ -90,7 +90,7 @@ fn another_replica_resumes_in_one_round_trip() {
         world.settle_on();
         world.assert_converged();
         // One that has never seen the node, and has not minted the tokens that its pods have.
-        world.replicas = vec![Replica::new(&world.apiserver)];
+        world.with_one_replica();
         world.connect();
         let last = world.connections.len() - 1;
         while !line(&world).up.is_empty() {
@@ -186,7 +186,7 @@ fn an_apiserver_that_was_restored_is_believed() {
     world.apiserver = Apiserver::default();
     world.apiserver.epoch = epoch;
     world.apiserver.write(&mut world.dice, &(PODS, "other".to_owned()), "default/other");
-    world.replicas = vec![Replica::new(&world.apiserver)];
+    world.with_one_replica();
     world.connect();
     go_on(&mut world);
     assert_eq!(world.node.disk.rows.len(), 20);

@@ -85,6 +85,12 @@ impl World {
         world
     }
 
+    /// A new one, in which the neighbours have their sessions, too.
+    pub(super) fn with_one_replica(&mut self) {
+        self.replicas = vec![Replica::new(&self.apiserver)];
+        self.neighbours = (1..=NEIGHBOURS).map(|who| Neighbour::new(who, 0)).collect();
+    }
+
     pub(super) fn is(&self, mutation: Mutation) -> bool {
         self.mutation == Some(mutation)
     }
