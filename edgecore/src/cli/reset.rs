@@ -22,8 +22,8 @@ use super::{DataDir, join, unit};
 use crate::config::{self, Config};
 use crate::control::{self, Request};
 use crate::devices::mqtt;
-use crate::kubelet::dirs;
 use crate::kubelet::observed::label;
+use crate::kubelet::{cgroup, dirs};
 use crate::runtime::{Cri, connect};
 use crate::{app, cni, files, identity, store};
 
@@ -367,7 +367,7 @@ fn remove_links(dir: &Path, logs: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Of a runtime with the systemd driver: units that nobody else stops.
+/// Of a runtime with the systemd driver: units that nobody else stops, and what systemd was told of them.
 async fn stop_slices(root: &Path) -> anyhow::Result<()> {
     let slices = ["", "systemd"].map(|name| root.join(name).join(SLICE));
     // They would be killed, and are another agent's, or pods that could not be removed.
@@ -375,7 +375,14 @@ async fn stop_slices(root: &Path) -> anyhow::Result<()> {
         bail!("processes are left in {}: `systemctl stop {SLICE}` ends them", slice.display());
     }
     if slices.iter().any(|slice| slice.exists()) && unit::is_systemd() {
-        return systemctl(&["stop", SLICE]).await;
+        systemctl(&["stop", SLICE]).await?;
+    }
+    for entry in entries(Path::new(cgroup::TOLD))? {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(b"kubepods") && name.as_encoded_bytes().ends_with(b".slice.d") {
+            std::fs::remove_dir_all(entry.path())
+                .with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
     }
     Ok(())
 }

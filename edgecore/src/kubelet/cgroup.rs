@@ -4,14 +4,15 @@
 //! (a controller, bandwidth control) costs a [`Warning`], never a pod: the limits of its containers still hold.
 //!
 //! With the systemd driver cgroups are units and making them by hand would fight with systemd: systemd makes a pod's slice
-//! when the runtime starts the sandbox, and neither limit nor weight is set on the slice. It would stay for ever: nobody but who is done
-//! with the pod stops it.
+//! when the runtime starts the sandbox, with what it was told of it before. The slice would stay for ever, and so would what was told:
+//! nobody but who is done with the pod stops the one and takes back the other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -29,6 +30,12 @@ const KILL_TRIES: usize = 5;
 const KILL_PAUSE: Duration = Duration::from_millis(20);
 /// Cgroups nest by container, and by whatever runs in it; nobody nests this deep in good faith.
 const DEEPEST: usize = 64;
+/// Where systemd keeps what it was told of units until the box is started again: a directory `<unit>.d` for each.
+pub const TOLD: &str = "/run/systemd/system.control";
+/// Slices of which it is remembered what systemd was told: more than a node has pods. One that is forgotten is told of again.
+const MOST_SLICES: usize = 1024;
+/// How often it is looked whether `systemctl` has ended, with [`KILL_PAUSE`] between: ten seconds. The threads that may wait are few.
+const LOOKS: usize = 500;
 
 /// Something that could not be done and that nothing depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +70,8 @@ pub struct Cgroups {
     /// Name of the top cgroup of pods, `kubepods`.
     base: String,
     systemd: bool,
+    /// What systemd was told last of each slice, see [`set_property`].
+    told: Arc<Mutex<Vec<Vec<String>>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -77,7 +86,11 @@ impl Cgroups {
     pub fn discover(systemd: bool) -> Result<Self, CgroupError> {
         let table = mountinfo::read().at("read the mount table", Path::new("/proc/self/mountinfo"))?;
         let hierarchies = hierarchies(&table).ok_or(CgroupError::NotMounted)?;
-        Ok(Self { hierarchies, base: "kubepods".to_owned(), systemd })
+        Ok(Self::new(hierarchies, systemd))
+    }
+
+    fn new(hierarchies: Hierarchies, systemd: bool) -> Self {
+        Self { hierarchies, base: "kubepods".to_owned(), systemd, told: Arc::default() }
     }
 
     /// Directories that stand for hierarchies: `root` is the one of v2; those of v1 are below it by their controllers' names.
@@ -86,7 +99,7 @@ impl Cgroups {
         let v1 = ["cpu", "cpuacct", "memory", "pids", "blkio"].map(|name| (name.to_owned(), root.join(name)));
         let hierarchies =
             if version == 2 { Hierarchies::V2(root.to_owned()) } else { Hierarchies::V1(v1.into_iter().collect()) };
-        Self { hierarchies, base: "kubepods".to_owned(), systemd: false }
+        Self::new(hierarchies, false)
     }
 
     /// The same hierarchies, with another top cgroup.
@@ -109,15 +122,19 @@ impl Cgroups {
     }
 
     /// Makes a cgroup and sets its limits; what was limited and no longer is gets free. Only changes are written.
-    /// With the systemd driver this does nothing: see the module.
+    /// With the systemd driver systemd is told of changes, also of a slice that is not there yet, and may take its time.
     pub fn apply(&self, limits: &PodCgroup) -> Vec<Warning> {
-        if self.systemd {
-            return Vec::new();
-        }
         let mut writer = Writer::default();
         let Some(relative) = self.relative(&limits.path) else {
             return vec![Warning(CgroupError::Path(limits.path.clone()).to_string())];
         };
+        if self.systemd {
+            let slice = slice_of(&relative);
+            if let Err(error) = self.tell(&slice, set_property(&slice, limits, self.version()), systemctl) {
+                writer.warn(format!("systemd does not limit {slice}: {error}"));
+            }
+            return writer.warnings;
+        }
         match &self.hierarchies {
             Hierarchies::V1(mounts) => writer.apply_v1(mounts, &relative, limits),
             Hierarchies::V2(root) => writer.apply_v2(root, &relative, limits),
@@ -126,8 +143,8 @@ impl Cgroups {
     }
 
     /// Kills what is left in a pod's cgroup and removes it with everything below, in every hierarchy. One that is gone is fine.
-    /// With the systemd driver the slice is stopped, with which systemd removes it.
-    /// Blocks for up to a tenth of a second, and for as long as systemd takes.
+    /// With the systemd driver the slice is stopped, with which systemd removes it, and forgets what it was told of it.
+    /// Blocks for up to a tenth of a second, and for up to ten seconds if systemd takes that.
     pub fn destroy(&self, path: &str) -> Result<(), CgroupError> {
         let refused = || CgroupError::Path(path.to_owned());
         let relative = self.relative(path).filter(|_| self.uid_of(path).is_some()).ok_or_else(refused)?;
@@ -151,9 +168,16 @@ impl Cgroups {
             {
                 return Err(CgroupError::Busy { path: dir.clone(), left });
             }
-            if !dirs.is_empty() {
-                stop_slice(&relative);
+            let slice = slice_of(&relative);
+            if !dirs.is_empty()
+                && let Err(error) = systemctl(&["stop".to_owned(), slice.clone()])
+            {
+                // An empty one that stays is not worth holding up a pod's end.
+                tracing::warn!(slice, %error, "systemd does not stop a pod's slice");
             }
+            self.forget(&slice);
+            // Not there if systemd was told nothing.
+            let _ = fs::remove_dir_all(Path::new(TOLD).join(format!("{slice}.d")));
             return Ok(());
         }
         for dir in &dirs {
@@ -202,6 +226,27 @@ impl Cgroups {
     /// The cgroup that all pods are in.
     pub fn top(&self) -> String {
         if self.systemd { format!("/{}.slice", self.base) } else { format!("/{}", self.base) }
+    }
+
+    /// Has systemd told of a slice, unless it was told the same last. What is there is not read: systemd makes it as it pleases, and later.
+    fn tell(&self, slice: &str, arguments: Vec<String>, call: fn(&[String]) -> io::Result<()>) -> io::Result<()> {
+        if self.told.lock().unwrap_or_else(PoisonError::into_inner).contains(&arguments) {
+            return Ok(());
+        }
+        // Of what failed nobody knows how far it came.
+        self.forget(slice);
+        call(&arguments)?;
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.len() >= MOST_SLICES {
+            told.remove(0);
+        }
+        told.push(arguments);
+        Ok(())
+    }
+
+    fn forget(&self, slice: &str) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|arguments| !arguments.iter().any(|argument| argument == slice));
     }
 
     /// A path of ours as it is below a hierarchy's root; `None` for any other. Of a slice given by its own name the slices around
@@ -470,14 +515,54 @@ fn thaw(dir: &Path, depth: usize) {
     }
 }
 
-/// Has systemd stop a slice, given by where its cgroup is. An empty one that stays is not worth holding up a pod's end.
-fn stop_slice(relative: &Path) {
-    let slice = relative.file_name().unwrap_or_default();
-    // What it has to say goes where the log goes.
-    let stopped = Command::new("systemctl").arg("stop").arg(slice).status();
-    if !stopped.is_ok_and(|status| status.success()) {
-        tracing::warn!(?slice, "systemd does not stop a pod's slice");
+/// The name of a slice, given by where its cgroup is.
+fn slice_of(relative: &Path) -> String {
+    relative.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// What `systemctl` is told so that a slice has these limits, and none besides, until the box is started again.
+fn set_property(slice: &str, limits: &PodCgroup, version: u8) -> Vec<String> {
+    let or = |limit: Option<i64>| {
+        limit.filter(|limit| *limit > 0).map_or_else(|| "infinity".to_owned(), |limit| limit.to_string())
+    };
+    let (weight, memory) = if version == 1 {
+        (limits.cpu_shares.map(|shares| format!("CPUShares={shares}")), "MemoryLimit")
+    } else {
+        (limits.cpu_shares.map(|shares| format!("CPUWeight={}", weight(shares))), "MemoryMax")
+    };
+    // In whole hundredths of a processor, as a kubelet and runc have it: systemd knew no others for long. Rounded up, so that the containers
+    // get theirs. The period is systemd's, a tenth of a second, which is a kubelet's, too. No value takes the limit away.
+    let quota = limits.cpu_quota.and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0);
+    let quota = quota.map(|quota| format!("{}%", quota.saturating_mul(100).div_ceil(period(limits))));
+    let mut arguments = vec!["set-property".to_owned(), "--runtime".to_owned(), slice.to_owned()];
+    arguments.extend(weight);
+    arguments.push(format!("CPUQuota={}", quota.unwrap_or_default()));
+    arguments.push(format!("{memory}={}", or(limits.memory_limit)));
+    arguments.push(format!("TasksMax={}", or(limits.pids_limit)));
+    arguments
+}
+
+/// Has systemd do something, or says why it did not. Blocks for up to ten seconds.
+fn systemctl(arguments: &[String]) -> io::Result<()> {
+    let quiet = || Stdio::null();
+    let mut command = Command::new("systemctl");
+    let mut child = command.args(arguments).stdin(quiet()).stdout(quiet()).stderr(Stdio::piped()).spawn()?;
+    for _ in 0..LOOKS {
+        if let Some(status) = child.try_wait()? {
+            if status.success() {
+                return Ok(());
+            }
+            let mut said = String::new();
+            if let Some(mut stderr) = child.stderr.take() {
+                stderr.read_to_string(&mut said)?;
+            }
+            return Err(io::Error::other(said.trim_end()));
+        }
+        pause();
     }
+    child.kill()?;
+    child.wait()?;
+    Err(io::ErrorKind::TimedOut.into())
 }
 
 fn remove(dir: &Path, depth: usize) -> Result<(), CgroupError> {

@@ -277,7 +277,7 @@ impl Worker {
                 let oldest = observed.sandboxes.iter().map(|sandbox| sandbox.created_at).min();
                 if self.memory.last_status.is_none()
                     && desired.life == Life::Wanted
-                    && let Some(event) = admission::unenforced(&desired.pod, &self.context.node())
+                    && let Some(event) = admission::unenforced(&desired.pod)
                 {
                     self.context.record(&reference(&desired.pod), &event);
                 }

@@ -10,7 +10,7 @@ mod tests;
 use k8s_openapi::api::core::v1::{Pod, PodSpec, Taint, Toleration, Volume};
 
 use super::references::{NodeFacts, PodEvent};
-use super::resources::{Totals, pod_level, pod_requests};
+use super::resources::{Totals, pod_requests};
 use super::security::check_sysctls;
 use super::spec::{Kind, Spec, is_terminal_phase};
 
@@ -91,7 +91,7 @@ pub fn unsupported(pod: &Pod) -> Option<PodEvent> {
 }
 
 /// Limits of the pod that nobody here holds it to, as the event that tells so. It runs all the same.
-pub fn unenforced(pod: &Pod, node: &NodeFacts) -> Option<PodEvent> {
+pub fn unenforced(pod: &Pod) -> Option<PodEvent> {
     let spec = pod.spec.as_ref()?;
     let mut limits = Vec::new();
     for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
@@ -109,9 +109,6 @@ pub fn unenforced(pod: &Pod, node: &NodeFacts) -> Option<PodEvent> {
         if on_disk.is_some_and(|empty| empty.size_limit.is_some()) {
             limits.push(format!("sizeLimit of emptyDir \"{}\"", volume.name));
         }
-    }
-    if node.systemd_cgroups && pod_level(pod).is_some_and(|whole| whole.limits.is_some()) {
-        limits.push("those of the pod as a whole, for the runtime uses the systemd cgroup driver".to_owned());
     }
     let message = format!("this node does not enforce these limits: {}", limits.join(", "));
     (!limits.is_empty()).then_some(PodEvent { warning: true, reason: "LimitNotEnforced", message, field_path: None })

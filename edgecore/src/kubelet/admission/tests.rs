@@ -162,9 +162,7 @@ fn a_pod_that_a_taint_would_evict_is_not_taken() {
 #[test]
 fn limits_that_nobody_enforces_are_named() {
     let limits = json!({"limits": {"memory": "1Gi", "ephemeral-storage": "1Gi"}});
-    let message = |spec: Value, systemd_cgroups| {
-        unenforced(&pod("p", spec), &NodeFacts { systemd_cgroups, ..node() }).map(|event| event.message)
-    };
+    let message = |spec: Value| unenforced(&pod("p", spec)).map(|event| event.message);
     let empty = |value: Value| json!([{"name": "v", "emptyDir": value}]);
     let spec = json!({
         "containers": [{"name": "a"}],
@@ -172,20 +170,17 @@ fn limits_that_nobody_enforces_are_named() {
         "volumes": empty(json!({"sizeLimit": "1Gi"})),
     });
     assert_eq!(
-        message(spec, false).as_deref(),
+        message(spec).as_deref(),
         Some(
             "this node does not enforce these limits: ephemeral-storage of container \"i\", sizeLimit of emptyDir \"v\""
         )
     );
     let memory = json!({"containers": [], "volumes": empty(json!({"sizeLimit": "1Gi", "medium": "Memory"}))});
-    assert_eq!(message(memory, true), None);
+    assert_eq!(message(memory), None);
     let whole = json!({"containers": [], "resources": {"limits": {"memory": "1Gi"}}});
-    assert_eq!(message(whole.clone(), false), None);
-    assert!(message(whole, true).unwrap().contains("the pod as a whole"));
+    assert_eq!(message(whole), None);
     let gpu = json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "1", "vendor.com/gpu": "1"}}}]});
-    assert!(
-        message(gpu, false).unwrap().ends_with(": vendor.com/gpu of container \"a\", which gets no device with it")
-    );
+    assert!(message(gpu).unwrap().ends_with(": vendor.com/gpu of container \"a\", which gets no device with it"));
 }
 
 #[test]

@@ -44,11 +44,7 @@ fn paths_and_slices() {
     }
     assert_eq!((weight(2), weight(1024), weight(262_144), weight(0)), (1, 39, 10_000, 1));
 
-    let by_hand = |systemd| Cgroups {
-        hierarchies: Hierarchies::V2(PathBuf::from("/none")),
-        base: "kubepods".to_owned(),
-        systemd,
-    };
+    let by_hand = |systemd| Cgroups::new(Hierarchies::V2(PathBuf::from("/none")), systemd);
     let cgroupfs = by_hand(false);
     assert_eq!(cgroupfs.uid_of("/kubepods/podx-1").as_deref(), Some("x-1"));
     assert_eq!(cgroupfs.uid_of("/kubepods/burstable"), None);
@@ -59,7 +55,56 @@ fn paths_and_slices() {
     assert_eq!(systemd.relative("kubepods-burstable-poda_b.slice"), Some(PathBuf::from(path)));
     assert_eq!(systemd.relative("/system.slice/x"), None);
     assert_eq!(systemd.uid_of(path).as_deref(), Some("a-b"));
-    assert!(systemd.apply(&limits(path)).is_empty());
+    // Not a slice of ours: systemd is told nothing.
+    assert_eq!(systemd.apply(&limits("/kubepods/poda")).len(), 1);
+    assert_eq!(systemd.apply(&limits("/system.slice")).len(), 1);
+}
+
+#[test]
+fn slices_have_the_limits_as_properties() {
+    let arguments = |limits: &PodCgroup, version| set_property("kubepods-poda_b.slice", limits, version)[2..].join(" ");
+    let limits = limits("/kubepods.slice/kubepods-poda_b.slice");
+    assert_eq!(set_property("x.slice", &limits, 2)[..3], ["set-property", "--runtime", "x.slice"]);
+    assert_eq!(slice_of(Path::new("kubepods.slice/kubepods-poda_b.slice")), "kubepods-poda_b.slice");
+    assert_eq!(
+        arguments(&limits, 2),
+        "kubepods-poda_b.slice CPUWeight=20 CPUQuota=50% MemoryMax=67108864 TasksMax=100"
+    );
+    assert_eq!(
+        arguments(&limits, 1),
+        "kubepods-poda_b.slice CPUShares=512 CPUQuota=50% MemoryLimit=67108864 TasksMax=100"
+    );
+    // What was limited and no longer is gets free.
+    let free = PodCgroup { cpu_quota: Some(-1), memory_limit: Some(0), ..PodCgroup::default() };
+    assert_eq!(arguments(&free, 2), "kubepods-poda_b.slice CPUQuota= MemoryMax=infinity TasksMax=infinity");
+    for (quota, period, percent) in
+        [(1000, 100_000, 1), (12_300, 100_000, 13), (400_000, 0, 400), (5000, 10_000, 50), (1, 100_000, 1)]
+    {
+        let limits = PodCgroup { cpu_quota: Some(quota), cpu_period: period, ..PodCgroup::default() };
+        assert!(arguments(&limits, 2).contains(&format!(" CPUQuota={percent}% ")), "{quota} of {period}");
+    }
+}
+
+#[test]
+fn systemd_is_told_of_changes_only() {
+    let cgroups = Cgroups::new(Hierarchies::V2(PathBuf::from("/none")), true);
+    let refuse = |_: &[String]| Err(io::ErrorKind::TimedOut.into());
+    let tell = |slice: &str, value: u64, call: fn(&[String]) -> io::Result<()>| {
+        let limits = PodCgroup { cpu_shares: Some(value), ..PodCgroup::default() };
+        cgroups.tell(slice, set_property(slice, &limits, 1), call).is_ok()
+    };
+    assert!(tell("a.slice", 2, |_| Ok(())));
+    assert!(tell("a.slice", 2, refuse), "it is told the same again");
+    assert!(!tell("b.slice", 2, refuse) && !tell("b.slice", 2, refuse), "what failed is tried again");
+    assert!(!tell("a.slice", 3, refuse) && !tell("a.slice", 2, refuse), "what held before may hold no more");
+    assert!(tell("a.slice", 2, |_| Ok(())) && tell("a.slice", 3, |_| Ok(())) && !tell("a.slice", 2, refuse));
+    assert!(tell("b.slice", 2, |_| Ok(())));
+    cgroups.forget("b.slice");
+    assert!(!tell("b.slice", 2, refuse), "of a slice that is gone nothing is known");
+    for n in 0..=MOST_SLICES {
+        assert!(tell(&format!("{n}.slice"), 2, |_| Ok(())));
+    }
+    assert_eq!(cgroups.told.lock().unwrap().len(), MOST_SLICES);
 }
 
 /// A directory that looks like a v2 hierarchy with these controllers; the files of a cgroup appear in `made`.
@@ -75,7 +120,7 @@ fn v2(controllers: &str, made: &[&str]) -> (tempfile::TempDir, Cgroups) {
         }
     }
     let hierarchies = Hierarchies::V2(root.path().to_owned());
-    (root, Cgroups { hierarchies, base: "kubepods".to_owned(), systemd: false })
+    (root, Cgroups::new(hierarchies, false))
 }
 
 #[test]
@@ -104,7 +149,7 @@ fn what_the_kernel_lacks_costs_a_warning() {
     let warnings = cgroups.apply(&limits("/kubepods/burstable/poda"));
     assert_eq!(warnings.len(), 3, "{warnings:?}");
     assert_eq!(cgroups.apply(&PodCgroup { path: "/kubepods/burstable/poda".to_owned(), ..PodCgroup::default() }), []);
-    let none = Cgroups { hierarchies: Hierarchies::V1(BTreeMap::new()), base: "kubepods".to_owned(), systemd: false };
+    let none = Cgroups::new(Hierarchies::V1(BTreeMap::new()), false);
     assert_eq!(none.apply(&limits("/kubepods/poda")).len(), 3);
     assert_eq!(none.apply(&limits("/elsewhere/poda")).len(), 1);
 }

@@ -45,7 +45,7 @@ impl Agent {
             store: store.clone(),
             cri: cri.clone(),
             volumes: Volumes::new(dir.join("pods")),
-            // With systemd's driver none is made by hand.
+            // None is made: with systemd's driver the pods' paths are not those of slices.
             cgroups: Cgroups::discover(true).unwrap(),
             images: Images::new(
                 cri.clone(),
