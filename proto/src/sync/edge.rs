@@ -302,8 +302,12 @@ impl Edge {
                 }
                 if !PROTOCOL.contains(&welcome.protocol) {
                     return Err(format!(
-                        "{} chose protocol {}, which was not offered",
-                        welcome.agent, welcome.protocol
+                        "{} chose protocol {}, {} speaks {} to {} and offered no other",
+                        welcome.agent,
+                        welcome.protocol,
+                        self.agent,
+                        PROTOCOL.start(),
+                        PROTOCOL.end(),
                     ));
                 }
                 if welcome.epoch <= self.last_epoch {

@@ -552,6 +552,14 @@ fn peers_that_break_the_protocol_are_dismissed() {
     let [HubOutput::Close(Some(goodbye))] = out.as_slice() else { panic!("{out:?}") };
     assert_eq!(goodbye.reason(), Reason::Version);
     assert!(goodbye.message.contains("edgecore 9") && goodbye.message.contains("cloudcore 0"));
+    // One that chooses what was not offered.
+    let mut edge = Edge::new("n", "b", "s", "edgecore 0", 0, []);
+    edge.step(Duration::ZERO, EdgeInput::Connected);
+    let welcome = wire::Welcome { protocol: 2, epoch: 1, agent: "cloudcore 9".into(), ..Default::default() };
+    let out = edge.step(Duration::ZERO, EdgeInput::Frame(Frame { body: Some(Body::Welcome(welcome)) }));
+    let [EdgeOutput::Close(Some(goodbye))] = out.as_slice() else { panic!("{out:?}") };
+    let said = "cloudcore 9 chose protocol 2, edgecore 0 speaks 1 to 1";
+    assert!(goodbye.message.contains(said), "{}", goodbye.message);
 
     let lies = [
         Body::Ack(wire::Ack { seq: 5 }),
