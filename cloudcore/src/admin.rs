@@ -108,6 +108,8 @@ pub async fn serve(listener: TcpListener, status: Arc<Status>, stop: Cancellatio
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    use skerry_proto::mux::Class;
+
     use super::*;
     use crate::metrics::Metrics;
 
@@ -120,7 +122,7 @@ mod tests {
         let mut registry = Registry::default();
         let metrics = Metrics::new(&mut registry);
         metrics.session_start("ok");
-        skerry_proto::transport::Meter::received(&metrics, 7);
+        skerry_proto::transport::Meter::received(&metrics, Some(Class::Ops), 7);
         crate::apiserver::Metrics::new(&mut registry).report("pod", "taken");
         let ready = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&ready);
@@ -132,7 +134,8 @@ mod tests {
         for line in [
             "skerry_sessions 0",
             "skerry_session_starts_total{result=\"ok\"} 1",
-            "skerry_bytes_total{direction=\"in\"} 7",
+            "skerry_bytes_total{direction=\"in\",class=\"ops\"} 7",
+            "skerry_bytes_total{direction=\"out\",class=\"control\"} 0",
             "skerry_reports_total{kind=\"pod\",result=\"taken\"} 1",
             "process_resident_memory_bytes ",
         ] {

@@ -174,6 +174,7 @@ async fn start(
     let secrets = Arc::new(secrets);
     let tokens = JoinTokens::new(Arc::clone(&secrets));
     let front = Arc::new(Front::new(backend, Arc::clone(&authority), tokens, metrics.clone(), stop.clone()));
+    front.count_queues(&mut registry);
     let kubelets = front.backend().kubelets();
     let sessions = Arc::clone(&front);
     let find = move |node: &str| sessions.streams(node);

@@ -156,6 +156,13 @@ impl Sessions {
         self.lock().nodes.get(name)?.session.as_ref()?.streams.clone()
     }
 
+    /// The streams of every session that stands.
+    pub(crate) fn all_streams(&self) -> Vec<Streams> {
+        let inner = self.lock();
+        let sessions = inner.nodes.values().filter_map(|node| node.session.as_ref());
+        sessions.filter_map(|session| session.streams.clone()).collect()
+    }
+
     /// The nodes that have a session.
     pub fn nodes(&self) -> Vec<NodeIdentity> {
         let inner = self.lock();

@@ -254,6 +254,11 @@ impl Streams {
     pub fn is_ended(&self) -> bool {
         lock(&self.0).ended.is_some()
     }
+
+    /// What of the session waits to be sent.
+    pub fn waiting(&self) -> Waiting {
+        lock(&self.0).mux.waiting()
+    }
 }
 
 impl Stream {
@@ -417,12 +422,15 @@ impl<T> Services<T> {
         receiver
     }
 
-    /// Hands a stream to who serves its class, or refuses it. `with` adds who it is from.
-    pub fn deliver(&self, incoming: Incoming, with: impl FnOnce(Incoming) -> T) {
+    /// Hands a stream to who serves its class, or refuses it; answers whether somebody has it. `with` adds who it is from.
+    pub fn deliver(&self, incoming: Incoming, with: impl FnOnce(Incoming) -> T) -> bool {
         let class = incoming.class;
         let place = self.0[class.index()].as_ref().map(mpsc::Sender::try_reserve);
         match place {
-            Some(Ok(place)) => place.send(with(incoming)),
+            Some(Ok(place)) => {
+                place.send(with(incoming));
+                return true;
+            }
             Some(Err(mpsc::error::TrySendError::Full(()))) => {
                 incoming.refuse(&format!("too many streams of class {class} wait to be served here, try again later"));
             }
@@ -430,6 +438,7 @@ impl<T> Services<T> {
                 incoming.refuse(&format!("nobody serves streams of class {class} here"));
             }
         }
+        false
     }
 }
 

@@ -7,6 +7,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
 use rustls::server::NoServerSessionStorage;
 use skerry_proto::mux::{Class, Side};
@@ -23,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use self::places::{Place, Places};
 use crate::backend::{Backend, NodeCheck, NodeIdentity};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Queues};
 use crate::pki::{CaError, CurrentAuthority, NodeCertificate, ServerCertificate};
 use crate::registry::Sessions;
 use crate::retry::{Backoff, chain};
@@ -112,6 +113,11 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
     /// What opens streams on a node's session, if it has one.
     pub fn streams(&self, node: &str) -> Option<Streams> {
         self.sessions.streams(node)
+    }
+
+    /// Makes known to a registry what waits in its sessions.
+    pub fn count_queues(&self, registry: &mut Registry) {
+        registry.register_collector(Box::new(Queues(self.sessions.clone())));
     }
 
     /// What is behind it.

@@ -45,6 +45,8 @@ type Refused = (&'static str, Option<Goodbye>);
 /// A session that may begin.
 struct Begun {
     hello: Hello,
+    /// When it came.
+    heard: Duration,
     place: Place,
     /// What the edge knows of the apiserver's revisions means nothing any more.
     restored: bool,
@@ -59,7 +61,7 @@ pub(super) struct Session<F> {
     hub: Hub,
     /// What the hub wants done first.
     outputs: Vec<HubOutput>,
-    _counted: metrics::Standing,
+    counted: metrics::Standing,
 }
 
 /// The session of whoever comes, says Hello and may have one; others are told why not. A stranger is one of them, whose number is bounded,
@@ -76,7 +78,7 @@ where
     let mut wire = wire.full_at(FULL);
     let begun = begin(front, &mut wire, &certificate).await;
     let node = certificate.node;
-    let Begun { hello, place, restored } = match begun {
+    let Begun { hello, heard, place, restored } = match begun {
         Ok(begun) => begun,
         Err((result, goodbye)) => {
             front.metrics.session_start(result);
@@ -88,7 +90,7 @@ where
     drop(stranger);
     let epoch = place.epoch();
     front.metrics.session_start("ok");
-    let counted = front.metrics.session();
+    let counted = front.metrics.session(heard);
     info!(node = shown(&node), epoch, agent = hello.agent, "connected");
     let seen = if restored { &[] } else { hello.revisions.as_slice() };
     let feed = front.backend.open(&node, epoch, hello.last_epoch, who(&hello), seen);
@@ -96,7 +98,7 @@ where
     if restored {
         outputs.extend(hub.step(clock::monotonic(), HubInput::Restored));
     }
-    Some(Box::new(Session { wire, node, place, feed, hub, outputs, _counted: counted }))
+    Some(Box::new(Session { wire, node, place, feed, hub, outputs, counted }))
 }
 
 /// Runs a session to its end.
@@ -152,6 +154,7 @@ where
         Ok(Err(_)) => return Err(("closed", None)),
         Err(_) => return Err(protocol("no Hello came in time")),
     };
+    let heard = clock::monotonic();
     if hello.node != node.name {
         let message = format!(
             "the certificate is the one of node {}, not of {:?}; `edgecore reset` and joining again makes the two agree",
@@ -213,7 +216,7 @@ where
     };
     match missed(&mut deletions, node) {
         Some(true) => Err(deleted(node)),
-        Some(false) => Ok(Begun { hello, place, restored }),
+        Some(false) => Ok(Begun { hello, heard, place, restored }),
         None => Err(later("unavailable", "too much is going on")),
     }
 }
@@ -246,7 +249,7 @@ where
     B: Backend,
     S: SecretStore,
 {
-    let Session { wire, node, place, feed, hub, outputs, .. } = session;
+    let Session { wire, node, place, feed, hub, outputs, counted } = session;
     let mut patience = Patience::new(clock::monotonic());
     let mut pace = Pace::default();
     // Whoever opens a stream on it now is sent behind the Welcome.
@@ -264,10 +267,12 @@ where
                 HubOutput::Close(goodbye) => return goodbye,
             }
         }
+        let now = clock::monotonic();
+        counted.goes_on(now, hub);
         let keeps_up = !wire.is_full();
-        let due = hub.next_timeout().saturating_sub(clock::monotonic());
+        let due = hub.next_timeout().saturating_sub(now);
         let due = if keeps_up { due } else { due.min(LOOK) };
-        let late = hub.is_behind().then(|| patience.until.saturating_sub(clock::monotonic()));
+        let late = hub.is_behind().then(|| patience.until.saturating_sub(now));
         pace.goes_on(keeps_up, wire.waiting().control);
         tokio::select! {
             biased;
@@ -281,7 +286,9 @@ where
                 Ok(Event::Heard) => *outputs = hub.step(clock::monotonic(), HubInput::Heard),
                 Ok(Event::Opened(incoming)) => {
                     *outputs = hub.step(clock::monotonic(), HubInput::Heard);
-                    front.services.deliver(incoming, |incoming| (node.clone(), incoming));
+                    if !front.services.deliver(incoming, |incoming| (node.clone(), incoming)) {
+                        front.metrics.stream_refused();
+                    }
                 }
                 Ok(Event::Drained) => {}
                 Err(End::Garbage(what)) => return Some(goodbye(Reason::Protocol, what)),

@@ -34,6 +34,7 @@ use crate::secrets::fake::MemorySecrets;
 use crate::token::TokenSpec;
 
 mod certificates;
+mod counted;
 mod joins;
 mod quic_sessions;
 mod reconnects;
@@ -175,6 +176,7 @@ struct Cloud {
     address: std::net::SocketAddr,
     /// QUIC on the same number.
     quic: tokio::task::JoinHandle<()>,
+    registry: Registry,
     stop: CancellationToken,
     serving: tokio::task::JoinHandle<()>,
 }
@@ -213,7 +215,9 @@ impl Cloud {
         let backend = FakeBackend { script: Mutex::new(script), deletions: broadcast::channel(8).0, opened };
         let stop = CancellationToken::new();
         let tokens = JoinTokens::new(Arc::clone(&secrets));
-        let mut front = Front::new(backend, authority, tokens, Metrics::default(), stop.clone());
+        let mut registry = Registry::default();
+        let mut front = Front::new(backend, authority, tokens, Metrics::new(&mut registry), stop.clone());
+        front.count_queues(&mut registry);
         let incoming = front.serve_streams(Class::Api, 4);
         let front = Arc::new(front);
         let (listener, datagrams) = loop {
@@ -228,7 +232,7 @@ impl Cloud {
         let quic = crate::supervise::spawn("quic", Arc::clone(&front).serve_quic(endpoint, Duration::from_secs(5)));
         let serving = crate::supervise::spawn("port", Arc::clone(&front).serve(listener, tls, Duration::from_secs(5)));
         drop(crate::supervise::spawn("deletions", Arc::clone(&front).watch_deletions()));
-        Self { front, certificate, secrets, opened: opened_out, incoming, address, quic, stop, serving }
+        Self { front, certificate, secrets, opened: opened_out, incoming, address, quic, registry, stop, serving }
     }
 
     fn authority(&self) -> Arc<CertificateAuthority> {

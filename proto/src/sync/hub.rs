@@ -43,6 +43,27 @@ pub struct Hub {
     last_heard: Duration,
     in_sync: bool,
     closed: bool,
+    tally: Tally,
+}
+
+/// What became of what a hub was told, in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Changes, deletes among them, that the edge has acknowledged.
+    pub acknowledged: u32,
+    /// Changes that were not sent, for another state took their place before.
+    pub superseded: u32,
+    /// Reports that were refused here.
+    pub refused: u32,
+}
+
+/// What the edge still lacks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Changes that are to be sent once there is room.
+    pub waiting: u32,
+    /// Bytes of what was sent and is not acknowledged.
+    pub unacknowledged: u32,
 }
 
 /// What happens to a hub.
@@ -141,6 +162,7 @@ impl Hub {
             last_heard: now,
             in_sync: false,
             closed: false,
+            tally: Tally::default(),
         };
         if hello.protocol_max < *PROTOCOL.start() || hello.protocol_min > *PROTOCOL.end() {
             hub.closed = true;
@@ -180,6 +202,22 @@ impl Hub {
         self.freshness.is_behind()
     }
 
+    /// Whether the edge acknowledged everything and its digests agree; see [`HubOutput::InSync`].
+    pub fn is_in_sync(&self) -> bool {
+        self.in_sync
+    }
+
+    /// What the edge still lacks, as far as it was compared.
+    pub fn backlog(&self) -> Backlog {
+        let number = |of| u32::try_from(of).unwrap_or(u32::MAX);
+        Backlog { waiting: number(self.dirty.len()), unacknowledged: number(self.in_flight_bytes) }
+    }
+
+    /// What came about since this was asked the last time.
+    pub fn take_tally(&mut self) -> Tally {
+        std::mem::take(&mut self.tally)
+    }
+
     /// Has the edge report once more what it knows of an object.
     pub fn ask_report(&mut self, kind: ReportKind, uid: String) -> Vec<HubOutput> {
         if self.closed {
@@ -211,8 +249,10 @@ impl Hub {
             HubInput::Keep(collection, entry) => self.want(collection, Desired::Version(Box::new(entry))),
             HubInput::Gone(collection, uid) => {
                 if let Some(order) = rank(collection) {
+                    let before = self.collections[order].wanted_version(&uid);
                     self.collections[order].unwant(&uid);
-                    self.requeue(order, uid);
+                    let is_superseded = self.requeue(order, uid) && before.is_some();
+                    self.tally.superseded += u32::from(is_superseded);
                 }
             }
             HubInput::Complete(collection) => {
@@ -272,6 +312,7 @@ impl Hub {
                 self.acked_seq = seq;
                 while let Some(first) = self.in_flight.front().filter(|first| first.seq <= seq) {
                     self.in_flight_bytes -= first.bytes;
+                    self.tally.acknowledged += u32::from(first.change.is_some());
                     self.in_flight.pop_front();
                 }
                 if self.in_flight.is_empty() {
@@ -300,6 +341,7 @@ impl Hub {
 
     fn report(&mut self, report: wire::Report, out: &mut Vec<HubOutput>) -> Result<(), String> {
         if decoded_size(report.encoding(), &report.payload).is_some_and(|size| size > MAX_REPORT) {
+            self.tally.refused += 1;
             let refused = format!("a report of more than {MAX_REPORT} bytes");
             out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
             return Ok(());
@@ -314,6 +356,7 @@ impl Hub {
         }
         let kind = report.kind();
         if kind == ReportKind::Unspecified {
+            self.tally.refused += 1;
             let refused = "a kind of report that this cloudcore does not know".to_owned();
             out.push(send(Body::ReportAck(wire::ReportAck { id: report.id, refused })));
             return Ok(());
@@ -341,8 +384,10 @@ impl Hub {
     fn want(&mut self, collection: Collection, desired: Desired) {
         let Some(order) = rank(collection) else { return };
         let uid = desired.uid().to_owned();
+        let (before, after) = (self.collections[order].wanted_version(&uid), desired.version());
         self.collections[order].want(desired);
-        self.requeue(order, uid);
+        let is_superseded = self.requeue(order, uid) && before != after;
+        self.tally.superseded += u32::from(is_superseded);
     }
 
     /// Compares everything once what the edge has seen is reached.
@@ -358,20 +403,17 @@ impl Hub {
         }
     }
 
-    /// Puts a row in the queue, or takes it out, according to its difference.
-    fn requeue(&mut self, order: usize, uid: String) {
+    /// Puts a row in the queue, or takes it out, according to its difference. Answers whether it was there.
+    fn requeue(&mut self, order: usize, uid: String) -> bool {
         let held = &self.collections[order];
         let ready = held.complete && matches!(held.knowledge, Knowledge::Rows) && !self.is_behind();
         let upsert = Turn { delete: false, order, uid };
         let delete = Turn { delete: true, order: COLLECTIONS.len() - order, uid: upsert.uid.clone() };
-        self.dirty.remove(&upsert);
-        self.dirty.remove(&delete);
-        if !ready {
-            return;
-        }
-        if let Some(row) = held.row(&upsert.uid).filter(|row| !row.agrees()) {
+        let was_queued = self.dirty.remove(&upsert) | self.dirty.remove(&delete);
+        if ready && let Some(row) = held.row(&upsert.uid).filter(|row| !row.agrees()) {
             self.dirty.insert(if row.desired.version().is_some() { upsert } else { delete });
         }
+        was_queued
     }
 
     /// Compares a collection that is complete with what is known of the edge, and asks when that is not enough.

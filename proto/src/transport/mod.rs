@@ -43,17 +43,17 @@ const MAX_CUT_FRAME: usize = 2 * CUT;
 /// Batches that are sent before what came is looked at.
 const BURST: usize = 16;
 
-/// Counts what goes through a connection.
+/// Counts what goes through a connection. The class is the one of the frame's stream, `None` for control and for what has none.
 pub trait Meter {
     /// A frame of so many bytes was handed over.
-    fn sent(&self, bytes: usize);
+    fn sent(&self, class: Option<Class>, bytes: usize);
     /// A frame of so many bytes came.
-    fn received(&self, bytes: usize);
+    fn received(&self, class: Option<Class>, bytes: usize);
 }
 
 impl Meter for () {
-    fn sent(&self, _: usize) {}
-    fn received(&self, _: usize) {}
+    fn sent(&self, _: Option<Class>, _: usize) {}
+    fn received(&self, _: Option<Class>, _: usize) {}
 }
 
 /// A session's connection. `T` is what a WebSocket runs on.

@@ -146,7 +146,7 @@ impl Quic {
                     }
                     let Poll::Ready(frame) = carrier.poll_frame_of(LANES[place], context) else { break };
                     *unsent = frame.encode_length_delimited_to_vec().into();
-                    meter.sent(unsent.len());
+                    meter.sent(LANES[place], unsent.len());
                     sent += 1;
                 }
                 let state = writer.get_or_insert_with(|| {
@@ -196,7 +196,7 @@ impl Quic {
             let Some(unread) = unread else { continue };
             loop {
                 if let Some((frame, bytes)) = unread.take(longest(class)).map_err(|error| malformed(&error))? {
-                    meter.received(bytes);
+                    meter.received(class, bytes);
                     if class_of(&frame) != Some(class) {
                         return Poll::Ready(Err(End::Garbage(
                             "a frame came on the stream of another class".to_owned(),

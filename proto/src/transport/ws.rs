@@ -55,7 +55,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
                 && let Poll::Ready(frame) = carrier.poll_frame(context)
             {
                 let bytes = Bytes::from(frame.encode_to_vec());
-                meter.sent(bytes.len());
+                meter.sent(class_of(&frame).flatten(), bytes.len());
                 self.unflushed += bytes.len();
                 self.socket.start_send_unpin(Message::Binary(bytes)).map_err(end)?;
             }
@@ -79,9 +79,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Ws<T> {
             return Poll::Ready(match message {
                 Message::Binary(bytes) => {
                     let length = bytes.len();
-                    meter.received(length);
-                    match frame::decode(bytes) {
-                        Ok(frame) if class_of(&frame).is_some_and(|class| length > longest(class)) => {
+                    let decoded = frame::decode(bytes);
+                    let class = decoded.as_ref().ok().and_then(class_of);
+                    meter.received(class.flatten(), length);
+                    match decoded {
+                        Ok(_) if class.is_some_and(|class| length > longest(class)) => {
                             Err(End::Garbage(format!("a frame of a stream has {length} bytes, more than are cut")))
                         }
                         decoded => decoded.map_err(|error| malformed(&error)),

@@ -114,6 +114,11 @@ impl Held {
         self.rows.iter().map(|row| row.desired.uid().to_owned()).collect()
     }
 
+    /// The version that is desired of a UID.
+    pub(super) fn wanted_version(&self, uid: &str) -> Option<u64> {
+        self.row(uid)?.desired.version()
+    }
+
     /// Notes what is desired of a UID.
     pub(super) fn want(&mut self, desired: Desired) {
         if let Some(version) = desired.version() {

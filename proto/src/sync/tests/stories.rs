@@ -414,6 +414,8 @@ fn a_report_that_is_too_large_is_refused_and_holds_nothing_up() {
         let [HubOutput::Send(Frame { body: Some(Body::ReportAck(ack)) })] = out.as_slice() else { panic!("{out:?}") };
         assert!(ack.id == id && !ack.refused.is_empty());
     }
+    assert_eq!(hub.take_tally(), Tally { refused: 100, ..Tally::default() });
+    assert_eq!(hub.take_tally(), Tally::default());
 }
 
 #[test]
