@@ -315,8 +315,8 @@ impl Story {
         })
     }
 
-    /// Process ids of what runs, by the id of its container or sandbox. While a shim starts a process in a pod that has little of the
-    /// processors, which is long where they are emulated, it may not say in time what it has.
+    /// Process ids of what runs, by the id of its container or sandbox. A shim may not say in time what it has: emulated on busy processors
+    /// one was seen silent for seconds, with a probe under way.
     fn tasks(&self) -> Result<BTreeMap<String, String>> {
         let text = eventually("the runtime to know what runs", SLOW, || {
             let text = self.machine.sh("ctr -n k8s.io tasks ls")?;
