@@ -162,7 +162,8 @@ async fn run_bare_pod(mut client: RuntimeServiceClient<Channel>, number: usize, 
             attempt: 0,
         }),
         hostname: name,
-        linux: Some(LinuxPodSandboxConfig::default()),
+        // Where kubelets have them, and where it is cleaned up.
+        linux: Some(LinuxPodSandboxConfig { cgroup_parent: "/kubepods".to_owned(), ..Default::default() }),
         ..Default::default()
     };
     let request = RunPodSandboxRequest { config: Some(sandbox.clone()), runtime_handler: String::new() };
