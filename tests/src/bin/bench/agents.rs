@@ -113,37 +113,20 @@ impl Bench {
             times.sort_by(f64::total_cmp);
             self.say(figure, times[times.len() / 2], "s");
         }
-        let (mut firsts, mut alls) = (Vec::new(), Vec::new());
-        for round in 1..=3 {
-            eprintln!("{}: power cycle with {MANY} pods, round {round} of 3", self.name);
-            let (first, all) = self.power_cycle()?;
-            firsts.push(first);
-            alls.push(all);
-            self.remove_pods()?;
-        }
-        firsts.sort_by(f64::total_cmp);
-        alls.sort_by(f64::total_cmp);
         // The kubelet cannot do it without its apiserver, so it is measured with one.
         let subject = match &self.agent {
             Agent::Edgecore { .. } => "edgecore",
             Agent::Kubelet(_) => "kubelet-online",
         };
-        tell("pods.powercycle.first", subject, firsts[1], "s");
-        tell("pods.powercycle.all", subject, alls[1], "s");
+        power_cycles(subject, || {
+            let times = self.power_cycle()?;
+            self.remove_pods()?;
+            Ok(times)
+        })?;
         if matches!(self.agent, Agent::Edgecore { .. }) {
             self.agent.kill();
-            let (mut firsts, mut alls) = (Vec::new(), Vec::new());
-            for round in 1..=3 {
-                eprintln!("containerd: as many pods by the runtime alone, round {round} of 3");
-                let (first, all) = self.runtime_alone()?;
-                firsts.push(first);
-                alls.push(all);
-            }
+            power_cycles("containerd", || self.runtime_alone())?;
             self.agent.start()?;
-            firsts.sort_by(f64::total_cmp);
-            alls.sort_by(f64::total_cmp);
-            tell("pods.powercycle.first", "containerd", firsts[1], "s");
-            tell("pods.powercycle.all", "containerd", alls[1], "s");
         }
         Ok(())
     }
@@ -220,6 +203,22 @@ impl Bench {
     pub(crate) fn say(&self, figure: &str, value: f64, unit: &str) {
         tell(figure, self.name, value, unit);
     }
+}
+
+/// The medians of three power cycles: to the first container and to all.
+fn power_cycles(subject: &str, mut cycle: impl FnMut() -> Result<(f64, f64)>) -> Result<()> {
+    let (mut firsts, mut alls) = (Vec::new(), Vec::new());
+    for round in 1..=3 {
+        eprintln!("{subject}: power cycle with {MANY} pods, round {round} of 3");
+        let (first, all) = cycle()?;
+        firsts.push(first);
+        alls.push(all);
+    }
+    firsts.sort_by(f64::total_cmp);
+    alls.sort_by(f64::total_cmp);
+    tell("pods.powercycle.first", subject, firsts[1], "s");
+    tell("pods.powercycle.all", subject, alls[1], "s");
+    Ok(())
 }
 
 impl Drop for Bench {
