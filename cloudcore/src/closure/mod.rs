@@ -376,9 +376,9 @@ impl Closures {
         Some((known.claim.max(known.here.0), known.agents))
     }
 
-    /// Whether the Node names no session: none has ever claimed it, or reported for it.
-    pub(crate) fn names_none(&self, node: &NodeIdentity) -> bool {
-        self.known(node).is_some_and(|known| known.claim == 0)
+    /// Whether the Node names an older session of another start of the agent than this one's, or none.
+    pub(crate) fn names_other(&self, node: &NodeIdentity, epoch: u64, who: u64) -> bool {
+        self.known(node).is_some_and(|known| known.claim < epoch && (known.claim == 0 || known.agents.who != who))
     }
 
     /// Whether a session of a higher epoch has the node.

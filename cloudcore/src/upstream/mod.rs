@@ -245,9 +245,10 @@ impl Upstream {
     async fn carry_out(&self, queue: &Queue, waiting: Waiting) -> Option<End> {
         let report = &waiting.report;
         let kind = kind_name(report.kind);
-        // The Node's own report says whose it is. Where none has come yet, nothing would fence what a node's first session writes.
+        // The Node's own report says whose it is. Before that nothing fences what else a session writes: one that began when the Node named
+        // none has claimed nothing, and one of the agent's former life, with a lower epoch, may have done so since.
         let is_fenced = matches!(report.kind, ReportKind::PodStatus | ReportKind::DeviceStatus);
-        if is_fenced && self.shared.closures().names_none(&queue.node) {
+        if is_fenced && self.shared.closures().names_other(&queue.node, queue.epoch, queue.who) {
             self.claim(queue).await;
         }
         let outcome = match self.permits.acquire().await {

@@ -327,6 +327,23 @@ async fn the_first_session_of_a_node_names_itself_before_it_writes_what_a_newer_
 }
 
 #[tokio::test]
+async fn a_session_that_had_nothing_to_claim_does_so_when_its_agents_former_life_has() {
+    let world = world(&json!({"phase": "Pending"}));
+    lock(&world).node["metadata"].as_object_mut().unwrap().remove("annotations");
+    let upstream = replica(&world);
+    let queue = open(&upstream, 3);
+    // At another replica, which took its time.
+    lock(&world).claim(2);
+    see_node(&upstream, &world);
+    let mut state = State::default();
+    state.inbox.push(report("one"));
+    let Next::Now(waiting) = state.next(Duration::ZERO) else { panic!("it is due") };
+    assert_eq!(upstream.carry_out(&queue, waiting).await, Some(End::Done(String::new())));
+    assert_eq!(lock(&world).asked, ["PATCH e", "PATCH status"]);
+    assert_eq!(lock(&world).node["metadata"]["annotations"][EPOCH_ANNOTATION], "3");
+}
+
+#[tokio::test]
 async fn a_claim_that_waits_is_made_over_the_node_as_it_is_then() {
     let world = world(&json!({}));
     let upstream = replica(&world);

@@ -27,6 +27,8 @@ pub(super) struct Apiserver {
     pub(super) referred: BTreeMap<String, Vec<bool>>,
     /// The epoch on the Node, compared and set.
     pub(super) epoch: u64,
+    /// Which start of the agent that is.
+    pub(super) agent: String,
     /// The one on its lease, which is only set.
     pub(super) lease: u64,
     /// What each object shows of its status, and the version of that. The Node's is that of its epoch too.
@@ -72,6 +74,8 @@ pub(super) struct Replica {
     pub(super) salt: u64,
     /// The highest epoch that it has seen on the Node or its lease.
     pub(super) known: u64,
+    /// Which start of the agent the Node names.
+    pub(super) agent: String,
     /// That of its last session which the Node names, or whose node nobody else had since, and which start of the agent that was.
     pub(super) here: (u64, String),
     /// The last one that it gave.
@@ -196,7 +200,8 @@ impl Apiserver {
 
     /// Forgets everything about objects.
     pub(super) fn clear(&mut self) {
-        *self = Self { revision: self.revision, epoch: self.epoch, lease: self.lease, ..Self::default() };
+        let (agent, lease) = (std::mem::take(&mut self.agent), self.lease);
+        *self = Self { revision: self.revision, epoch: self.epoch, agent, lease, ..Self::default() };
     }
 }
 
@@ -226,8 +231,15 @@ impl Replica {
     /// The watch of Nodes shows what there is.
     pub(super) fn see_node(&mut self, apiserver: &Apiserver) {
         self.known = self.known.max(apiserver.epoch);
+        self.agent.clone_from(&apiserver.agent);
         let version = apiserver.statuses.get(&node::node()).map_or(0, |shown| shown.version);
         self.versions.insert(node::node(), version);
+    }
+
+    /// The Node names its session.
+    pub(super) fn has_claimed(&mut self, apiserver: &Apiserver) {
+        self.see_node(apiserver);
+        self.here = (apiserver.epoch, apiserver.agent.clone());
     }
 
     /// A session begins: its epoch, and whether it has to claim the node.

@@ -74,6 +74,11 @@ impl Turns {
         self.0.iter().take(AT_ONCE).any(|turn| turn.who == who)
     }
 
+    /// Whether it has come.
+    fn waits(&self, who: usize) -> bool {
+        self.0.iter().any(|turn| turn.who == who)
+    }
+
     /// Its request has ended.
     fn end(&mut self, who: usize) {
         self.leave(who);
@@ -234,22 +239,21 @@ impl World {
     pub(super) fn take_up(&mut self, at: usize, who: usize) {
         let (now, jumps) = (self.now, self.is(Mutation::TurnsJumped));
         let forgets = self.is(Mutation::TriedForEver);
-        if who == NODE && !self.may_report(at) {
-            return;
-        }
-        let Some(desk) = self.desk(at, who).filter(|desk| desk.is_driven && desk.hand.is_none()) else { return };
-        match desk.inbox.next(now) {
-            Next::Now(mut waiting) => {
-                if forgets {
-                    waiting.attempt = 0;
+        let Some(desk) = self.desk(at, who).filter(|desk| desk.is_driven) else { return };
+        if desk.hand.is_none() {
+            match desk.inbox.next(now) {
+                Next::Now(mut waiting) => {
+                    if forgets {
+                        waiting.attempt = 0;
+                    }
+                    desk.hand = Some(Hand { waiting, read: None, is_ours: who != NODE, is_second: false });
                 }
-                desk.hand = Some(Hand { waiting, read: None, is_ours: who != NODE, is_second: false });
-                if !self.replicas[at].turns.has(who) {
-                    self.replicas[at].turns.come(who, jumps);
-                }
+                Next::In(_) => return,
+                Next::Never => return desk.is_driven = false,
             }
-            Next::In(_) => {}
-            Next::Never => desk.is_driven = false,
+        }
+        if !self.replicas[at].turns.waits(who) && (who != NODE || self.may_write(at)) {
+            self.replicas[at].turns.come(who, jumps);
         }
     }
 

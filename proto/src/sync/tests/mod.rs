@@ -30,6 +30,9 @@ mod world;
 /// Answers how many deltas were sent and fitted.
 fn run(seed: u64, mutation: Option<Mutation>) -> u64 {
     let mut world = World::new(seed, mutation);
+    if world.dice.one_in(10) {
+        world.begin_anew();
+    }
     for _ in 0..50 + world.dice.roll(300) {
         world.chaos();
     }

@@ -33,6 +33,8 @@ pub(super) enum Mutation {
     EpochOfOwn,
     /// The first session of a node writes though the Node names none.
     FirstUnclaimed,
+    /// One that began when the Node named none writes though it names another one since.
+    OthersUnclaimed,
     /// A session that finds a newer one's lease stops renewing, and goes on.
     RenewalsDropped,
     /// A session writes without looking whether a newer one took over.
@@ -95,7 +97,7 @@ pub(super) enum Mutation {
     TurnKept,
 }
 
-const ALL: [Mutation; 42] = [
+const ALL: [Mutation; 43] = [
     Mutation::AckBeforeCommit,
     Mutation::TicketOfLast,
     Mutation::BatchLost,
@@ -108,6 +110,7 @@ const ALL: [Mutation; 42] = [
     Mutation::FetchUnmarked,
     Mutation::EpochOfOwn,
     Mutation::FirstUnclaimed,
+    Mutation::OthersUnclaimed,
     Mutation::RenewalsDropped,
     Mutation::EpochUnread,
     Mutation::EpochReadTooEarly,

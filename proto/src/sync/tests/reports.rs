@@ -75,11 +75,16 @@ impl World {
         true
     }
 
-    /// Whether the node's session at a replica may write yet; one of a Node that names none is to claim it first.
-    pub(super) fn may_report(&mut self, at: usize) -> bool {
-        let names_none = self.replicas[at].known == 0 && !self.is(Mutation::FirstUnclaimed);
-        let Some(session) = &mut self.replicas[at].session else { return false };
-        session.claims |= names_none;
+    /// Whether the node's session at a replica may write what it has in hand. Where the Node names another start of the agent, or none, it is
+    /// to claim the Node before it writes of anything else: the Node's own report names it.
+    pub(super) fn may_write(&mut self, at: usize) -> bool {
+        let names_none = self.replicas[at].known == 0;
+        let unfenced = self.is(if names_none { Mutation::FirstUnclaimed } else { Mutation::OthersUnclaimed });
+        let replica = &mut self.replicas[at];
+        let Some(session) = &mut replica.session else { return false };
+        let kind = session.desk.hand.as_ref().map(|hand| hand.waiting.report.kind);
+        let is_fenced = matches!(kind, Some(ReportKind::PodStatus | ReportKind::DeviceStatus)) && !unfenced;
+        session.claims |= is_fenced && replica.agent != session.run;
         !session.claims
     }
 
@@ -142,6 +147,9 @@ impl World {
                 if answer == Answer::Dies {
                     return self.tried(at, who, Outcome::Later(None));
                 }
+                if subject == node::node() && self.apiserver.epoch == self.epoch_of(at, who) {
+                    self.replicas[at].has_claimed(&self.apiserver);
+                }
                 if !is_pod {
                     self.replicas[at].versions.insert(subject, shown.version + 1);
                 }
@@ -186,6 +194,12 @@ impl World {
         }
         let shown = self.apiserver.statuses.entry(subject.clone()).or_default();
         *shown = Status { said, epoch, version: shown.version + 1 };
+        if *subject == node::node()
+            && epoch > self.apiserver.epoch
+            && let Some(session) = &self.replicas[at].session
+        {
+            (self.apiserver.epoch, self.apiserver.agent) = (epoch, session.run.clone());
+        }
     }
 
     /// What the apiserver makes of a request that it could grant.

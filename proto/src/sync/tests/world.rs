@@ -198,11 +198,9 @@ impl World {
             return self.learn(at, newest);
         }
         session.claims = false;
-        let (epoch, run) = (session.epoch, session.run.clone());
-        self.apiserver.epoch = epoch;
+        (self.apiserver.epoch, self.apiserver.agent) = (session.epoch, session.run.clone());
         self.apiserver.statuses.entry(node::node()).or_default().version += 1;
-        replica.see_node(&self.apiserver);
-        replica.here = (epoch, run);
+        replica.has_claimed(&self.apiserver);
     }
 
     /// A session renews the lease, if it does not find a newer one's.
@@ -598,6 +596,32 @@ impl World {
                     self.replace_disk(backup);
                 }
             }
+        }
+    }
+
+    /// A session does all that it can do before its node's disk is replaced, and goes on beside the one that comes then: by chance alone both
+    /// hardly ever get anywhere.
+    pub(super) fn begin_anew(&mut self) {
+        if !self.same_clocks {
+            return;
+        }
+        for _ in 0..2 {
+            self.connect();
+            for _ in 0..self.dice.roll(60) {
+                let (at, which) = (self.dice.roll(self.replicas.len()), self.dice.roll(self.connections.len()));
+                match self.dice.roll(10) {
+                    0..3 => self.deliver_up(which),
+                    3..5 => self.deliver_down(),
+                    5 => self.observe(),
+                    6 => self.claim(at),
+                    7 => self.watch_node(at),
+                    _ => {
+                        self.go_on(at);
+                        self.tell_ends(at, NODE);
+                    }
+                }
+            }
+            self.replace_disk(Disk::default());
         }
     }
 
