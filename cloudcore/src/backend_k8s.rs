@@ -24,7 +24,7 @@ use crate::kubelet::{self, Kubelets, Ports};
 use crate::nodes::autonomy::Autonomy;
 use crate::nodes::leases::Leases;
 use crate::upstream::{Reports, Upstream, WaitingBytes};
-use crate::watch::{Watches, devices, fetch};
+use crate::watch::{Watches, devices, fetch, services};
 use crate::{clock, nodes, sa_tokens, supervise};
 
 /// Deletions of Nodes a slow listener may fall behind; it must then check its own node.
@@ -180,6 +180,10 @@ pub async fn connect(
         supervise::keep("device reviews", {
             let (api, shared) = (api.clone(), shared.clone());
             move || review::run(api.clone(), shared.clone())
+        }),
+        supervise::keep("list services", {
+            let (api, shared) = (api.clone(), shared.clone());
+            move || services::run(api.clone(), shared.clone())
         }),
         supervise::keep("fetch", {
             let (api, shared) = (api.clone(), shared.clone());

@@ -194,7 +194,9 @@ impl Closures {
             && session.begun
             && session.held_back.is_empty()
             && self.devices.all_here(&session.node.name)
-            && known.is_some_and(|known| known.references.keys().all(|reference| !self.is_being_fetched(reference)))
+            && known.is_some_and(|known| {
+                self.services_known(known) && known.references.keys().all(|reference| !self.is_being_fetched(reference))
+            })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which objects each edge node should hold: its pods, and by reference counting everything they need.
 //!
 //! Pure state: watches put in what the apiserver says, sessions take out what changed for them, no IO happens here. Invariants: an object
-//! is in a node's closure exactly while a pod of that node refers to it; ConfigMaps and Secrets are held only while some node needs them;
+//! is in a node's closure exactly while a pod of that node refers to it; ConfigMaps, Secrets and Services are held only while some node needs them;
 //! a collection is complete for a node only once everything that decides it is known.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -20,6 +20,8 @@ use self::marks::Marks;
 pub(crate) use self::pod::{PodFacts, PodInput, version_less};
 pub(crate) use self::references::Reference;
 use self::references::References;
+pub(crate) use self::services::NamespaceList;
+use self::services::Services;
 pub(crate) use self::session::Session;
 use self::session::Subscribers;
 use crate::backend::{Agents, NodeIdentity};
@@ -34,15 +36,11 @@ mod pod;
 mod pods;
 mod references;
 pub(crate) mod sanitise;
+mod services;
 mod session;
 #[cfg(test)]
 mod tests;
 mod told;
-
-/// The Service every pod learns of whatever its namespace.
-const KUBERNETES: &str = "default/kubernetes";
-/// The Service whose address pods ask for names.
-const CLUSTER_DNS: &str = "kube-system/kube-dns";
 
 /// A watch whose first list is through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -145,7 +143,7 @@ pub(crate) struct Closures {
     /// Which node has the pod of this key.
     bound: HashMap<String, Arc<str>>,
     slots: HashMap<Reference, Slot>,
-    services: BTreeMap<String, Arc<Object>>,
+    services: Services,
     runtime_classes: HashMap<String, Arc<Object>>,
     devices: Devices,
     /// How many lists of pods have begun.
@@ -238,7 +236,7 @@ impl Closures {
             nodes: HashMap::new(),
             bound: HashMap::new(),
             slots: HashMap::new(),
-            services: BTreeMap::new(),
+            services: Services::default(),
             runtime_classes: HashMap::new(),
             devices: Devices::default(),
             lists: 0,
@@ -531,7 +529,7 @@ impl Closures {
     }
 
     fn mark_namespace(&mut self, name: &str, namespace: &str) {
-        for key in services_in(&self.services, namespace) {
+        for key in self.services.keys_in(namespace) {
             self.subscribers.mark(name, Collection::Services, key);
         }
     }
@@ -551,12 +549,6 @@ impl Node {
         self.claim = self.claim.max(epoch);
         is_newer
     }
-}
-
-/// The keys of a namespace's Services.
-fn services_in<'a>(services: &'a BTreeMap<String, Arc<Object>>, namespace: &str) -> impl Iterator<Item = &'a String> {
-    let prefix = format!("{namespace}/");
-    services.range(prefix.clone()..).map(|(key, _)| key).take_while(move |key| key.starts_with(&prefix))
 }
 
 fn settings(cluster_domain: &str, cluster_dns: &[String]) -> Arc<Object> {

@@ -1,4 +1,4 @@
-//! What pods refer to: Services and RuntimeClasses held whole, ConfigMaps and Secrets fetched while some node needs them.
+//! What pods refer to: RuntimeClasses held whole, ConfigMaps and Secrets fetched while some node needs them.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -7,40 +7,9 @@ use serde_json::Value;
 use skerry_proto::sync::{Collection, Object};
 use tracing::warn;
 
-use super::{CLUSTER_DNS, Closures, Fetch, KUBERNETES, Known, Reference, Source, sanitise, session, settings};
+use super::{Closures, Fetch, Known, Reference, Source, sanitise};
 
 impl Closures {
-    /// A Service is there.
-    pub(crate) fn service_applied(&mut self, service: Value) {
-        let key = sanitise::key(&service);
-        if key == CLUSTER_DNS {
-            self.dns_found(&addresses(&service["spec"]));
-        }
-        let object = succeeding(sanitise::object(Collection::Services, service), self.services.get(&key));
-        if self.services.get(&key) != Some(&object) {
-            self.services.insert(key.clone(), object);
-            self.mark_service(&key);
-        }
-    }
-
-    /// A Service is gone.
-    pub(crate) fn service_removed(&mut self, key: &str) {
-        if key == CLUSTER_DNS {
-            self.dns_found(&[]);
-        }
-        if self.services.remove(key).is_some() {
-            self.mark_service(key);
-        }
-    }
-
-    /// Drops the Services that a complete list did not show.
-    pub(crate) fn services_retain(&mut self, keys: &HashSet<String>) {
-        let gone: Vec<String> = self.services.keys().filter(|key| !keys.contains(*key)).cloned().collect();
-        for key in gone {
-            self.service_removed(&key);
-        }
-    }
-
     /// A RuntimeClass is there.
     pub(crate) fn runtime_class_applied(&mut self, class: Value) {
         let object = sanitise::object(Collection::RuntimeClasses, class);
@@ -195,32 +164,10 @@ impl Closures {
         }
     }
 
-    fn mark_service(&mut self, key: &str) {
-        let namespace = key.split('/').next().unwrap_or_default();
-        for (name, node) in &self.nodes {
-            if key == KUBERNETES || node.service_namespaces.contains_key(namespace) {
-                self.subscribers.mark(name, Collection::Services, key);
-            }
-        }
-    }
-
     pub(super) fn mark_referring(&mut self, reference: &Reference) {
         for (name, node) in &self.nodes {
             if node.references.contains_key(reference) {
                 self.subscribers.mark(name, reference.0, &reference.1);
-            }
-        }
-    }
-
-    fn dns_found(&mut self, addresses: &[String]) {
-        if !self.configured_dns.is_empty() {
-            return;
-        }
-        let object = settings(&self.cluster_domain, addresses);
-        if object != self.settings {
-            self.settings = object;
-            for name in self.nodes.keys() {
-                self.subscribers.mark(name, Collection::Settings, session::SETTINGS);
             }
         }
     }
@@ -233,13 +180,4 @@ pub(super) fn succeeding(object: Object, before: Option<&Arc<Object>>) -> Arc<Ob
         Some(before) => object.succeeding(before).into(),
         None => object.into(),
     }
-}
-
-fn addresses(spec: &Value) -> Vec<String> {
-    let all = spec["clusterIPs"].as_array().cloned().unwrap_or_else(|| vec![spec["clusterIP"].clone()]);
-    all.iter()
-        .filter_map(Value::as_str)
-        .filter(|address| !address.is_empty() && *address != "None")
-        .map(str::to_owned)
-        .collect()
 }

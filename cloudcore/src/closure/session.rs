@@ -11,8 +11,9 @@ use skerry_proto::sync::{COLLECTIONS, Collection, Entry, Object};
 use tokio::sync::Notify;
 
 use super::marks::Said;
+use super::services::KUBERNETES;
 use super::told::{Telling, Told};
-use super::{Closures, KUBERNETES, Known, Node, Pod, Source, services_in};
+use super::{Closures, Known, Node, Pod, Source};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::sa_tokens::Wanted;
 
@@ -405,6 +406,7 @@ impl Closures {
     fn may_start(&self, node: &Node, pod: &Pod) -> bool {
         pod.facts.deleting
             || self.ready.contains(&Source::Services)
+                && pod.references.service_namespace.iter().all(|namespace| self.services.are_known(namespace))
                 && self.ready.contains(&Source::RuntimeClasses)
                 && node.tokens.pod_settled(&pod.facts.uid)
                 && pod
@@ -422,7 +424,7 @@ impl Closures {
             Collection::Node => true,
             Collection::Devices => self.devices_complete(&session.node.name),
             Collection::DeviceModels => self.models_complete(&session.node.name),
-            Collection::Services => pods && ready(Source::Services),
+            Collection::Services => pods && ready(Source::Services) && self.services_known(node),
             Collection::RuntimeClasses => pods && ready(Source::RuntimeClasses),
             Collection::ConfigMaps | Collection::Secrets => {
                 let answered = session.answered.contains(collection);
@@ -453,7 +455,7 @@ impl Closures {
         keys.insert((Collection::Node, name.to_owned()));
         keys.insert((Collection::Services, KUBERNETES.to_owned()));
         for namespace in node.service_namespaces.keys() {
-            keys.extend(services_in(&self.services, namespace).map(|key| (Collection::Services, key.clone())));
+            keys.extend(self.services.keys_in(namespace).map(|key| (Collection::Services, key.clone())));
         }
         keys.extend(node.tokens.keys().map(|key| (Collection::Tokens, key.clone())));
         keys.extend(self.devices.keys(name).map(|key| (Collection::Devices, key.to_string())));

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use skerry_proto::sync::{Entry, decode};
 
+use super::services::KUBERNETES;
 use super::*;
 use crate::backend::FeedEvent;
 
@@ -43,8 +44,37 @@ fn config_map(name: &str, content: u64) -> Value {
 }
 
 fn service(key: &str) -> Value {
+    service_at(key, 1)
+}
+
+fn service_at(key: &str, version: u64) -> Value {
     let (namespace, name) = key.split_once('/').unwrap();
-    json!({"metadata": {"namespace": namespace, "name": name, "uid": format!("uid-{key}")}, "spec": {"clusterIP": "10.0.0.1"}})
+    json!({
+        "metadata": {"namespace": namespace, "name": name, "uid": format!("uid-{key}"), "resourceVersion": version.to_string()},
+        "spec": {"clusterIP": format!("10.0.0.{version}")},
+    })
+}
+
+/// A list of all Services shows these.
+fn list_services(closures: &mut Closures, keys: &[&str]) {
+    closures.services_begin();
+    keys.iter().for_each(|key| closures.service_applied(service(key)));
+    closures.services_listed(&keys.iter().map(|key| (*key).to_owned()).collect());
+    closures.source_ready(Source::Services);
+}
+
+/// Lists each namespace that is to be listed.
+fn list_namespaces(closures: &mut Closures, services: &BTreeMap<String, u64>) {
+    while let Some(list) = closures.take_namespace() {
+        show_namespace(closures, &list, services);
+    }
+}
+
+fn show_namespace(closures: &mut Closures, list: &NamespaceList, services: &BTreeMap<String, u64>) {
+    for (key, version) in services.iter().filter(|(key, _)| key.starts_with(&format!("{}/", list.namespace))) {
+        closures.service_shown(list, service_at(key, *version));
+    }
+    closures.namespace_listed(list);
 }
 
 fn apply(closures: &mut Closures, pod: Value) -> bool {
@@ -99,10 +129,9 @@ fn told(events: &[FeedEvent]) -> Vec<String> {
 #[test]
 fn a_session_hears_the_closure_then_that_it_is_complete() {
     let mut closures = ready();
-    closures.service_applied(service("default/kubernetes"));
-    closures.service_applied(service("n/web"));
-    closures.service_applied(service("other/db"));
     apply(&mut closures, pod_json("p", "u", "e", 1, &["c", "no"], true));
+    list_services(&mut closures, &["default/kubernetes", "n/web", "other/db"]);
+    assert_eq!(closures.services.len(), 2, "nobody uses the other");
     let mut session = closures.open(&identity("e"), 1, 0, WHO);
 
     let first = told(&closures.drain(&mut session));
@@ -476,10 +505,22 @@ fn an_answer_from_before_a_reference_came_back_is_no_older_than_it() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Pod { name: u8, uid: u8, node: u8, config_maps: Vec<u8>, links: bool },
+    Pod {
+        name: u8,
+        uid: u8,
+        node: u8,
+        config_maps: Vec<u8>,
+        links: bool,
+    },
     PodGone(u8),
     Service(u8),
     ServiceGone(u8),
+    WatchService,
+    ListNamespace,
+    /// As it is now, or was when it began.
+    NamespaceListed(bool),
+    ListServices,
+    ServicesListed(u8),
     ConfigMap(u8, u64),
     ConfigMapGone(u8),
     FetchAll,
@@ -493,8 +534,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => pod,
         3 => (0..4u8).prop_map(Step::PodGone),
-        1 => (0..3u8).prop_map(Step::Service),
+        2 => (0..3u8).prop_map(Step::Service),
         1 => (0..3u8).prop_map(Step::ServiceGone),
+        3 => Just(Step::WatchService),
+        2 => Just(Step::ListNamespace),
+        2 => any::<bool>().prop_map(Step::NamespaceListed),
+        1 => Just(Step::ListServices),
+        1 => (1..3u8).prop_map(Step::ServicesListed),
         2 => (0..4u8, 0..50u64).prop_map(|(name, content)| Step::ConfigMap(name, content)),
         1 => (0..4u8).prop_map(Step::ConfigMapGone),
         2 => Just(Step::FetchAll),
@@ -508,11 +554,61 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 #[derive(Default)]
 struct World {
     pods: BTreeMap<String, Value>,
-    services: BTreeSet<String>,
+    services: BTreeMap<String, u64>,
     config_maps: BTreeMap<String, Value>,
 }
 
 type Held = BTreeMap<(Collection, String), Entry>;
+
+/// The watch of Services, which may be late, and lists anew.
+#[derive(Default)]
+struct Watch {
+    /// Key, whether it is there, version.
+    log: Vec<(&'static str, bool, u64)>,
+    seen: usize,
+    listing: Option<Listing>,
+}
+
+struct Listing {
+    /// What the log was when it began.
+    until: usize,
+    left: Vec<(String, u64)>,
+    shown: HashSet<String>,
+}
+
+impl Watch {
+    fn next(&mut self, closures: &mut Closures) -> bool {
+        let Some((key, is_there, version)) = self.log.get(self.seen).filter(|_| self.listing.is_none()) else {
+            return false;
+        };
+        self.seen += 1;
+        if *is_there {
+            closures.service_applied(service_at(key, *version));
+        } else {
+            closures.service_removed(key, &version.to_string());
+        }
+        true
+    }
+
+    fn list(&mut self, closures: &mut Closures, world: &World) {
+        let left = world.services.iter().map(|(key, version)| (key.clone(), *version)).collect();
+        self.listing = Some(Listing { until: self.log.len(), left, shown: HashSet::new() });
+        closures.services_begin();
+    }
+
+    /// One more is shown, or all were.
+    fn list_on(&mut self, closures: &mut Closures) {
+        let Some(listing) = &mut self.listing else { return };
+        if let Some((key, version)) = listing.left.pop() {
+            closures.service_applied(service_at(&key, version));
+            listing.shown.insert(key);
+            return;
+        }
+        closures.services_listed(&listing.shown);
+        self.seen = listing.until;
+        self.listing = None;
+    }
+}
 
 impl World {
     fn fetch(&self, closures: &mut Closures) {
@@ -525,7 +621,8 @@ impl World {
     /// What a node should hold, computed from scratch.
     fn closure(&self, node: &str) -> Held {
         let mut objects = vec![sanitise::object(Collection::Node, node_json(node))];
-        let mut services: BTreeSet<&String> = self.services.iter().filter(|key| *key == KUBERNETES).collect();
+        let mut services: BTreeMap<&String, &u64> =
+            self.services.iter().filter(|(key, _)| *key == KUBERNETES).collect();
         for pod in self.pods.values().filter(|pod| pod["spec"]["nodeName"] == node) {
             objects.push(sanitise::object(Collection::Pods, pod.clone()));
             for source in pod["spec"]["containers"][0]["envFrom"].as_array().unwrap() {
@@ -535,10 +632,14 @@ impl World {
                 );
             }
             if pod["spec"]["enableServiceLinks"] == true {
-                services.extend(self.services.iter().filter(|key| key.starts_with("n/")));
+                services.extend(self.services.iter().filter(|(key, _)| key.starts_with("n/")));
             }
         }
-        objects.extend(services.into_iter().map(|key| sanitise::object(Collection::Services, service(key))));
+        objects.extend(
+            services
+                .into_iter()
+                .map(|(key, version)| sanitise::object(Collection::Services, service_at(key, *version))),
+        );
         let settings = settings("cluster.local", &["10.0.0.10".to_owned()]);
         objects.push(Object::clone(&settings));
         objects.into_iter().map(|object| ((object.collection, object.entry.uid.clone()), object.entry)).collect()
@@ -579,6 +680,7 @@ proptest! {
             ["e", "f"].iter().map(|name| (closures.open(&identity(name), 1, 0, WHO), Held::new())).collect();
         let mut version = 100;
         let services = [KUBERNETES, "n/web", "other/db"];
+        let (mut watch, mut lists, mut newest) = (Watch::default(), Vec::new(), BTreeMap::<String, Option<u64>>::new());
         for step in steps {
             version += 1;
             match step {
@@ -599,12 +701,15 @@ proptest! {
                     }
                 }
                 Step::Service(index) => {
-                    closures.service_applied(service(services[usize::from(index)]));
-                    world.services.insert(services[usize::from(index)].into());
+                    let key = services[usize::from(index)];
+                    world.services.insert(key.into(), version);
+                    watch.log.push((key, true, version));
                 }
                 Step::ServiceGone(index) => {
-                    closures.service_removed(services[usize::from(index)]);
-                    world.services.remove(services[usize::from(index)]);
+                    let key = services[usize::from(index)];
+                    if world.services.remove(key).is_some() {
+                        watch.log.push((key, false, version));
+                    }
                 }
                 Step::ConfigMap(name, content) => {
                     let mut value = config_map(&format!("c{name}"), content);
@@ -616,9 +721,24 @@ proptest! {
                     world.config_maps.remove(&format!("n/c{name}"));
                     closures.metadata_gone(&(Collection::ConfigMaps, format!("n/c{name}")));
                 }
+                Step::WatchService => drop(watch.next(&mut closures)),
+                Step::ListNamespace => lists.extend(closures.take_namespace().map(|list| (list, world.services.clone()))),
+                Step::NamespaceListed(is_fresh) => if let Some((list, then)) = lists.pop() {
+                    let shown = if is_fresh { &world.services } else { &then };
+                    show_namespace(&mut closures, &list, shown);
+                },
+                Step::ListServices => watch.list(&mut closures, &world),
+                Step::ServicesListed(parts) => (0..parts).for_each(|_| watch.list_on(&mut closures)),
                 Step::FetchAll => world.fetch(&mut closures),
                 Step::Drain => for (session, edge) in &mut sessions {
                     hear(edge, closures.drain(session));
+                    // A version is the only thing that a Service has of its own here.
+                    for (_, entry) in edge.range((Collection::Services, String::new())..(Collection::RuntimeClasses, String::new())) {
+                        let version = (100..=version).find(|at| sanitise::object(Collection::Services, service_at(&entry.key, *at)).entry == *entry);
+                        let newest = newest.entry(entry.key.clone()).or_default();
+                        prop_assert!(version >= *newest, "a Service went backwards");
+                        *newest = version;
+                    }
                 },
                 Step::Reconnect => for (index, (session, edge)) in sessions.iter_mut().enumerate() {
                     closures.close(session);
@@ -628,6 +748,15 @@ proptest! {
             }
         }
         world.fetch(&mut closures);
+        while watch.listing.is_some() {
+            watch.list_on(&mut closures);
+        }
+        while watch.next(&mut closures) {}
+        for (list, then) in lists {
+            show_namespace(&mut closures, &list, &then);
+        }
+        list_namespaces(&mut closures, &world.services);
+        prop_assert!(closures.services.len() <= 1 || closures.services.are_known("n"), "Services are held that nobody needs");
         for (index, (session, edge)) in sessions.iter_mut().enumerate() {
             hear(edge, closures.drain(session));
             prop_assert_eq!(&*edge, &world.closure(names[index]));

@@ -32,6 +32,7 @@ use crate::{clock, supervise};
 
 pub(crate) mod devices;
 pub(crate) mod fetch;
+pub(crate) mod services;
 mod stream;
 
 /// Requests under way at once to find out whether something is really gone.
@@ -126,8 +127,9 @@ impl Watches {
         follow(&self.api, Kind::Pod, pods, bound, progress, sink).await;
     }
 
-    /// Services, for ever.
+    /// Services, for ever. Which of them matter is known once the pods are.
     pub(crate) async fn services(self) {
+        self.shared.until_ready(Source::Pods).await;
         let sink = Whole { shared: self.shared.clone(), kind: Kind::Service, seen: None };
         let progress = self.progress(Source::Services);
         let services = self.api.api(Kind::Service, "");
@@ -445,7 +447,7 @@ impl Sink<DynamicObject> for Pods {
     }
 }
 
-/// Services and RuntimeClasses: few enough to be held whole, and nothing runs or ends by them.
+/// Services and RuntimeClasses: they come whole, and nothing runs or ends by them.
 struct Whole {
     shared: Arc<Shared>,
     kind: Kind,
@@ -456,6 +458,9 @@ struct Whole {
 impl Sink<DynamicObject> for Whole {
     fn begin(&mut self) {
         self.seen = Some(HashSet::new());
+        if self.kind == Kind::Service {
+            self.shared.closures().services_begin();
+        }
     }
 
     fn apply(&mut self, object: DynamicObject) {
@@ -474,7 +479,7 @@ impl Sink<DynamicObject> for Whole {
         let key = sanitise::key(&self.kind.json(&object));
         let mut closures = self.shared.closures();
         match self.kind {
-            Kind::Service => closures.service_removed(&key),
+            Kind::Service => closures.service_removed(&key, &object.resource_version().unwrap_or_default()),
             _ => closures.runtime_class_removed(&key),
         }
     }
@@ -483,7 +488,7 @@ impl Sink<DynamicObject> for Whole {
         let seen = self.seen.take().unwrap_or_default();
         let mut closures = self.shared.closures();
         if self.kind == Kind::Service {
-            closures.services_retain(&seen);
+            closures.services_listed(&seen);
             closures.source_ready(Source::Services);
         } else {
             closures.runtime_classes_retain(&seen);

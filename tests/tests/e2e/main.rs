@@ -28,5 +28,6 @@ mod powercycle;
 mod replicas;
 mod rights;
 mod transports;
+mod unused;
 mod workloads;
 mod world;
