@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use crate::mux::{CUT, Class, Event, Mux, OpenError, Side, StreamId, Violation, Waiting};
 use crate::wire::Frame;
 
+pub mod double;
 #[cfg(test)]
 mod tests;
 

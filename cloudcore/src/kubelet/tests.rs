@@ -1,10 +1,8 @@
 //! The ports of nodes over real sockets: a scripted apiserver behind them, and a kubelet in hyper at the other end of each session.
 
 use std::collections::HashMap;
-use std::future::poll_fn;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::Poll;
 
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
@@ -20,9 +18,10 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use serde_json::{Value, json};
-use skerry_proto::mux::{Class, Side};
+use skerry_proto::mux::Class;
 use skerry_proto::ops;
-use skerry_proto::streams::{Carrier, Received, Services, Stream};
+use skerry_proto::streams::Stream;
+use skerry_proto::streams::double::Line;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -303,10 +302,9 @@ struct Edge {
 
 impl Edge {
     fn start(name: &str, serves: bool) -> Self {
-        let (mut cloud, mut edge) = (Carrier::new(Side::Cloud), Carrier::new(Side::Edge));
-        let streams = cloud.streams();
-        let mut services = Services::default();
-        let mut incoming = serves.then(|| services.serve(Class::Ops, 16));
+        let mut line = Line::default();
+        let streams = line.cloud.streams();
+        let mut incoming = serves.then(|| line.services.serve(Class::Ops, 16));
         let open = Arc::<AtomicUsize>::default();
         let produced = Arc::<AtomicUsize>::default();
         let let_go = Arc::<tokio::sync::Notify>::default();
@@ -314,25 +312,7 @@ impl Edge {
         let (name, counted, made) = (name.to_owned(), Arc::clone(&open), Arc::clone(&produced));
         let task = supervise::spawn("test edge", async move {
             let mut served = tokio::task::JoinSet::new();
-            let carry = poll_fn(move |context| {
-                loop {
-                    let mut busy = false;
-                    if let Poll::Ready(frame) = cloud.poll_frame(context) {
-                        busy = true;
-                        if let Received::Opened(opened) = edge.receive(frame).unwrap() {
-                            services.deliver(opened, |opened| opened);
-                        }
-                    }
-                    if let Poll::Ready(frame) = edge.poll_frame(context) {
-                        busy = true;
-                        cloud.receive(frame).unwrap();
-                    }
-                    if !busy {
-                        return Poll::<()>::Pending;
-                    }
-                }
-            });
-            let mut carry = std::pin::pin!(carry);
+            let mut carry = std::pin::pin!(line.carry());
             loop {
                 let next = async {
                     match &mut incoming {
@@ -341,7 +321,7 @@ impl Edge {
                     }
                 };
                 tokio::select! {
-                    () = &mut carry => unreachable!(),
+                    violation = &mut carry => panic!("{violation}"),
                     () = letting_go.notified() => served.abort_all(),
                     opened = next => {
                         let opened = opened.unwrap();

@@ -1,15 +1,13 @@
 //! The endpoint over a pipe and over the streams of a link, with a runtime and a streaming server that do as they are told.
 
-use std::future::poll_fn;
-use std::task::Poll;
-
 use bytes::Bytes;
 use http_body_util::Empty;
 use hyper::client::conn::http1 as client;
 use serde_json::{Value, json};
 use skerry_proto::cri;
-use skerry_proto::mux::{Class, Side};
-use skerry_proto::streams::{Carrier, Received, Services, Streams};
+use skerry_proto::mux::Class;
+use skerry_proto::streams::Streams;
+use skerry_proto::streams::double::Line;
 use skerry_proto::sync::{Collection, Object, Op};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
@@ -82,32 +80,11 @@ impl Bed {
 
     /// A session with the endpoint at its edge side.
     fn link(&self) -> Streams {
-        let (mut cloud, mut edge) = (Carrier::new(Side::Cloud), Carrier::new(Side::Edge));
-        let mut services = Services::default();
-        let requests = Requests::new(services.serve(Class::Ops, WAITING));
+        let mut line = Line::default();
+        let requests = Requests::new(line.services.serve(Class::Ops, WAITING));
         supervise::spawn("serve", serve(self.ops.clone(), requests, CancellationToken::new()));
-        let streams = cloud.streams();
-        supervise::spawn(
-            "line",
-            poll_fn(move |context| {
-                loop {
-                    let mut busy = false;
-                    if let Poll::Ready(frame) = cloud.poll_frame(context) {
-                        busy = true;
-                        if let Received::Opened(incoming) = edge.receive(frame).unwrap() {
-                            services.deliver(incoming, |incoming| incoming);
-                        }
-                    }
-                    if let Poll::Ready(frame) = edge.poll_frame(context) {
-                        busy = true;
-                        cloud.receive(frame).unwrap();
-                    }
-                    if !busy {
-                        return Poll::Pending;
-                    }
-                }
-            }),
-        );
+        let streams = line.cloud.streams();
+        supervise::spawn("line", async move { panic!("{}", line.carry().await) });
         streams
     }
 

@@ -1,45 +1,10 @@
-//! Two carriers with a line of frames between them, and what serves streams in tests: an echo, a sink, a source.
+//! Streams over a link in memory, with what serves them: an echo, a sink, a source.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use super::double::Line;
 use super::*;
 use crate::mux::{CLASS_BUFFER, MAX_STREAMS, STREAM_BUFFER};
-
-/// A session with both its ends in one task.
-struct Line {
-    cloud: Carrier,
-    edge: Carrier,
-    services: Services<Incoming>,
-}
-
-impl Line {
-    fn new() -> Self {
-        Self { cloud: Carrier::new(Side::Cloud), edge: Carrier::new(Side::Edge), services: Services::default() }
-    }
-
-    /// Carries frames both ways for as long as it is polled.
-    async fn carry(&mut self) {
-        std::future::poll_fn(|context| {
-            loop {
-                let mut busy = false;
-                if let Poll::Ready(frame) = self.cloud.poll_frame(context) {
-                    busy = true;
-                    if let Received::Opened(incoming) = self.edge.receive(frame).unwrap() {
-                        self.services.deliver(incoming, |incoming| incoming);
-                    }
-                }
-                if let Poll::Ready(frame) = self.edge.poll_frame(context) {
-                    busy = true;
-                    self.cloud.receive(frame).unwrap();
-                }
-                if !busy {
-                    return Poll::Pending;
-                }
-            }
-        })
-        .await
-    }
-}
 
 async fn echo(mut stream: Stream) {
     let (mut read, mut write) = tokio::io::split(&mut stream);
@@ -48,7 +13,7 @@ async fn echo(mut stream: Stream) {
 }
 
 async fn on<T>(line: &mut Line, story: impl Future<Output = T>) -> T {
-    tokio::select! { () = line.carry() => unreachable!(), told = story => told }
+    tokio::select! { violation = line.carry() => panic!("{violation}"), told = story => told }
 }
 
 fn pattern(bytes: usize) -> Vec<u8> {
@@ -57,7 +22,7 @@ fn pattern(bytes: usize) -> Vec<u8> {
 
 #[tokio::test]
 async fn what_is_written_comes_back_whole() {
-    let mut line = Line::new();
+    let mut line = Line::default();
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Ops, 1);
     let sent = pattern(1 << 20);
@@ -83,7 +48,7 @@ async fn what_is_written_comes_back_whole() {
 
 #[tokio::test]
 async fn a_reader_that_does_not_read_holds_up_its_writer_and_nobody_else() {
-    let mut line = Line::new();
+    let mut line = Line::default();
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Device, 2);
     on(&mut line, async {
@@ -119,7 +84,7 @@ async fn futures_poll(stream: &mut Stream, data: &[u8]) -> Poll<io::Result<usize
 
 #[tokio::test]
 async fn who_opens_what_nobody_serves_is_told() {
-    let mut line = Line::new();
+    let mut line = Line::default();
     let streams = line.cloud.streams();
     let mut busy = line.services.serve(Class::Api, 1);
     drop(line.services.serve(Class::Device, 1));
@@ -145,7 +110,7 @@ async fn who_opens_what_nobody_serves_is_told() {
 
 #[tokio::test]
 async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
-    let mut line = Line::new();
+    let mut line = Line::default();
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Ops, 1);
     on(&mut line, async {
@@ -169,7 +134,7 @@ async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
 
 #[tokio::test]
 async fn who_watches_a_stream_hears_of_its_end_though_nobody_reads_or_writes() {
-    let mut line = Line::new();
+    let mut line = Line::default();
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Ops, 1);
     on(&mut line, async {
@@ -199,7 +164,7 @@ async fn who_watches_a_stream_hears_of_its_end_though_nobody_reads_or_writes() {
 
 #[tokio::test]
 async fn streams_end_with_their_session() {
-    let mut line = Line::new();
+    let mut line = Line::default();
     let streams = line.cloud.streams();
     let mut incoming = line.services.serve(Class::Ops, 1);
     let (mut reader, mut served) = on(&mut line, async {
