@@ -4,7 +4,9 @@ use std::future::Future;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -20,6 +22,7 @@ use prometheus_client::registry::Registry;
 use skerry_proto::EDGE_LABEL;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -101,43 +104,62 @@ async fn serve(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     })?;
     let status = Arc::new(admin::Status::default());
     let admin_stop = CancellationToken::new();
-    let mut admin = spawn("admin", admin::serve(admin_listener, Arc::clone(&status), admin_stop.clone()));
+    let admin = spawn("admin", admin::serve(admin_listener, Arc::clone(&status), admin_stop.clone()));
 
     let serving = tokio::select! {
         serving = start(&config, client, &status, stop.clone(), (listener, datagrams, files)) => serving?,
         () = stop.cancelled() => return Ok(()),
     };
-    let ([mut port, mut quic, mut kubelets, mut deletions, mut rounds], restored) = serving;
+    let ([port, quic, kubelets, deletions, rounds], restored) = serving;
+    // In the order of the end: sessions, with the port; what served them; the outside view last.
+    let mut tasks = [
+        ("port", port),
+        ("quic", quic),
+        ("kubelets", kubelets),
+        ("deletions", deletions),
+        ("rounds", rounds),
+        ("admin", admin),
+    ];
 
     // None of them ends by itself; without one of them cloudcore would only seem to work.
     let broken = tokio::select! {
-        () = stop.cancelled() => None,
+        biased;
+        broken = first_to_break(&stop, &mut tasks) => broken,
         () = restored => anyhow::bail!(
             "the apiserver's revisions went back, as they do when its etcd is restored from a backup: cloudcore ends, for what it knows is \
              not true any more; start it again, it learns everything anew and no edge node loses anything"
         ),
-        _ = &mut port => Some("port"),
-        _ = &mut quic => Some("quic"),
-        _ = &mut kubelets => Some("kubelets"),
-        _ = &mut deletions => Some("deletions"),
-        _ = &mut rounds => Some("rounds"),
-        _ = &mut admin => Some("admin"),
     };
     if let Some(task) = broken {
         anyhow::bail!(
             "the task {task} ended, which is a bug of cloudcore: the log says where; start it again, nothing is lost"
         );
     }
-    // The order of the end: sessions, with the port; what served them; the outside view last.
-    drop(port.await);
-    drop(quic.await);
-    drop(kubelets.await);
-    drop(deletions.await);
-    drop(rounds.await);
-    admin_stop.cancel();
-    drop(admin.await);
+    for (name, task) in tasks {
+        if name == "admin" {
+            admin_stop.cancel();
+        }
+        drop(task.await);
+    }
     info!("down");
     Ok(())
+}
+
+/// Which of these ends first by itself; none if they are told to end.
+async fn first_to_break(
+    stop: &CancellationToken,
+    tasks: &mut [(&'static str, JoinHandle<()>)],
+) -> Option<&'static str> {
+    let ended = std::future::poll_fn(|cx| {
+        let ended = tasks.iter_mut().find_map(|(name, task)| Pin::new(task).poll(cx).is_ready().then_some(*name));
+        ended.map_or(Poll::Pending, Poll::Ready)
+    });
+    tokio::select! {
+        // Whoever has ended after that did as it was told.
+        biased;
+        () = stop.cancelled() => None,
+        name = ended => Some(name),
+    }
 }
 
 async fn start(
@@ -146,7 +168,7 @@ async fn start(
     status: &admin::Status,
     stop: CancellationToken,
     (listener, datagrams, files): (TcpListener, UdpSocket, usize),
-) -> anyhow::Result<([tokio::task::JoinHandle<()>; 5], impl Future<Output = ()>)> {
+) -> anyhow::Result<([JoinHandle<()>; 5], impl Future<Output = ()>)> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let secrets = KubeSecrets::new(client.clone(), &config.namespace);
@@ -333,5 +355,28 @@ async fn listen(port: u16) -> io::Result<TcpListener> {
             TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).await
         }
         bound => bound,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_ends_because_he_is_told_to_is_not_broken() {
+        let (stop, broken) = (CancellationToken::new(), CancellationToken::new());
+        let until = |token: &CancellationToken| spawn("test", token.clone().cancelled_owned());
+        let mut tasks = [("one", until(&stop)), ("two", until(&broken))];
+        broken.cancel();
+        assert_eq!(first_to_break(&stop, &mut tasks).await, Some("two"));
+
+        let mut tasks = [("one", until(&stop)), ("two", until(&stop))];
+        stop.cancel();
+        while !tasks.iter().all(|(_, task)| task.is_finished()) {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..100 {
+            assert_eq!(first_to_break(&stop, &mut tasks).await, None);
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::controlplane::ControlPlane;
@@ -140,11 +141,13 @@ impl Cloudcore {
         }
     }
 
-    /// SIGTERM.
-    pub fn stop(&mut self) {
-        if let Some(process) = self.process.take() {
-            process.stop(Duration::from_secs(15));
-        }
+    /// SIGTERM, by which it must end well.
+    pub fn stop(&mut self) -> Result<()> {
+        let Some(mut process) = self.process.take() else { return Ok(()) };
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait_exit(15)?;
+        ensure!(status.success(), "cloudcore ended with {status}: {}", process.log_tail(5));
+        Ok(())
     }
 
     /// Whether it runs.
