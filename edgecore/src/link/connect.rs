@@ -415,6 +415,7 @@ mod tests {
             (own(45), "set the clock"),
             (own(42), "not for the name \"cloud\""),
             (own(48), "not signed by this cluster's CA"),
+            (own(48), "if the cluster has another CA by now, run `edgecore reset`"),
             (told(ConnectionError::TimedOut), "cannot be reached: timed out"),
         ];
         for (told, expected) in cases {

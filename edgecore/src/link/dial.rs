@@ -108,7 +108,9 @@ pub enum DialError {
     #[error("the certificate of {0} is not for the name {name:?}; start cloudcore with --advertise-address {name}", name = .0.host)]
     OtherName(Server),
     /// The certificate is signed by somebody else.
-    #[error("{0} is not signed by this cluster's CA: another cluster answers there, or somebody in between")]
+    #[error(
+        "{0} is not signed by this cluster's CA: another cluster answers there, or somebody in between; check the address, and if the cluster has another CA by now, run `edgecore reset` and join again"
+    )]
     UnknownCa(Server),
     /// The server refused our certificate.
     #[error(
