@@ -14,6 +14,7 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::pki::Authority;
@@ -27,6 +28,8 @@ pub enum Fault {
     Silence,
     /// The connection is closed without an answer.
     Hangup,
+    /// It is passed on once [`FaultProxy::release`] says so.
+    Hold,
 }
 
 /// A request as the rules see it.
@@ -53,6 +56,8 @@ struct Shared {
     target: SocketAddr,
     client: TlsConnector,
     choose: Mutex<Choose>,
+    /// How often what is held was let go.
+    released: watch::Sender<u64>,
     seen: Mutex<Vec<(Request, Option<Fault>)>>,
 }
 
@@ -87,8 +92,13 @@ impl FaultProxy {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let port = crate::ports::free()?;
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, port)))?;
-        let shared =
-            Arc::new(Shared { target, client, choose: Mutex::new(Box::new(|_| None)), seen: Mutex::new(Vec::new()) });
+        let shared = Arc::new(Shared {
+            target,
+            client,
+            choose: Mutex::new(Box::new(|_| None)),
+            released: watch::Sender::new(0),
+            seen: Mutex::new(Vec::new()),
+        });
         runtime.spawn(accept(listener, acceptor, shared.clone()));
         let ca_pem = std::fs::read_to_string(&authority.certificate)?;
         Ok(Self { url: format!("https://127.0.0.1:{port}"), ca_pem, shared, _runtime: runtime })
@@ -107,6 +117,11 @@ impl FaultProxy {
     /// Passes everything from now on.
     pub fn heal(&self) {
         self.inject(|_| None);
+    }
+
+    /// Passes on what is held.
+    pub fn release(&self) {
+        self.shared.released.send_modify(|times| *times += 1);
     }
 
     /// The requests so far, each with what was done to it; forgets them.
@@ -129,6 +144,7 @@ async fn serve(stream: TcpStream, acceptor: &TlsAcceptor, shared: &Shared) -> Re
     let mut near = acceptor.accept(stream).await?;
     let (head, rest) = read_head(&mut near).await?;
     let request = parse(&head)?;
+    let mut released = shared.released.subscribe();
     let fault = {
         let mut choose = shared.choose.lock().unwrap_or_else(PoisonError::into_inner);
         choose(&request)
@@ -142,7 +158,10 @@ async fn serve(stream: TcpStream, acceptor: &TlsAcceptor, shared: &Shared) -> Re
         }
         Some(Fault::Silence) => std::future::pending().await,
         Some(Fault::Hangup) => {}
-        None => {
+        Some(Fault::Hold) | None => {
+            if fault.is_some() {
+                released.changed().await?;
+            }
             let far = TcpStream::connect(shared.target).await?;
             let mut far = shared.client.connect(ServerName::IpAddress(shared.target.ip().into()), far).await?;
             far.write_all(one_request(&head).as_bytes()).await?;

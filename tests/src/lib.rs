@@ -8,6 +8,7 @@
     reason = "the harness is the world the product runs in: it waits and reads clocks"
 )]
 
+pub mod aged;
 pub mod api;
 pub mod cleanup;
 pub mod cloudcore;

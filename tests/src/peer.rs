@@ -147,6 +147,19 @@ pub fn quic_handshake(address: SocketAddr, identity: &Identity) -> Result<()> {
     })
 }
 
+/// The chain of certificates that who connects is shown: over TCP, and over QUIC.
+pub fn shown(address: SocketAddr, identity: &Identity) -> Result<[Vec<CertificateDer<'static>>; 2]> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stream = connect(address, None).await?;
+        let over_tcp = stream.get_ref().1.peer_certificates().context("no certificate over TCP")?.to_vec();
+        let (_endpoint, connection) = connect_quic(address, identity).await?;
+        let chain = connection.peer_identity().context("no certificate over QUIC")?;
+        let chain = chain.downcast::<Vec<CertificateDer<'static>>>();
+        Ok([over_tcp, *chain.map_err(|_| anyhow::anyhow!("QUIC shows something else"))?])
+    })
+}
+
 /// A session, driven frame by frame.
 #[derive(Debug)]
 pub struct Session {

@@ -7,6 +7,7 @@
 mod apifaults;
 mod badinput;
 mod bed;
+mod certificates;
 mod clones;
 mod crashes;
 mod defaults;
