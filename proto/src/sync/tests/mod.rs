@@ -3,10 +3,10 @@
 //! them dies between any two steps. Other nodes report to the same replicas, at times more than those take.
 //!
 //! What must hold is asserted where it would break: in [`node`] that no object goes backwards and nothing is deleted that is desired, in
-//! [`world`] that what is acknowledged is durable and that everything converges when the weather clears, in [`reports`] that what is
-//! reported is taken, in order and once, and that in the end everything is shown as it is, in [`desk`] that what waits is bounded, that no
-//! report is tried for ever, and that none waits longer for what others report than until each of them had a turn. [`mutations`] says what
-//! this can notice. Within one connection nothing is lost, doubled or reordered, as its transport guarantees: what was sent on one that
+//! [`world`] that what is acknowledged is durable, in [`reports`] that what is reported is taken, in order and once, and that in the end
+//! everything is shown as it is, in [`desk`] that what waits is bounded, that no report is tried for ever, and that none waits longer for
+//! what others report than until each of them had a turn. [`weather`] is what goes wrong, and that everything comes to rest and converges
+//! when it clears. [`mutations`] says what this can notice. Within one connection nothing is lost, doubled or reordered, as its transport guarantees: what was sent on one that
 //! broke is sent again on the next.
 //!
 //! `SEED=n` replays one schedule, `SCHEDULES=n` sets how many run; `scripts/soak sync` runs a million.
@@ -25,6 +25,7 @@ mod mutations;
 mod node;
 mod reports;
 mod stories;
+mod weather;
 mod world;
 
 /// Answers how many deltas were sent and fitted.
