@@ -37,6 +37,8 @@ const IMPATIENT: Duration = Duration::from_millis(500);
 const IMAGES_EVERY: Duration = Duration::from_secs(60);
 /// The note of which start of the box edgecore saw last.
 const BOOT_NOTE: &str = "boot";
+/// The note of the conditions: since when each is as it is.
+const CONDITIONS_NOTE: &str = "conditions";
 /// As every kubelet has it.
 const MAX_PODS: u32 = 110;
 
@@ -58,6 +60,8 @@ pub struct NodeLoop {
     pressure: Pressure,
     devices: Devices,
     mqtt: watch::Receiver<mqtt::Status>,
+    /// Of the last status, what the store keeps for another start of edgecore: the conditions.
+    kept: NodeStatus,
     /// The last one, for whoever asks at the box.
     status: watch::Sender<Option<NodeStatus>>,
     sent: Option<Duration>,
@@ -102,6 +106,9 @@ impl NodeLoop {
         let (facts, facts_receiver) = watch::channel(Arc::new(empty));
         let (network, network_receiver) = watch::channel(Some("the runtime has not answered yet".to_owned()));
         let (runtime_up, up_receiver) = watch::channel(false);
+        let kept = store.note(NODE_NOTES, CONDITIONS_NOTE).await.unwrap_or_default();
+        let kept =
+            NodeStatus { conditions: kept.and_then(|json| serde_json::from_slice(&json).ok()), ..Default::default() };
         let news = News { facts: facts_receiver, network: network_receiver, runtime_up: up_receiver };
         let node = Self {
             store,
@@ -118,6 +125,7 @@ impl NodeLoop {
             pressure: Pressure::default(),
             devices,
             mqtt,
+            kept,
             status,
             sent: None,
             started: false,
@@ -232,8 +240,9 @@ impl NodeLoop {
                 images: &self.images,
                 broker: is_needed.then_some(&*broker),
             };
-            node::status(&inputs, self.status.borrow().as_ref(), clock::wall())
+            node::status(&inputs, self.status.borrow().as_ref().or(Some(&self.kept)), clock::wall())
         };
+        self.keep(&status).await;
         let is_ready = ready(&status);
         let changed = self.status.borrow().as_ref().map(ready) != Some(is_ready);
         let due = self.status.borrow().as_ref().is_none_or(|old| node::due(self.sent, now, old, &status));
@@ -260,6 +269,22 @@ impl NodeLoop {
             self.started = true;
         }
         health.is_ok() && trouble.is_none()
+    }
+
+    /// Has the store keep since when the conditions are as they are.
+    async fn keep(&mut self, status: &NodeStatus) {
+        let since = |status: &NodeStatus| -> Vec<_> {
+            let all = status.conditions.as_deref().unwrap_or_default().iter();
+            all.map(|one| (one.type_.clone(), one.status.clone(), one.last_transition_time.clone())).collect()
+        };
+        if since(status) == since(&self.kept) {
+            return;
+        }
+        self.kept.conditions.clone_from(&status.conditions);
+        let json = serde_json::to_vec(&self.kept.conditions).unwrap_or_default();
+        if let Err(error) = self.store.remember(NODE_NOTES, CONDITIONS_NOTE, json.into()).await {
+            warn!(%error, "it cannot be kept since when the node is as it is");
+        }
     }
 
     /// Whether the box was started anew since edgecore was; remembers this start of it.
@@ -473,6 +498,41 @@ mod tests {
         let now = node::addresses();
         assert_eq!(news.facts.borrow().host_ips, now);
         assert_eq!(reported().await, now.iter().map(ToString::to_string).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn since_when_the_node_is_as_it_is_outlives_a_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let (endpoint, fake) = FakeRuntime::start(dir.path()).unwrap();
+        let store = Store::open(&dir.path().join("data"), jiff::Timestamp::UNIX_EPOCH).unwrap();
+        let mut config = Config::new(&"localhost:1".parse().unwrap(), "box");
+        config.pods_dir = dir.path().to_owned();
+        let config = Arc::new(config);
+        let ready = async |is_ready: bool| {
+            fake.condition("NetworkReady", is_ready, "no network config found");
+            let cri = Cri::new(connect::channel(&endpoint).unwrap());
+            let status = watch::channel(None).0;
+            let (mut node, _news) =
+                NodeLoop::new(store.clone(), cri, config.clone(), nothing(&store), status.clone()).await;
+            node.look(None).await;
+            let conditions = status.borrow().clone().and_then(|status| status.conditions).unwrap();
+            let ready = conditions.into_iter().find(|one| one.type_ == "Ready").unwrap();
+            assert_eq!(ready.status == "True", is_ready);
+            ready.last_transition_time.unwrap().0.to_string()
+        };
+        let long_ago = |status: &str| {
+            let ready =
+                serde_json::json!([{"type": "Ready", "status": status, "lastTransitionTime": "2020-01-01T00:00:00Z"}]);
+            store.remember(NODE_NOTES, CONDITIONS_NOTE, ready.to_string().into())
+        };
+        store.remember(NODE_NOTES, CONDITIONS_NOTE, "[{".into()).await.unwrap();
+        assert_ne!(ready(true).await, "2020-01-01T00:00:00Z", "what is damaged says nothing");
+        long_ago("True").await.unwrap();
+        assert_eq!(ready(true).await, "2020-01-01T00:00:00Z");
+        assert_eq!(ready(true).await, "2020-01-01T00:00:00Z", "the other conditions were kept since, and it still is");
+        assert_ne!(ready(false).await, "2020-01-01T00:00:00Z");
+        long_ago("False").await.unwrap();
+        assert_ne!(ready(true).await, "2020-01-01T00:00:00Z");
     }
 
     #[tokio::test]

@@ -1,9 +1,11 @@
 //! A box becomes a node.
 
+use std::collections::BTreeMap;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 use skerry_proto::{ADDRESSES_ANNOTATION, EDGE_LABEL};
 use skerry_tests::guest;
 use skerry_tests::kubectl::{container_ids, is_ready};
@@ -12,7 +14,7 @@ use skerry_tests::paths;
 use skerry_tests::runtime::Cni;
 use skerry_tests::wait::until;
 
-use crate::world::{Setup, alone, story};
+use crate::world::{Setup, World, alone, story};
 
 #[test]
 fn a_joined_node_is_ready_and_says_what_it_is() -> Result<()> {
@@ -51,11 +53,19 @@ fn a_joined_node_is_ready_and_says_what_it_is() -> Result<()> {
     })
 }
 
+/// Of the node: its UID, since when its conditions are as they are, and the containers of the first of these pods.
+fn shown(world: &World, pods: &[Value]) -> Result<(Value, Vec<Value>, BTreeMap<String, String>)> {
+    let node = world.node()?;
+    let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let since = conditions.iter().map(|one| one["lastTransitionTime"].clone()).collect();
+    Ok((node["metadata"]["uid"].clone(), since, container_ids(&pods[0])))
+}
+
 #[test]
 fn joining_again_changes_nothing() -> Result<()> {
     story("join-again", |world| {
         let pods = world.run_pods(&sleeper("stays", world.edge.name(), false).to_string(), "app=sleeper", 1)?;
-        let before = (world.node()?["metadata"]["uid"].clone(), container_ids(&pods[0]));
+        let before = shown(world, &pods)?;
         // One of the same image is told that the node is there already.
         let token = world.cloud.new_token(&[])?.token;
         let other = world.dir().join("other-box").display().to_string();
@@ -73,7 +83,7 @@ fn joining_again_changes_nothing() -> Result<()> {
         world.restart_edge()?;
         world.wait_connected()?;
         let pods = world.wait_ready("app=sleeper", 1)?;
-        let after = (world.node()?["metadata"]["uid"].clone(), container_ids(&pods[0]));
+        let after = shown(world, &pods)?;
         ensure!(before == after, "joining again changed something: {before:?} {after:?}");
         Ok(())
     })
