@@ -366,7 +366,7 @@ async fn values_are_kept_streamed_and_reported_while_there_is_a_link() {
     assert!(matches!(changes.recv().await.unwrap(), Change::Value { value: Some(value), .. } if &*value == "21.5"));
     assert!(matches!(changes.recv().await.unwrap(), Change::State { state: State::Online, .. }));
     // No link: nothing is written.
-    assert!(bed.store.pending_reports(0, 1 << 20).await.unwrap().is_empty());
+    assert!(bed.store.all_reports(0, 1 << 20).await.unwrap().is_empty());
     bed.link.send_replace(LinkState::Online {
         since: jiff::Timestamp::UNIX_EPOCH,
         epoch: 1,
@@ -375,7 +375,7 @@ async fn values_are_kept_streamed_and_reported_while_there_is_a_link() {
     let mut reports = Vec::new();
     while reports.is_empty() {
         tokio::time::sleep(Duration::from_millis(5)).await;
-        reports = bed.store.pending_reports(0, 1 << 20).await.unwrap();
+        reports = bed.store.all_reports(0, 1 << 20).await.unwrap();
     }
     assert_eq!((reports[0].name.as_str(), reports[0].uid.as_str()), ("boiler", "u1"));
     let report: DeviceReport = serde_json::from_slice(&reports[0].payload).unwrap();

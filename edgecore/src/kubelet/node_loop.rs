@@ -486,7 +486,7 @@ mod tests {
         let (mut node, news) =
             NodeLoop::new(store.clone(), cri, Arc::new(config), nothing(&store), watch::channel(None).0).await;
         let reported = async || {
-            let reports = store.pending_reports(0, 1 << 20).await.unwrap();
+            let reports = store.all_reports(0, 1 << 20).await.unwrap();
             serde_json::from_slice::<NodeReport>(&reports.last().unwrap().payload).unwrap().addresses
         };
         // As at a boot before the first lease.

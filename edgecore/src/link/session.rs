@@ -1,15 +1,16 @@
 //! One session: steps the machine with what the socket, the disk, the outbox and the clock bring, and does what it says.
 //!
-//! Bounds: frames are not read while [`MAX_UNCOMMITTED`] bytes wait for the disk; reports are not taken from the outbox while
-//! [`MAX_GIVEN`] bytes of them are unanswered or [`MAX_UNSENT`] bytes wait for the socket.
+//! Bounds: frames are not read while [`MAX_UNCOMMITTED`] bytes wait for the disk; statuses, or events, are not taken from the outbox while
+//! [`MAX_GIVEN`] bytes of them are unanswered, nor either while [`MAX_UNSENT`] bytes wait for the socket. What the cloud gives back for a
+//! while is not on its way, and holds nothing up.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use skerry_proto::sync::{self, Collection, Edge, EdgeInput, EdgeOutput, Op, Reason, Report, is_coalesced};
+use skerry_proto::sync::{self, Collection, Edge, EdgeInput, EdgeOutput, Op, Reason};
 use skerry_proto::transport::{self, End};
 use skerry_proto::wire::Goodbye;
 use tracing::{debug, error, warn};
@@ -24,6 +25,8 @@ const MAX_UNCOMMITTED: usize = 2 << 20;
 // What the store refuses for its size would be tried for ever: the last object of a batch is read when a little less waits already.
 const _: () = assert!(sync::MAX_OBJECT + 2 * MAX_UNCOMMITTED <= store::QUEUE_BYTES);
 const MAX_GIVEN: usize = 256 << 10;
+/// Of [`Given`].
+const EVENTS: usize = 1;
 const MAX_UNSENT: usize = 256 << 10;
 /// An inventory of the largest store fits; a peer that asks again and again without reading does not.
 const MAX_UNSENT_EVER: usize = 16 << 20;
@@ -59,34 +62,10 @@ impl fmt::Display for Ended {
     }
 }
 
-/// Reports that the machine holds: each is given to it once in its life.
-#[derive(Default)]
+/// Of statuses and of events, the last report that the machine was given: each is once in its life.
+#[derive(Clone, Copy, Default)]
 pub(super) struct Given {
-    last: u64,
-    waiting: BTreeMap<u64, (usize, Option<(i32, String)>)>,
-    bytes: usize,
-}
-
-impl Given {
-    fn add(&mut self, report: &Report) {
-        self.last = report.id;
-        let subject = is_coalesced(report.kind).then(|| (report.kind as i32, report.uid.clone()));
-        if subject.is_some() {
-            // The machine drops the older one, or an answer to it comes that nobody needs.
-            let replaced = self.waiting.iter().find(|(_, (_, old))| *old == subject).map(|(id, _)| *id);
-            if let Some(id) = replaced {
-                self.remove(id);
-            }
-        }
-        self.bytes += report.payload.len();
-        self.waiting.insert(report.id, (report.payload.len(), subject));
-    }
-
-    fn remove(&mut self, id: u64) {
-        if let Some((bytes, _)) = self.waiting.remove(&id) {
-            self.bytes -= bytes;
-        }
-    }
+    last: [u64; 2],
 }
 
 /// What has to reach the disk, in order.
@@ -153,7 +132,8 @@ impl<'a> Session<'a> {
         let mut network = self.link.network.clone();
         // The connection was made just now.
         network.mark_unchanged();
-        let mut look = true;
+        // Whether the outbox may have statuses, and events, that the machine was not given.
+        let mut look = [true; 2];
         self.step(EdgeInput::Connected);
         let ended = loop {
             if let Some((epoch, server_time)) = self.established.take() {
@@ -167,14 +147,11 @@ impl<'a> Session<'a> {
                 break ended;
             }
             self.start_commit();
-            if look && self.may_take_reports() {
-                match self.take_reports().await {
-                    Ok(all) => look = !all,
-                    Err(failed) => {
-                        warn!(error = %failed, "the outbox cannot be read");
-                        look = false;
-                    }
-                }
+            if let Some(which) = (0..2).find(|which| look[*which] && self.may_take(*which == EVENTS)) {
+                look[which] = self.take_reports(which).await.unwrap_or_else(|failed| {
+                    warn!(error = %failed, "the outbox cannot be read");
+                    false
+                });
                 continue;
             }
             let due = self.edge.next_timeout().map(|at| at.saturating_sub(clock::monotonic()));
@@ -201,7 +178,7 @@ impl<'a> Session<'a> {
                         self.job_bytes -= jobs.iter().map(Job::bytes).sum::<usize>();
                     }
                     self.backoff.reset();
-                    look = true;
+                    look = [true; 2];
                     if let Some(ticket) = ticket {
                         self.step(EdgeInput::Committed { ticket });
                     }
@@ -227,7 +204,7 @@ impl<'a> Session<'a> {
                 }
                 // There is room for reports again.
                 Event::Wire(Ok(transport::Event::Drained)) => {}
-                Event::Outbox => look = true,
+                Event::Outbox => look = [true; 2],
                 Event::Damaged => {
                     break self.broken("the store lost rows to damage, a new session fetches them".to_owned(), None);
                 }
@@ -270,7 +247,6 @@ impl<'a> Session<'a> {
                     if !refused.is_empty() {
                         warn!(report = id, %refused, "the cloud refused a report for good");
                     }
-                    self.given.remove(id);
                     self.push(Job::Done { id, refused });
                 }
                 // Nobody listens while the kubelet starts; it reports everything then.
@@ -332,19 +308,20 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn may_take_reports(&self) -> bool {
-        self.was_established && self.given.bytes < MAX_GIVEN && self.wire.waiting().control < MAX_UNSENT
+    fn may_take(&self, events: bool) -> bool {
+        self.was_established && self.edge.waiting_bytes(events) < MAX_GIVEN && self.wire.waiting().control < MAX_UNSENT
     }
 
-    /// Answers whether that was all there is.
-    async fn take_reports(&mut self) -> Result<bool, store::Error> {
-        let reports = self.link.store.pending_reports(self.given.last, MAX_GIVEN / 4).await?;
-        let all = reports.is_empty();
+    /// Answers whether there may be more.
+    async fn take_reports(&mut self, which: usize) -> Result<bool, store::Error> {
+        let last = &mut self.given.last[which];
+        let reports = self.link.store.pending_reports(which == EVENTS, *last, MAX_GIVEN / 4).await?;
+        *last = reports.last().map_or(*last, |report| report.id);
+        let any = !reports.is_empty();
         for report in reports {
-            self.given.add(&report);
             self.step(EdgeInput::Report(report));
         }
-        Ok(all)
+        Ok(any)
     }
 
     fn goodbye(&mut self, reason: Reason, message: &str) {

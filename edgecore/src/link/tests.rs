@@ -308,6 +308,39 @@ fn report(name: &str) -> Report {
 }
 
 #[tokio::test]
+async fn events_that_the_cloud_gives_back_hold_nothing_up() {
+    const EVENTS: usize = 300;
+    let bed = Bed::new().await;
+    // Together more than the machine is given at once.
+    let event = |n: usize| Report {
+        kind: ReportKind::Event,
+        payload: vec![b'x'; 1 << 10].into(),
+        ..report(&format!("event-{n}"))
+    };
+    let events = (0..EVENTS).map(|n| bed.store.report(event(n)));
+    futures_util::future::try_join_all(events).await.unwrap();
+    let mut peer = bed.accept().await;
+    let hello = hello(&mut peer).await;
+    let epoch = hello.last_epoch + 1;
+    send(&mut peer, Body::Welcome(wire::Welcome { protocol: 1, epoch, ..wire::Welcome::default() })).await;
+    bed.store.report(report("web")).await.unwrap();
+    let (mut given_back, mut status_at) = (0, None);
+    while given_back < EVENTS {
+        let Body::Report(report) = receive(&mut peer).await.unwrap().body.unwrap() else { continue };
+        if report.kind() == ReportKind::Event {
+            given_back += 1;
+            let later = wire::ReportLater { id: report.id, after_ms: 600_000 };
+            send(&mut peer, Body::ReportLater(later)).await;
+        } else {
+            status_at = Some(given_back);
+        }
+    }
+    let status_at = status_at.expect("no status came");
+    assert!(status_at < EVENTS / 2, "the status came behind {status_at} events");
+    bed.end().await;
+}
+
+#[tokio::test]
 async fn what_the_cloud_wants_reaches_the_disk_and_reports_reach_the_cloud() {
     let mut bed = Bed::new().await;
     bed.store.report(report("before")).await.unwrap();

@@ -98,10 +98,15 @@ impl Db {
         Ok(())
     }
 
-    pub(super) fn pending_reports(&mut self, after: u64, max_bytes: usize) -> rusqlite::Result<Vec<Report>> {
-        let after = i64::try_from(after).unwrap_or(i64::MAX);
-        let query = "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE id > ?1 ORDER BY id";
-        self.reports(query, &[&after], max_bytes)
+    pub(super) fn pending_reports(
+        &mut self,
+        events: bool,
+        after: u64,
+        max_bytes: usize,
+    ) -> rusqlite::Result<Vec<Report>> {
+        let (after, event) = (i64::try_from(after).unwrap_or(i64::MAX), ReportKind::Event as i32);
+        let query = "SELECT id, kind, uid, namespace, name, checksum, payload FROM outbox WHERE id > ?1 AND (kind = ?2) = ?3 ORDER BY id";
+        self.reports(query, &[&after, &event, &events], max_bytes)
     }
 
     /// The events about an object that wait for the cloud.

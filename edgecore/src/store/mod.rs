@@ -334,9 +334,18 @@ impl Store {
         self.write(Write::Report(report)).await
     }
 
-    /// The reports after an id, in order, as many as fit and at least one if there is one.
-    pub async fn pending_reports(&self, after: u64, max_bytes: usize) -> Result<Vec<Report>, Error> {
-        self.read("read the outbox", move |db| db.pending_reports(after, max_bytes)).await
+    /// The events, or all other reports, after an id, in order, as many as fit and at least one if there is one.
+    pub async fn pending_reports(&self, events: bool, after: u64, max_bytes: usize) -> Result<Vec<Report>, Error> {
+        self.read("read the outbox", move |db| db.pending_reports(events, after, max_bytes)).await
+    }
+
+    /// All of both, in order, as many of each as fit.
+    #[cfg(test)]
+    pub async fn all_reports(&self, after: u64, max_bytes: usize) -> Result<Vec<Report>, Error> {
+        let mut all = self.pending_reports(false, after, max_bytes).await?;
+        all.extend(self.pending_reports(true, after, max_bytes).await?);
+        all.sort_by_key(|report| report.id);
+        Ok(all)
     }
 
     /// The events about an object, by its UID, that wait for the cloud; the last one is the newest.

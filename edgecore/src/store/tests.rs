@@ -116,17 +116,17 @@ async fn the_outbox_coalesces_statuses_bounds_events_and_never_uses_an_id_twice(
             store.report(report(ReportKind::PodStatus, name, payload)).await.unwrap();
         }
     }
-    let pending = store.pending_reports(0, 1 << 20).await.unwrap();
+    let pending = store.all_reports(0, 1 << 20).await.unwrap();
     assert_eq!(
         pending.iter().map(|r| (r.name.as_str(), &r.payload[..])).collect::<Vec<_>>(),
         [("a", &b"2"[..]), ("b", b"2")]
     );
-    assert_eq!(store.pending_reports(pending[0].id, 1 << 20).await.unwrap(), pending[1..]);
-    assert_eq!(store.pending_reports(0, 1).await.unwrap(), pending[..1], "at least one");
+    assert_eq!(store.all_reports(pending[0].id, 1 << 20).await.unwrap(), pending[1..]);
+    assert_eq!(store.all_reports(0, 1).await.unwrap(), pending[..1], "at least one");
     // What is said once more while the answer to it is on its way is not answered by that.
     store.report(report(ReportKind::PodStatus, "a", "2")).await.unwrap();
     store.report_done(pending[0].id, String::new()).await.unwrap();
-    let again = store.pending_reports(pending[1].id, 1 << 20).await.unwrap();
+    let again = store.all_reports(pending[1].id, 1 << 20).await.unwrap();
     assert_eq!(again.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["a"]);
     store.report_done(again[0].id, String::new()).await.unwrap();
     let last = pending[1].id;
@@ -140,7 +140,7 @@ async fn the_outbox_coalesces_statuses_bounds_events_and_never_uses_an_id_twice(
     for count in 0..MAX_EVENTS {
         store.report(report(ReportKind::Event, "e30", &count.to_string())).await.unwrap();
     }
-    let events = store.pending_reports(0, 1 << 20).await.unwrap();
+    let events = store.all_reports(0, 1 << 20).await.unwrap();
     assert_eq!((events.len(), events[0].name.as_str()), (MAX_EVENTS, "e20"));
     let last_event = &events[MAX_EVENTS - 1];
     assert_eq!((last_event.name.as_str(), &last_event.payload[..]), ("e30", (MAX_EVENTS - 1).to_string().as_bytes()));
@@ -154,7 +154,7 @@ async fn the_outbox_coalesces_statuses_bounds_events_and_never_uses_an_id_twice(
     store.close().await;
     let again = reopen(dir.path());
     again.report(report(ReportKind::NodeStatus, "n", "{}")).await.unwrap();
-    assert!(again.pending_reports(events[MAX_EVENTS - 1].id, 1 << 20).await.unwrap().len() == 1);
+    assert!(again.all_reports(events[MAX_EVENTS - 1].id, 1 << 20).await.unwrap().len() == 1);
 }
 
 #[tokio::test]
@@ -469,7 +469,7 @@ async fn flipped_bits_and_cut_files_lose_what_they_hit_and_nothing_else() {
             .await
             .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         assert!(store.row(Collection::Pods, "uid-new").await.unwrap().is_some(), "seed {seed}");
-        store.pending_reports(0, 1 << 20).await.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        store.all_reports(0, 1 << 20).await.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     }
     let share = kept as f64 / (rows.len() as u64 * runs) as f64;
     assert!(share > 0.9, "only {share:.2} of the rows survived a few flipped bits");
@@ -559,7 +559,7 @@ async fn a_killed_process_loses_nothing_it_acknowledged() {
         let rows: BTreeMap<String, Bytes> =
             store.list(Collection::Pods).await.unwrap().into_iter().map(|row| (row.entry.uid, row.json)).collect();
         let reports: BTreeMap<String, Bytes> =
-            store.pending_reports(0, 64 << 20).await.unwrap().into_iter().map(|r| (r.uid, r.payload)).collect();
+            store.all_reports(0, 64 << 20).await.unwrap().into_iter().map(|r| (r.uid, r.payload)).collect();
         for (uid, n) in &newest {
             // A later, unacknowledged write of the same pod may be there as well.
             let may_be = [*n, *n + 40].map(|n| format!("{n}").repeat(1 + usize::try_from(n * 37 % 500).unwrap()));

@@ -15,6 +15,9 @@ use super::{
 use crate::dictionary;
 use crate::wire::{self, Collection, Frame, ReportKind, frame::Body, goodbye::Reason};
 
+/// Why an event is given up.
+pub(super) const TOO_MANY_EVENTS: &str = "the apiserver has not taken it for a day, or too many others neither";
+
 /// Durable changes that are acknowledged at the latest, though more of them are on their way to the disk.
 const ACK_EVERY: u64 = 16;
 
@@ -60,7 +63,7 @@ pub enum EdgeInput {
         /// [`EdgeOutput::Apply`]'s `ticket`.
         ticket: u64,
     },
-    /// The outbox holds this report, new or left from before a restart; in order of id, each once.
+    /// The outbox holds this report, new or left from before a restart; each once, of the same thing in order of id.
     Report(Report),
     /// The way to the cloud may be another one by now: a ping goes at once, and the session ends if nothing is heard soon.
     Doubt,
@@ -182,6 +185,11 @@ impl Edge {
     /// with what it has to say. It belongs to the rows: stored with them, and lost and restored with them.
     pub fn revisions(&self) -> impl Iterator<Item = (Collection, u64)> {
         COLLECTIONS.into_iter().zip(self.revisions).filter(|(_, newest)| *newest > 0)
+    }
+
+    /// Bytes of reports, of events or of all others, that wait to be sent or to be answered: none of what the cloud has given back.
+    pub fn waiting_bytes(&self, events: bool) -> usize {
+        self.outbox.bytes(events)
     }
 
     /// What its reports wait in, for tests to break.
@@ -343,9 +351,8 @@ impl Edge {
                 Ok(())
             }
             Some(Body::ReportLater(later)) => {
-                if self.outbox.give_back(now, later.id, Duration::from_millis(later.after_ms.into()))? {
-                    let refused = "the apiserver has not taken it for a day".to_owned();
-                    out.push(EdgeOutput::Reported { id: later.id, refused });
+                if let Some(id) = self.outbox.give_back(now, later.id, Duration::from_millis(later.after_ms.into()))? {
+                    out.push(EdgeOutput::Reported { id, refused: TOO_MANY_EVENTS.to_owned() });
                 }
                 Ok(())
             }

@@ -196,7 +196,7 @@ impl Waiting {
 }
 
 /// Whether both are about the same thing, so that the newer one does.
-fn is_about_the_same(a: &Report, b: &Report) -> bool {
+pub(super) fn is_about_the_same(a: &Report, b: &Report) -> bool {
     (a.kind, &a.namespace, &a.name, &a.uid) == (b.kind, &b.namespace, &b.name, &b.uid)
 }
 

@@ -1,16 +1,22 @@
 //! Reports on their way up: sent in order, kept until the cloud says what became of them, and sent again on the next session otherwise. One
-//! that the cloud gives back holds up no other until its time comes, which is later each time. An event that is not taken for a day ends; a
-//! status is kept for as long as there is what it is about, since nobody may say it again.
+//! that the cloud gives back holds up no other until its time comes, which is later each time. An event that is not taken for a day ends, and
+//! so does the oldest of too many; a status is kept for as long as there is what it is about, since nobody may say it again. Half of what may
+//! be on its way is for statuses alone.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::inbox::is_about_the_same;
 use super::{REPORT_WINDOW, Report, is_coalesced};
 
 /// A report that is given back again and again waits twice as long each time, and so long at most; or as long as the cloud says.
 const MOST_LATER: Duration = Duration::from_secs(1800);
 /// An event that is still given back so long after the first time has come to its end.
 const MOST_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Events that are given back at once; stores keep no more. Fewer in tests, so that they are met.
+const MOST_EVENTS: usize = if cfg!(test) { 4 } else { 500 };
+/// Events on their way at once: of those that are not taken each is for a while.
+const EVENT_WINDOW: usize = REPORT_WINDOW / 2;
 
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
@@ -18,7 +24,7 @@ pub(super) struct Outbox {
     pub(super) queued: VecDeque<Kept>,
     /// Sent in this session.
     pub(super) sent: VecDeque<Kept>,
-    /// Given back by the cloud, and when they are to be sent again. Of what counts only once there is none in `queued`, too.
+    /// Given back by the cloud, and when they are to be sent again. Of the same thing there is none in `queued`, too.
     later: Vec<Later>,
 }
 
@@ -40,7 +46,7 @@ struct Later {
 }
 
 impl Outbox {
-    /// Takes a report. The newest of what is kept only once replaces an older one that has not been sent, or was given back: its time stays
+    /// Takes a report. The newest about the same thing replaces an older one that has not been sent, or was given back: its time stays
     /// that one's, but for what that waited longer because it had been given back before.
     pub(super) fn push(&mut self, now: Duration, report: Report) {
         let kept = Kept { report, given_back: 0, since: None };
@@ -75,13 +81,13 @@ impl Outbox {
         self.take_sent(id).map(drop)
     }
 
-    /// The cloud cannot take a report for so long. Of what counts only once the newest goes again, if it is not on its way, or given back,
-    /// already. Answers whether it has come to its end by that.
-    pub(super) fn give_back(&mut self, now: Duration, id: u64, told: Duration) -> Result<bool, String> {
+    /// The cloud cannot take a report for so long. Of two about the same thing the newer goes again, if it is not on its way, or given back,
+    /// already. Answers one that has come to its end by that.
+    pub(super) fn give_back(&mut self, now: Duration, id: u64, told: Duration) -> Result<Option<u64>, String> {
         let (at, mut kept) = self.take_sent(id)?;
         let since = *kept.since.get_or_insert(now);
-        if !is_coalesced(kept.report.kind) && now.saturating_sub(since) >= MOST_KEPT {
-            return Ok(true);
+        if kept.is_event() && now.saturating_sub(since) >= MOST_KEPT {
+            return Ok(Some(id));
         }
         let mut newer = self.sent.iter().skip(at).chain(self.later.iter().map(|later| &later.kept));
         if !newer.any(|new| new.replaces(&kept)) {
@@ -94,18 +100,31 @@ impl Outbox {
             kept.given_back += 1;
             self.later.push(Later { due: now + after, told, kept });
         }
-        Ok(false)
+        let events = || self.later.iter().enumerate().filter(|(_, later)| later.kept.is_event());
+        if events().count() <= MOST_EVENTS {
+            return Ok(None);
+        }
+        let oldest = events().min_by_key(|(_, later)| later.kept.since).map(|(at, _)| at);
+        Ok(oldest.map(|at| self.later.remove(at).kept.report.id))
+    }
+
+    /// Bytes of what waits to be sent or for an answer, of events or of all others: what was given back is not on anybody's way.
+    pub(super) fn bytes(&self, events: bool) -> usize {
+        let all = self.queued.iter().chain(&self.sent).filter(|kept| kept.is_event() == events);
+        all.map(|kept| kept.report.payload.len()).sum()
     }
 
     /// The next report to send now, if there is one and no more are on their way than may be.
     pub(super) fn send_next(&mut self, now: Duration) -> Option<&Report> {
         while let Some(at) = self.later.iter().position(|later| later.due <= now) {
-            self.queued.push_back(self.later.swap_remove(at).kept);
+            self.queued.push_back(self.later.remove(at).kept);
         }
         if self.sent.len() == REPORT_WINDOW {
             return None;
         }
-        self.sent.push_back(self.queued.pop_front()?);
+        let events_wait = self.sent.iter().filter(|kept| kept.is_event()).count() == EVENT_WINDOW;
+        let next = self.queued.iter().position(|kept| !events_wait || !kept.is_event())?;
+        self.sent.push_back(self.queued.remove(next)?);
         self.sent.back().map(|kept| &kept.report)
     }
 
@@ -123,10 +142,13 @@ impl Outbox {
 }
 
 impl Kept {
-    /// Whether of both only this, the newer one, counts: both are about the same.
+    /// Whether of both only this, the newer one, counts: both are about the same. An event counts what the older one of its name did.
     fn replaces(&self, old: &Self) -> bool {
-        let (new, old) = (&self.report, &old.report);
-        is_coalesced(new.kind) && new.kind == old.kind && new.uid == old.uid
+        is_about_the_same(&self.report, &old.report)
+    }
+
+    fn is_event(&self) -> bool {
+        !is_coalesced(self.report.kind)
     }
 }
 
@@ -151,9 +173,7 @@ mod tests {
                 sent.push(report.id);
             }
             for id in sent {
-                if outbox.give_back(now, id, Duration::from_secs(30)).unwrap() {
-                    ended.push((id, now));
-                }
+                ended.extend(outbox.give_back(now, id, Duration::from_secs(30)).unwrap().map(|id| (id, now)));
             }
             now += MOST_LATER;
             if round % 10 == 0 {
@@ -164,5 +184,37 @@ mod tests {
         assert_eq!(ended, [(2, MOST_KEPT)]);
         outbox.begin_again();
         assert_eq!(outbox.send_next(now).map(|report| report.id), Some(1));
+    }
+
+    fn event(id: u64, name: &str) -> Report {
+        let (namespace, uid, payload) = ("ns".into(), "u".into(), Bytes::from_static(b"{}"));
+        Report { id, kind: ReportKind::Event, namespace, name: name.into(), uid, payload }
+    }
+
+    #[test]
+    fn events_that_are_not_taken_leave_room_for_statuses_and_are_bounded() {
+        let (mut outbox, mut now) = (Outbox::default(), Duration::ZERO);
+        let window = u64::try_from(EVENT_WINDOW).unwrap();
+        for id in 1..=2 * window {
+            outbox.push(now, event(id, &format!("e{id}")));
+        }
+        let status = Report { kind: ReportKind::PodStatus, ..event(100, "p") };
+        outbox.push(now, status);
+        let mut sent = Vec::new();
+        while let Some(report) = outbox.send_next(now) {
+            sent.push(report.id);
+        }
+        assert_eq!(sent, Vec::from_iter((1..=window).chain([100])));
+        assert_eq!((outbox.bytes(true), outbox.bytes(false)), (4 * EVENT_WINDOW, 2));
+        let mut ended = Vec::new();
+        for id in 1..=window {
+            now += Duration::from_secs(1);
+            ended.extend(outbox.give_back(now, id, Duration::from_secs(900)).unwrap());
+        }
+        assert_eq!(ended, Vec::from_iter(1..=window - u64::try_from(MOST_EVENTS).unwrap()), "the oldest go");
+        assert_eq!(outbox.bytes(true), 2 * EVENT_WINDOW, "what was given back does not count");
+        // One that happens again counts the older one, too.
+        outbox.push(now, event(200, &format!("e{window}")));
+        assert_eq!(outbox.later.len(), MOST_EVENTS);
     }
 }

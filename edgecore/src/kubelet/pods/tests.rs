@@ -114,7 +114,7 @@ impl Agent {
     ) -> Value {
         let patience = clock::monotonic() + Duration::from_secs(60);
         loop {
-            let reports = self.store.pending_reports(0, 1 << 20).await.unwrap();
+            let reports = self.store.all_reports(0, 1 << 20).await.unwrap();
             let found = reports.iter().filter(|report| report.kind == kind).map(&read).find(&wanted);
             tokio::time::sleep(Duration::from_millis(5)).await;
             match found {
@@ -173,7 +173,7 @@ async fn a_kubelet_that_starts_reports_every_pod_whatever_its_notes_say() {
     let (endpoint, _fake, agent) = running(dir.path()).await;
     agent.end().await;
     let store = Store::open(&dir.path().join("store"), jiff::Timestamp::UNIX_EPOCH).unwrap();
-    let pending = store.pending_reports(0, 1 << 20).await.unwrap();
+    let pending = store.all_reports(0, 1 << 20).await.unwrap();
     store.reports_done(pending.iter().map(|report| (report.id, String::new())).collect()).await.unwrap();
     store.close().await;
 

@@ -10,6 +10,7 @@ use super::mutations::Mutation;
 use super::node::{self, Batch, Job, Node, Said};
 use super::reports::{Ledger, subject_of};
 use super::*;
+use crate::sync::edge::TOO_MANY_EVENTS;
 use crate::wire::{self, Frame, frame::Body};
 
 /// Connections that are remembered, with what is still on its way on them.
@@ -317,6 +318,10 @@ impl World {
                 }
                 EdgeOutput::Reported { id, refused } => {
                     let report = &self.node.given[&id];
+                    if refused == TOO_MANY_EVENTS {
+                        assert_eq!(report.kind, ReportKind::Event);
+                        self.ledger.refuse(report);
+                    }
                     let (subject, serial) = (subject_of(report), Said::of(report).serial);
                     self.ledger.assert_answered(&subject, serial, &self.node.disk.outbox, &refused);
                     self.node.jobs.push_back(Job::Done(id));
