@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use rand::RngExt as _;
-use skerry_proto::sync::{COLLECTIONS, Hub, HubInput, HubOutput, Reason, fingerprint};
+use skerry_proto::sync::{COLLECTIONS, Hub, HubInput, HubOutput, Reason, check_hello, fingerprint};
 use skerry_proto::transport::{End, Event};
 use skerry_proto::wire::frame::Body;
 use skerry_proto::wire::{Frame, Goodbye, Hello};
@@ -155,6 +155,8 @@ where
         Err(_) => return Err(protocol("no Hello came in time")),
     };
     let heard = clock::monotonic();
+    // Before anything of it is remembered or logged.
+    check_hello(&hello).map_err(|what| protocol(&what))?;
     if hello.node != node.name {
         let message = format!(
             "the certificate is the one of node {}, not of {:?}; `edgecore reset` and joining again makes the two agree",

@@ -587,6 +587,11 @@ async fn who_may_not_have_a_session_is_told_why() {
     let (reason, said) = edge.goodbye().await;
     assert!(reason == Reason::Refused && said.message.contains("box-1"), "{said:?}");
 
+    let mut edge = cloud.connect(&identity).await;
+    edge.send(hello(&"box".repeat(1 << 20), 0)).await;
+    let (reason, said) = edge.goodbye().await;
+    assert!(reason == Reason::Protocol && said.message.contains("1024 bytes"), "{said:?}");
+
     cloud.script().away = true;
     let mut edge = cloud.connect(&identity).await;
     edge.send(hello("box-1", 0)).await;

@@ -25,6 +25,9 @@ mod held;
 /// Unacknowledged bytes beyond which nothing more is sent; one object may exceed it alone. Small in tests, so that it is met often.
 const WINDOW: usize = if cfg!(test) { 2 << 10 } else { 256 << 10 };
 
+/// Digests, revisions or dictionaries in a Hello: more than there are collections, for an edge that is newer may know of others.
+const MAX_LISTED: usize = 64;
+
 /// The cloud's side of one session: from the edge's Hello to the end of the connection.
 #[derive(Debug)]
 pub struct Hub {
@@ -138,6 +141,18 @@ struct InFlight {
     bytes: usize,
     /// The row it changes and what it changes it to; `None` for a digest check.
     change: Option<(usize, String, Option<Entry>)>,
+}
+
+/// Whether a Hello is one: nothing in it is longer, and there is no more of it, than an edge has to say.
+pub fn check_hello(hello: &wire::Hello) -> Result<(), String> {
+    let wire::Hello { node, agent, run_id, store_id, .. } = hello;
+    if [node, agent, run_id, store_id].iter().any(|name| name.len() > MAX_NAME) {
+        return Err(format!("a Hello with a name of more than {MAX_NAME} bytes"));
+    }
+    if [hello.digests.len(), hello.revisions.len(), hello.dictionaries.len()].iter().any(|many| *many > MAX_LISTED) {
+        return Err(format!("a Hello with more than {MAX_LISTED} digests, revisions or dictionaries"));
+    }
+    Ok(())
 }
 
 impl Hub {
@@ -340,6 +355,9 @@ impl Hub {
     }
 
     fn report(&mut self, report: wire::Report, out: &mut Vec<HubOutput>) -> Result<(), String> {
+        if [&report.namespace, &report.name, &report.uid].iter().any(|name| name.len() > MAX_NAME) {
+            return Err(format!("a report with a name of more than {MAX_NAME} bytes"));
+        }
         if decoded_size(report.encoding(), &report.payload).is_some_and(|size| size > MAX_REPORT) {
             self.tally.refused += 1;
             let refused = format!("a report of more than {MAX_REPORT} bytes");

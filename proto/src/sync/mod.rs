@@ -13,7 +13,7 @@ use crate::{delta, dictionary};
 
 pub use self::digest::Digest;
 pub use self::edge::{Edge, EdgeInput, EdgeOutput, Op};
-pub use self::hub::{Backlog, Hub, HubInput, HubOutput, Tally};
+pub use self::hub::{Backlog, Hub, HubInput, HubOutput, Tally, check_hello};
 pub use crate::wire::{Collection, Encoding, ReportKind, goodbye::Reason};
 
 mod digest;

@@ -267,6 +267,18 @@ const LIES: &[Lie] = &[
         answer: ["an inventory with a name of more than"; 2],
     },
     Lie {
+        what: "a report about a name without end",
+        tell: |session| {
+            session.send(Body::Report(wire::Report {
+                id: 1,
+                kind: wire::ReportKind::Event.into(),
+                name: "k".repeat(1 << 20),
+                ..wire::Report::default()
+            }))
+        },
+        answer: ["a report with a name of more than 1024 bytes"; 2],
+    },
+    Lie {
         what: "parts of a frame that has no end",
         tell: |session| {
             let data = Bytes::from(vec![0; MAX_FRAME / 8]);

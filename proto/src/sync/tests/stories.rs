@@ -544,6 +544,14 @@ fn what_the_cloud_gives_back_holds_nothing_up_and_goes_again_in_its_time() {
 
 #[test]
 fn peers_that_break_the_protocol_are_dismissed() {
+    let long = "k".repeat(MAX_NAME + 1);
+    for hello in [
+        wire::Hello { agent: long.clone(), ..Default::default() },
+        wire::Hello { run_id: long.clone(), ..Default::default() },
+        wire::Hello { revisions: vec![wire::Revision::default(); 65], ..Default::default() },
+    ] {
+        assert!(check_hello(&hello).is_err());
+    }
     let hello = |min, max| wire::Hello {
         protocol_min: min,
         protocol_max: max,
@@ -592,6 +600,7 @@ fn peers_that_break_the_protocol_are_dismissed() {
             payload: Bytes::from_static(b"junk"),
             ..Default::default()
         }),
+        Body::Report(wire::Report { kind: ReportKind::Event.into(), namespace: long, ..Default::default() }),
     ];
     for lie in lies {
         let (mut hub, _) = Hub::new(Duration::ZERO, &hello(1, 1), 1, 0, "cloudcore 0");
