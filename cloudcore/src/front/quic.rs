@@ -12,7 +12,7 @@ use rustls::ServerConfig;
 use skerry_proto::mux::Side;
 use skerry_proto::transport::{self, BUSY, Caller, Endpoint};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info};
 
 use super::http;
 use super::places::Place;
@@ -72,6 +72,7 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
         let mut connections = Tasks::new("quic connection");
         // Whose place is not free yet.
         let mut waiting = VecDeque::new();
+        let mut is_broken = false;
         loop {
             let caller = tokio::select! {
                 () = self.stop.cancelled() => break,
@@ -83,11 +84,14 @@ impl<B: Backend, S: SecretStore> Front<B, S> {
                     }
                     continue;
                 }
-                caller = endpoint.accept() => caller,
+                caller = endpoint.accept(), if !is_broken => caller,
             };
             let Some(caller) = caller else {
-                warn!("the socket of QUIC is broken: nodes come over WebSockets only until cloudcore is started again");
-                break;
+                error!(
+                    "the socket of QUIC is broken: nodes come over WebSockets only until cloudcore is started again"
+                );
+                is_broken = true;
+                continue;
             };
             // Whoever sends from an address that is not his own gets no place while places are short, and keeps nobody from hearing so.
             if self.handshakes.taken() + waiting.len() > MAX_HANDSHAKES / 2 && !caller.remote_address_validated() {

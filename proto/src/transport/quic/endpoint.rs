@@ -6,7 +6,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn_proto::{
@@ -22,9 +22,13 @@ use super::tls;
 
 /// Reads of the socket, of a batch each, before others have their turn.
 const ROUNDS: usize = 8;
-/// Reads in a row that fail until the socket counts as broken. An error that says something of a datagram that was sent, or of the way it
-/// took, is said once.
+/// Reads in a row that fail before there is a pause. An error that says something of a datagram that was sent, or of the way it took, is
+/// said once.
 const FAILURES: usize = 16;
+/// How long it is.
+const PAUSE: Duration = Duration::from_millis(50);
+/// For so long they fail until the socket counts as broken: a system may be short of memory for a moment.
+const BROKEN_AFTER: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Datagrams that are handed to the system at once, as far as it can.
 const MAX_SEGMENTS: usize = 10;
 
@@ -244,6 +248,7 @@ impl Reader {
         let size = usize::from(u16::MAX).min(shared.largest() * shared.udp.gro_segments());
         let mut buffer = vec![0; size * BATCH_SIZE];
         let mut failures = 0;
+        let mut failing_since = None;
         let mut unused = pin!(shared.until(|state| !state.held && state.connections.is_empty()));
         let broken = loop {
             let readable = tokio::select! {
@@ -251,9 +256,23 @@ impl Reader {
                 readable = shared.io.readable() => readable,
             };
             match readable.and_then(|()| shared.read_some(&mut buffer, size, &mut failures)) {
-                Ok(true) => tokio::task::coop::consume_budget().await,
-                Ok(false) => tokio::task::yield_now().await,
-                Err(error) => break error,
+                Ok(was_all) => {
+                    if failures == 0 {
+                        failing_since = None;
+                    }
+                    if was_all {
+                        tokio::task::coop::consume_budget().await;
+                    } else {
+                        tokio::task::yield_now().await;
+                    }
+                }
+                Err(error) => {
+                    if now().duration_since(*failing_since.get_or_insert_with(now)) >= BROKEN_AFTER {
+                        break error;
+                    }
+                    failures = 0;
+                    tokio::time::sleep(PAUSE).await;
+                }
             }
         };
         shared.lose_all(&format!("the socket cannot be read: {broken}"));
