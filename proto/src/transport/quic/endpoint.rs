@@ -22,6 +22,9 @@ use super::tls;
 
 /// Reads of the socket, of a batch each, before others have their turn.
 const ROUNDS: usize = 8;
+/// What a client reads at once: one part, of datagrams of one sender. A batch of parts takes 2 MB, which malloc maps, and gives back, the first
+/// time alone: for the next one it has a heap of that size, and clears all of it.
+const CLIENT_ROOM: usize = 64 << 10;
 /// Reads in a row that fail before there is a pause. An error that says something of a datagram that was sent, or of the way it took, is
 /// said once.
 const FAILURES: usize = 16;
@@ -59,7 +62,11 @@ struct State {
 }
 
 /// Reads the socket.
-struct Reader(Arc<Shared>);
+struct Reader {
+    shared: Arc<Shared>,
+    /// Bytes that it reads at once, if there are more than of one part.
+    room: usize,
+}
 
 /// Somebody who wants a connection. Letting go of it refuses him.
 #[derive(Debug)]
@@ -83,6 +90,7 @@ impl Endpoint {
         config.supported_versions(vec![tls::V1]);
         socket.set_nonblocking(true)?;
         let udp = UdpSocketState::new((&socket).into())?;
+        let room = if server.is_some() { usize::MAX } else { CLIENT_ROOM };
         let quic = quinn_proto::Endpoint::new(Arc::new(config), server.map(Arc::new), !udp.may_fragment(), None);
         let state = State { quic, connections: HashMap::new(), incoming: VecDeque::new(), closed: false, held: true };
         let shared = Arc::new(Shared {
@@ -96,7 +104,7 @@ impl Endpoint {
             clippy::disallowed_methods,
             reason = "it ends with the last connection; what is wrong each of them says"
         )]
-        tokio::spawn(Reader(Arc::clone(&shared)).read());
+        tokio::spawn(Reader { shared: Arc::clone(&shared), room }.read());
         Ok(Self(shared))
     }
 
@@ -244,9 +252,9 @@ impl Drop for State {
 impl Reader {
     /// Hands connections what comes for them, until nobody needs it.
     async fn read(self) {
-        let shared = &*self.0;
+        let shared = &*self.shared;
         let size = usize::from(u16::MAX).min(shared.largest() * shared.udp.gro_segments());
-        let mut buffer = vec![0; size * BATCH_SIZE];
+        let mut buffer = vec![0; size * (self.room / size).clamp(1, BATCH_SIZE)];
         let mut failures = 0;
         let mut failing_since = None;
         let mut unused = pin!(shared.until(|state| !state.held && state.connections.is_empty()));
@@ -282,7 +290,7 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         // However it came to that, nobody hears anything any more.
-        self.0.lose_all("the socket is not read any more");
+        self.shared.lose_all("the socket is not read any more");
     }
 }
 
@@ -296,10 +304,11 @@ impl Shared {
     fn read_some(&self, buffer: &mut [u8], size: usize, failures: &mut usize) -> io::Result<bool> {
         for _ in 0..ROUNDS {
             let mut metas = [RecvMeta::default(); BATCH_SIZE];
+            let count = (buffer.len() / size).min(BATCH_SIZE);
             let mut parts = buffer.chunks_mut(size).map(IoSliceMut::new);
             let mut parts: [_; BATCH_SIZE] =
                 std::array::from_fn(|_| parts.next().unwrap_or_else(|| IoSliceMut::new(&mut [])));
-            let read = || self.udp.recv((&self.io).into(), &mut parts, &mut metas);
+            let read = || self.udp.recv((&self.io).into(), &mut parts[..count], &mut metas[..count]);
             match self.io.try_io(Interest::READABLE, read) {
                 Ok(count) => {
                     self.hear(parts.iter().zip(&metas).take(count).map(|(part, meta)| (&part[..meta.len], meta)));
