@@ -16,6 +16,8 @@ use crate::process::run;
 pub const BRIDGE_PREFIX: &str = "sk-t";
 /// What is written on the rules of [`Loss`].
 const LOSS_MARK: &str = "skerry-test-loss";
+/// A table of routes that no rule names.
+const ANNOUNCED: &str = "7253";
 
 /// Writes a bridge conflist with a name and a subnet that nobody here uses, host-local state in `ipam`.
 pub fn write_conflist(conf_dir: &Path, ipam: &Path) -> Result<()> {
@@ -125,6 +127,16 @@ pub fn end_losses() {
         let rest = rule.split_whitespace().skip(1);
         run(Command::new(&iptables).args(["-w", "-D"]).args(rest), 10).ok();
     }
+}
+
+/// Has everyone who listens hear of a default route, as when a network comes back. It is in a table of its own, by which nothing is sent.
+pub fn announce() -> Result<()> {
+    for verb in ["replace", "delete"] {
+        let route = ["route", verb, "unicast", "default", "dev", "lo", "table", ANNOUNCED];
+        let output = run(Command::new("ip").args(route), 10)?;
+        ensure!(output.success, "no route can be announced: {}", output.text());
+    }
+    Ok(())
 }
 
 fn read(path: &Path) -> Option<Network> {

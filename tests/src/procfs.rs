@@ -86,8 +86,17 @@ pub fn cpu_seconds(pid: i32) -> Option<f64> {
 
 /// Resident memory of a process in kB.
 pub fn rss_kb(pid: i32) -> Option<u32> {
+    rollup_kb(pid, "Rss:")
+}
+
+/// The part of it that no file has: without code and constants, which come and go as they are used.
+pub fn anonymous_kb(pid: i32) -> Option<u32> {
+    rollup_kb(pid, "Anonymous:")
+}
+
+fn rollup_kb(pid: i32, field: &str) -> Option<u32> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    rollup.lines().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
+    rollup.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB")?.trim().parse().ok())
 }
 
 /// The most resident memory that a process has had since [`forget_peak`], or ever, in kB.
@@ -104,6 +113,11 @@ pub fn forget_peak(pid: i32) -> std::io::Result<()> {
 /// How many descriptors a process has open.
 pub fn descriptors(pid: i32) -> Option<usize> {
     Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
+}
+
+/// How many threads a process has.
+pub fn threads(pid: i32) -> Option<usize> {
+    Some(fs::read_dir(format!("/proc/{pid}/task")).ok()?.count())
 }
 
 /// Bytes that a process has caused to be written to disks so far.

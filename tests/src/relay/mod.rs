@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::runtime::Runtime;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 mod udp;
@@ -44,6 +44,9 @@ pub struct Line {
     pub loss: f64,
     /// No datagrams pass.
     pub no_udp: bool,
+    /// Bytes that a connection which comes now carries both ways until it is reset, and a client of UDP until it is lost without a word.
+    /// What would pass this ends before, TCP's at the very byte; 0 is no limit.
+    pub most: u64,
     /// Nothing listens.
     closed: bool,
     /// Connections from before the last reset are gone.
@@ -247,7 +250,8 @@ async fn connection(
     mut line: watch::Receiver<Line>,
     counters: Arc<Counters>,
 ) {
-    let generation = line.borrow().generation;
+    let first = *line.borrow();
+    let generation = first.generation;
     // A cut network swallows the handshake too: the far side learns of the connection when the line passes.
     if line
         .wait_for(|line| line.generation != generation || (line.up == Flow::Pass && line.down == Flow::Pass))
@@ -272,18 +276,41 @@ async fn connection(
     near.set_nodelay(true).ok();
     far.set_nodelay(true).ok();
     let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+    let limit = Limit::new(first.most);
     let reset = async {
         let mut line = line.clone();
         line.wait_for(|line| line.generation != generation).await.ok();
     };
     let both = async {
         tokio::join!(
-            pump(near_in, far_out, Direction::Up, room, line.clone(), counters.clone()),
-            pump(far_in, near_out, Direction::Down, room, line.clone(), counters.clone()),
+            pump(near_in, far_out, Direction::Up, room, line.clone(), counters.clone(), &limit),
+            pump(far_in, near_out, Direction::Down, room, line.clone(), counters.clone(), &limit),
         )
     };
     // Dropping the halves closes both sockets; unread data makes that a reset.
-    tokio::select! { () = reset => {} _ = both => {} }
+    tokio::select! { () = reset => {} () = limit.reached.notified() => {} _ = both => {} }
+}
+
+/// What a connection may carry.
+struct Limit {
+    /// Bytes yet.
+    left: AtomicU64,
+    reached: Notify,
+}
+
+impl Limit {
+    fn new(most: u64) -> Self {
+        let left = if most == 0 { u64::MAX } else { most };
+        Self { left: AtomicU64::new(left), reached: Notify::new() }
+    }
+
+    /// How many of so many bytes may pass.
+    fn take(&self, bytes: usize) -> usize {
+        let wanted = bytes as u64;
+        let left =
+            self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(wanted)));
+        usize::try_from(left.unwrap_or_default().min(wanted)).unwrap_or(bytes)
+    }
 }
 
 /// Bytes on their way, and when they arrive.
@@ -300,6 +327,7 @@ async fn pump(
     room: Option<usize>,
     line: watch::Receiver<Line>,
     counters: Arc<Counters>,
+    limit: &Limit,
 ) {
     // A narrow line has room for what it reads at once.
     let (arrivals, mut arriving) = mpsc::channel(if room.is_some() { 1 } else { MOST });
@@ -308,8 +336,13 @@ async fn pump(
     let arriving = async move {
         while let Some(Arrival { at, bytes }) = arriving.recv().await {
             sleep_until(at).await;
-            if to.write_all(&bytes).await.is_err() {
+            let passing = limit.take(bytes.len());
+            if to.write_all(&bytes[..passing]).await.is_err() {
                 return;
+            }
+            if passing < bytes.len() {
+                limit.reached.notify_one();
+                std::future::pending::<()>().await;
             }
         }
         to.shutdown().await.ok();
@@ -458,6 +491,24 @@ mod tests {
         let mut stream = TcpStream::connect(relay.address()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         assert_eq!(say(&mut stream, "b").as_deref(), Some("b"));
+    }
+
+    #[test]
+    fn a_connection_that_may_carry_so_much_is_reset_after_it() {
+        let (relay, mut stream) = echo();
+        assert_eq!(say(&mut stream, "a").as_deref(), Some("a"));
+        relay.set(|line| line.most = 5);
+        // Nobody counted when this one came.
+        assert_eq!(say(&mut stream, "a word").as_deref(), Some("a word"));
+        let mut counted = TcpStream::connect(relay.address()).unwrap();
+        counted.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // Three up, two down.
+        counted.write_all(b"abc").unwrap();
+        let mut got = Vec::new();
+        let end = counted.read_to_end(&mut got);
+        assert!(end.is_ok_and(|got| got == 2) || got == b"ab", "{got:?}");
+        relay.heal();
+        assert_eq!(say(&mut stream, "more").as_deref(), Some("more"));
     }
 
     #[test]

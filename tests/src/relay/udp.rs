@@ -11,7 +11,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Counters, Direction, Flow, Line, flow, turned};
+use super::{Counters, Direction, Flow, Limit, Line, flow, turned};
 
 /// The longest datagram.
 const LONGEST: usize = 64 << 10;
@@ -26,6 +26,8 @@ struct Mapping {
     far: Arc<UdpSocket>,
     /// [`Line::generation`] when it came.
     generation: u64,
+    /// What it may carry, whatever its port.
+    limit: Arc<Limit>,
     /// [`Line::rebindings`] when `far` was made.
     rebindings: u64,
     answers: tokio::task::JoinHandle<()>,
@@ -100,12 +102,14 @@ async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Receiver<Line>,
         let now = *line.borrow();
         let mapping = match clients.get(&client) {
             Some(mapping) if mapping.rebindings == now.rebindings => None,
-            Some(mapping) => Some(nat.map(client, mapping.target, mapping.generation, now.rebindings).await),
+            Some(mapping) => {
+                Some(nat.map(client, mapping.target, mapping.generation, now.rebindings, mapping.limit.clone()).await)
+            }
             None if now.refuse => continue,
             None => {
                 counters.connections.fetch_add(1, Ordering::Relaxed);
                 let target = now.elsewhere.unwrap_or(target);
-                Some(nat.map(client, target, now.generation, now.rebindings).await)
+                Some(nat.map(client, target, now.generation, now.rebindings, Arc::new(Limit::new(now.most))).await)
             }
         };
         match mapping {
@@ -114,7 +118,10 @@ async fn relay(near: UdpSocket, target: SocketAddr, line: watch::Receiver<Line>,
             Some(Err(_)) => continue,
             None => {}
         }
-        if let Some(mapping) = clients.get(&client).filter(|mapping| mapping.generation == now.generation) {
+        let is_known = |mapping: &&Mapping| mapping.generation == now.generation;
+        if let Some(mapping) = clients.get(&client).filter(is_known)
+            && mapping.limit.take(bytes) == bytes
+        {
             up.send(&now, &buffer[..bytes], &mapping.far, None, &counters);
         }
     }
@@ -127,6 +134,7 @@ impl Nat {
         target: SocketAddr,
         generation: u64,
         rebindings: u64,
+        limit: Arc<Limit>,
     ) -> std::io::Result<Mapping> {
         // A NAT with two addresses: which one somebody has changes with each rebinding.
         let local = Ipv4Addr::new(127, 0, 0, if rebindings.is_multiple_of(2) { 1 } else { 2 });
@@ -134,17 +142,18 @@ impl Nat {
         far.connect(target).await?;
         let (near, down, from) = (self.near.clone(), self.down.clone(), far.clone());
         let (line, counters) = (self.line.clone(), self.counters.clone());
+        let carried = limit.clone();
         let answers = tokio::spawn(async move {
             let mut buffer = vec![0; LONGEST];
             loop {
                 let Ok(bytes) = from.recv(&mut buffer).await else { continue };
                 let now = *line.borrow();
-                if now.generation == generation {
+                if now.generation == generation && carried.take(bytes) == bytes {
                     down.lock().await.send(&now, &buffer[..bytes], &near, Some(client), &counters);
                 }
             }
         });
-        Ok(Mapping { target, far, generation, rebindings, answers })
+        Ok(Mapping { target, far, generation, limit, rebindings, answers })
     }
 }
 

@@ -20,6 +20,8 @@ use skerry_tests::{mapper, procfs};
 use crate::replicas::sessions;
 use crate::world::{World, story};
 
+mod reconnects;
+
 #[test]
 fn what_changed_during_a_silent_cut_happens_after_it_and_nothing_else() -> Result<()> {
     story("linkcut-silent", |world| {
