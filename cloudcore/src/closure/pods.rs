@@ -149,7 +149,7 @@ impl Closures {
             let count = node.service_namespaces.entry(namespace.clone()).or_default();
             *count += 1;
             if *count == 1 {
-                self.services.acquire(namespace);
+                self.services.acquire(namespace, name);
                 self.mark_namespace(name, namespace);
             }
         }
@@ -177,7 +177,7 @@ impl Closures {
             && release(&mut node.service_namespaces, namespace)
         {
             self.mark_namespace(name, namespace);
-            self.services.release(namespace);
+            self.services.release(namespace, name);
         }
     }
 }

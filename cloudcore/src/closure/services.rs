@@ -27,8 +27,6 @@ pub(super) struct Services {
     namespaces: HashMap<String, Namespace>,
     /// Namespaces to be listed; some of them may not be any more.
     unlisted: VecDeque<String>,
-    /// A list of everything is under way: it may show what is waited for.
-    is_listing: bool,
     lists: u64,
     wake: Arc<Notify>,
 }
@@ -42,7 +40,7 @@ struct Held {
 /// One that pods on edge nodes use.
 #[derive(Debug, Default)]
 struct Namespace {
-    nodes: usize,
+    nodes: HashSet<Arc<str>>,
     known: Listed,
 }
 
@@ -89,21 +87,21 @@ impl Services {
         self.namespaces.get(namespace).is_some_and(|namespace| namespace.known == Listed::Yes)
     }
 
-    /// Another node uses a namespace.
-    pub(super) fn acquire(&mut self, namespace: &str) {
+    /// A node uses a namespace.
+    pub(super) fn acquire(&mut self, namespace: &str, node: &Arc<str>) {
         let known = self.namespaces.entry(namespace.to_owned()).or_default();
-        known.nodes += 1;
-        if known.nodes == 1 {
+        known.nodes.insert(Arc::clone(node));
+        if known.nodes.len() == 1 {
             self.unlisted.push_back(namespace.to_owned());
             self.wake.notify_one();
         }
     }
 
-    /// A node does no more.
-    pub(super) fn release(&mut self, namespace: &str) {
+    /// It does no more.
+    pub(super) fn release(&mut self, namespace: &str, node: &str) {
         let Some(known) = self.namespaces.get_mut(namespace) else { return };
-        known.nodes -= 1;
-        if known.nodes == 0 {
+        known.nodes.remove(node);
+        if known.nodes.is_empty() {
             self.namespaces.remove(namespace);
             let keys: Vec<String> = self.keys_in(namespace).filter(|key| !is_always_held(key)).cloned().collect();
             keys.iter().for_each(|key| drop(self.held.remove(key)));
@@ -123,19 +121,19 @@ impl Closures {
 
     /// A list of all Services begins.
     pub(crate) fn services_begin(&mut self) {
-        self.services.is_listing = true;
         for namespace in self.services.namespaces.values_mut().filter(|namespace| namespace.known != Listed::Yes) {
             namespace.known = Listed::WithAll;
         }
     }
 
-    /// It has shown these, by key.
-    pub(crate) fn services_listed(&mut self, shown: &HashSet<String>) {
-        let gone: Vec<String> = self.services.held.keys().filter(|key| !shown.contains(*key)).cloned().collect();
+    /// It has shown these, by key, as of a revision. What is newer came from the list of a namespace meanwhile.
+    pub(crate) fn services_listed(&mut self, shown: &HashSet<String>, revision: &str) {
+        let held = self.services.held.iter();
+        let gone = held.filter(|(key, held)| !shown.contains(*key) && !version_less(revision, &held.version));
+        let gone: Vec<String> = gone.map(|(key, _)| key.clone()).collect();
         for key in gone {
             self.service_lost(&key);
         }
-        self.services.is_listing = false;
         let covered = self.services.namespaces.iter_mut().filter(|(_, known)| known.known == Listed::WithAll);
         let covered: Vec<String> = covered
             .map(|(name, known)| {
@@ -144,13 +142,13 @@ impl Closures {
             })
             .collect();
         covered.iter().for_each(|namespace| self.wake_namespace(namespace));
-        // Those that were used first while it was under way.
+        // Those that were used first while the first one was under way.
         self.services.wake.notify_one();
     }
 
     /// The next namespace to list.
     pub(crate) fn take_namespace(&mut self) -> Option<NamespaceList> {
-        if self.services.is_listing || !self.is_ready(Source::Services) {
+        if !self.is_ready(Source::Services) {
             return None;
         }
         while let Some(namespace) = self.services.unlisted.pop_front() {
@@ -256,21 +254,16 @@ impl Closures {
     }
 
     fn mark_service(&mut self, key: &str) {
-        let namespace = namespace_of(key);
-        if key != KUBERNETES && !self.services.namespaces.contains_key(namespace) {
-            return;
-        }
-        for (name, node) in &self.nodes {
-            if key == KUBERNETES || node.service_namespaces.contains_key(namespace) {
-                self.subscribers.mark(name, Collection::Services, key);
-            }
+        let users = self.services.namespaces.get(namespace_of(key)).into_iter().flat_map(|known| &known.nodes);
+        let all = self.nodes.keys().filter(|_| key == KUBERNETES);
+        for name in users.chain(all) {
+            self.subscribers.mark(name, Collection::Services, key);
         }
     }
 
     fn wake_namespace(&self, namespace: &str) {
-        for (name, _) in self.nodes.iter().filter(|(_, node)| node.service_namespaces.contains_key(namespace)) {
-            self.subscribers.wake(name);
-        }
+        let users = self.services.namespaces.get(namespace).into_iter().flat_map(|known| &known.nodes);
+        users.for_each(|name| self.subscribers.wake(name));
     }
 
     fn dns_found(&mut self, addresses: &[String]) {

@@ -59,7 +59,7 @@ fn service_at(key: &str, version: u64) -> Value {
 fn list_services(closures: &mut Closures, keys: &[&str]) {
     closures.services_begin();
     keys.iter().for_each(|key| closures.service_applied(service(key)));
-    closures.services_listed(&keys.iter().map(|key| (*key).to_owned()).collect());
+    closures.services_listed(&keys.iter().map(|key| (*key).to_owned()).collect(), "1");
     closures.source_ready(Source::Services);
 }
 
@@ -160,6 +160,22 @@ fn a_session_hears_the_closure_then_that_it_is_complete() {
         ]
     );
     assert_eq!(told(&closures.drain(&mut session)), [""; 0]);
+}
+
+#[test]
+fn a_list_that_was_answered_before_takes_nothing_away_that_is_newer() {
+    let mut closures = ready();
+    let shown = HashSet::from(["n/old".to_owned()]);
+    // The apiserver answers as of revision 5; then a namespace is used, listed and complete before the first part is taken in.
+    apply(&mut closures, pod_json("p", "u", "e", 6, &[], true));
+    let services = BTreeMap::from([("n/old".to_owned(), 3), ("n/new".to_owned(), 7)]);
+    list_namespaces(&mut closures, &services);
+    closures.services_begin();
+    closures.services_listed(&shown, "5");
+    assert!(closures.services.get("n/new").is_some(), "a Service that is there was taken away");
+    closures.services_begin();
+    closures.services_listed(&shown, "8");
+    assert!(closures.services.get("n/new").is_none() && closures.services.get("n/old").is_some());
 }
 
 #[test]
@@ -570,8 +586,10 @@ struct Watch {
 }
 
 struct Listing {
-    /// What the log was when it began.
-    until: usize,
+    /// What the log was when the apiserver answered, and the revision.
+    until: (usize, u64),
+    /// The first part is here.
+    begun: bool,
     left: Vec<(String, u64)>,
     shown: HashSet<String>,
 }
@@ -590,22 +608,26 @@ impl Watch {
         true
     }
 
-    fn list(&mut self, closures: &mut Closures, world: &World) {
+    fn list(&mut self, world: &World, revision: u64) {
         let left = world.services.iter().map(|(key, version)| (key.clone(), *version)).collect();
-        self.listing = Some(Listing { until: self.log.len(), left, shown: HashSet::new() });
-        closures.services_begin();
+        let until = (self.log.len(), revision);
+        self.listing = Some(Listing { until, begun: false, left, shown: HashSet::new() });
     }
 
-    /// One more is shown, or all were.
+    /// It begins, one more is shown, or all were.
     fn list_on(&mut self, closures: &mut Closures) {
         let Some(listing) = &mut self.listing else { return };
+        if !std::mem::replace(&mut listing.begun, true) {
+            return closures.services_begin();
+        }
         if let Some((key, version)) = listing.left.pop() {
             closures.service_applied(service_at(&key, version));
             listing.shown.insert(key);
             return;
         }
-        closures.services_listed(&listing.shown);
-        self.seen = listing.until;
+        let (seen, revision) = listing.until;
+        closures.services_listed(&listing.shown, &revision.to_string());
+        self.seen = seen;
         self.listing = None;
     }
 }
@@ -727,7 +749,7 @@ proptest! {
                     let shown = if is_fresh { &world.services } else { &then };
                     show_namespace(&mut closures, &list, shown);
                 },
-                Step::ListServices => watch.list(&mut closures, &world),
+                Step::ListServices => watch.list(&world, version),
                 Step::ServicesListed(parts) => (0..parts).for_each(|_| watch.list_on(&mut closures)),
                 Step::FetchAll => world.fetch(&mut closures),
                 Step::Drain => for (session, edge) in &mut sessions {

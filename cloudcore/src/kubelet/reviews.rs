@@ -105,7 +105,7 @@ impl Sink<ConfigMap> for ClientCa {
 
     fn delete(&mut self, _: ConfigMap) {}
 
-    fn complete(&mut self) {
+    fn complete(&mut self, _: &str) {
         if !self.seen {
             debug!("there is no ConfigMap {NAMESPACE}/{CONFIG_MAP}: nobody is known by a certificate");
             self.authorities.set(None);
@@ -133,7 +133,7 @@ mod tests {
         sink.begin();
         assert_eq!(told(), None, "nothing is known before it was said");
         sink.apply(map(json!({ CLIENT_CA: first })));
-        sink.complete();
+        sink.complete("");
         assert_eq!(told().as_ref(), Some(&first));
         sink.apply(map(json!({ CLIENT_CA: second })));
         assert_eq!(told().as_ref(), Some(&second));
@@ -141,11 +141,11 @@ mod tests {
         sink.delete(map(json!({})));
         sink.begin();
         assert_eq!(told().as_ref(), Some(&second));
-        sink.complete();
+        sink.complete("");
         assert_eq!(told().as_deref(), Some(""));
         sink.begin();
         sink.apply(map(json!({ CLIENT_CA: first })));
-        sink.complete();
+        sink.complete("");
         assert_eq!(told().as_ref(), Some(&first));
         // Without the key, nobody signs clients.
         sink.apply(map(json!({ "requestheader-client-ca-file": second })));

@@ -63,7 +63,7 @@ impl Sink<DynamicObject> for Devices {
         gone(&self.watches.shared, self.kind, &key, &object.uid().unwrap_or_default());
     }
 
-    fn complete(&mut self) {
+    fn complete(&mut self, _: &str) {
         let unseen = {
             let mut closures = self.watches.shared.closures();
             closures.source_ready(self.source);

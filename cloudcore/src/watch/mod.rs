@@ -65,8 +65,8 @@ pub(crate) trait Sink<K> {
     fn apply(&mut self, object: K);
     /// An object is gone.
     fn delete(&mut self, object: K);
-    /// The list is complete.
-    fn complete(&mut self);
+    /// The list is complete, as of this revision.
+    fn complete(&mut self, revision: &str);
 }
 
 /// How far a watch has come, for whoever compares that with what another replica knows.
@@ -380,7 +380,7 @@ impl Sink<DynamicObject> for Nodes {
         self.watches.confirm_node(identity);
     }
 
-    fn complete(&mut self) {
+    fn complete(&mut self, _: &str) {
         let (known, strangers) = {
             let closures = self.watches.shared.closures();
             (closures.nodes(), closures.strangers())
@@ -419,7 +419,7 @@ impl Sink<DynamicObject> for Pods {
         self.watches.pod_gone(node, &key, &pod.uid().unwrap_or_default());
     }
 
-    fn complete(&mut self) {
+    fn complete(&mut self, _: &str) {
         let unseen = {
             let mut closures = self.watches.shared.closures();
             for node in self.nodes.drain(..) {
@@ -484,11 +484,11 @@ impl Sink<DynamicObject> for Whole {
         }
     }
 
-    fn complete(&mut self) {
+    fn complete(&mut self, revision: &str) {
         let seen = self.seen.take().unwrap_or_default();
         let mut closures = self.shared.closures();
         if self.kind == Kind::Service {
-            closures.services_listed(&seen);
+            closures.services_listed(&seen, revision);
             closures.source_ready(Source::Services);
         } else {
             closures.runtime_classes_retain(&seen);
@@ -531,7 +531,7 @@ where
         self.shared.closures().metadata_gone(&(self.collection, key));
     }
 
-    fn complete(&mut self) {
+    fn complete(&mut self, _: &str) {
         let mut closures = self.shared.closures();
         for key in self.unseen.drain() {
             closures.metadata_gone(&(self.collection, key));

@@ -130,7 +130,7 @@ where
         }
         params.continue_token = part.metadata.continue_.filter(|token| !token.is_empty());
         if params.continue_token.is_none() {
-            sink.complete();
+            sink.complete(&revision);
             if let Some(progress) = progress {
                 progress.reached(&revision);
             }
