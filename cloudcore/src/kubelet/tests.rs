@@ -304,7 +304,7 @@ impl Edge {
     fn start(name: &str, serves: bool) -> Self {
         let mut line = Line::default();
         let streams = line.cloud.streams();
-        let mut incoming = serves.then(|| line.services.serve(Class::Ops, 16));
+        let mut incoming = serves.then(|| line.at_edge.serve(Class::Ops, 16));
         let open = Arc::<AtomicUsize>::default();
         let produced = Arc::<AtomicUsize>::default();
         let let_go = Arc::<tokio::sync::Notify>::default();

@@ -81,7 +81,7 @@ impl Bed {
     /// A session with the endpoint at its edge side.
     fn link(&self) -> Streams {
         let mut line = Line::default();
-        let requests = Requests::new(line.services.serve(Class::Ops, WAITING));
+        let requests = Requests::new(line.at_edge.serve(Class::Ops, WAITING));
         supervise::spawn("serve", serve(self.ops.clone(), requests, CancellationToken::new()));
         let streams = line.cloud.streams();
         supervise::spawn("line", async move { panic!("{}", line.carry().await) });

@@ -1,12 +1,12 @@
 //! A link in memory: the test double for whatever opens or serves streams, with the real machines and no transport between them.
 
 use std::future::poll_fn;
-use std::task::Poll;
+use std::task::{Context, Poll};
 
 use super::{Carrier, Incoming, Received, Services};
 use crate::mux::{Side, Violation};
 
-/// One session with both its ends. Streams are opened at the cloud's, by [`Carrier::streams`], and served at the edge's.
+/// One session with both its ends. Streams are opened by the [`Carrier::streams`] of either, and served at the other.
 #[derive(Debug)]
 pub struct Line {
     /// The cloud's end.
@@ -14,12 +14,15 @@ pub struct Line {
     /// The edge's end.
     pub edge: Carrier,
     /// Who serves what the cloud opens; a class that nobody serves is refused.
-    pub services: Services<Incoming>,
+    pub at_edge: Services<Incoming>,
+    /// Who serves what the edge opens.
+    pub at_cloud: Services<Incoming>,
 }
 
 impl Default for Line {
     fn default() -> Self {
-        Self { cloud: Carrier::new(Side::Cloud), edge: Carrier::new(Side::Edge), services: Services::default() }
+        let (at_edge, at_cloud) = Default::default();
+        Self { cloud: Carrier::new(Side::Cloud), edge: Carrier::new(Side::Edge), at_edge, at_cloud }
     }
 }
 
@@ -28,21 +31,12 @@ impl Line {
     pub async fn carry(&mut self) -> Violation {
         poll_fn(|context| {
             loop {
-                let mut is_busy = false;
-                if let Poll::Ready(frame) = self.cloud.poll_frame(context) {
-                    is_busy = true;
-                    match self.edge.receive(frame) {
-                        Ok(Received::Opened(incoming)) => drop(self.services.deliver(incoming, |incoming| incoming)),
-                        Ok(_) => {}
-                        Err(violation) => return Poll::Ready(violation),
-                    }
-                }
-                if let Poll::Ready(frame) = self.edge.poll_frame(context) {
-                    is_busy = true;
-                    if let Err(violation) = self.cloud.receive(frame) {
-                        return Poll::Ready(violation);
-                    }
-                }
+                let down = carry(&mut self.cloud, &mut self.edge, &self.at_edge, context);
+                let up = carry(&mut self.edge, &mut self.cloud, &self.at_cloud, context);
+                let is_busy = match (down, up) {
+                    (Err(violation), _) | (_, Err(violation)) => return Poll::Ready(violation),
+                    (Ok(down), Ok(up)) => down || up,
+                };
                 if !is_busy {
                     return Poll::Pending;
                 }
@@ -50,4 +44,18 @@ impl Line {
         })
         .await
     }
+}
+
+/// One frame, if there is one.
+fn carry(
+    from: &mut Carrier,
+    to: &mut Carrier,
+    served: &Services<Incoming>,
+    context: &mut Context<'_>,
+) -> Result<bool, Violation> {
+    let Poll::Ready(frame) = from.poll_frame(context) else { return Ok(false) };
+    if let Received::Opened(incoming) = to.receive(frame)? {
+        served.deliver(incoming, |incoming| incoming);
+    }
+    Ok(true)
 }

@@ -21,10 +21,28 @@ fn pattern(bytes: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
+async fn either_side_opens_what_the_other_serves() {
+    let mut line = Line::default();
+    let (cloud, edge) = (line.cloud.streams(), line.edge.streams());
+    let (mut at_cloud, mut at_edge) = (line.at_cloud.serve(Class::Api, 1), line.at_edge.serve(Class::Api, 1));
+    on(&mut line, async {
+        let up = edge.open(Class::Api, Bytes::from_static(b"up")).unwrap();
+        let down = cloud.open(Class::Api, Bytes::from_static(b"down")).unwrap();
+        assert_eq!(&at_cloud.recv().await.unwrap().header[..], b"up");
+        assert_eq!(&at_edge.recv().await.unwrap().header[..], b"down");
+        drop((up, down));
+        // Nobody serves this one.
+        let mut refused = edge.open(Class::Device, Bytes::new()).unwrap();
+        assert_eq!(refused.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_is_written_comes_back_whole() {
     let mut line = Line::default();
     let streams = line.cloud.streams();
-    let mut incoming = line.services.serve(Class::Ops, 1);
+    let mut incoming = line.at_edge.serve(Class::Ops, 1);
     let sent = pattern(1 << 20);
     on(&mut line, async {
         let stream = streams.open(Class::Ops, Bytes::from_static(b"echo")).unwrap();
@@ -50,7 +68,7 @@ async fn what_is_written_comes_back_whole() {
 async fn a_reader_that_does_not_read_holds_up_its_writer_and_nobody_else() {
     let mut line = Line::default();
     let streams = line.cloud.streams();
-    let mut incoming = line.services.serve(Class::Device, 2);
+    let mut incoming = line.at_edge.serve(Class::Device, 2);
     on(&mut line, async {
         let mut slow = streams.open(Class::Device, Bytes::new()).unwrap();
         let _unread = incoming.recv().await.unwrap();
@@ -86,8 +104,8 @@ async fn futures_poll(stream: &mut Stream, data: &[u8]) -> Poll<io::Result<usize
 async fn who_opens_what_nobody_serves_is_told() {
     let mut line = Line::default();
     let streams = line.cloud.streams();
-    let mut busy = line.services.serve(Class::Api, 1);
-    drop(line.services.serve(Class::Device, 1));
+    let mut busy = line.at_edge.serve(Class::Api, 1);
+    drop(line.at_edge.serve(Class::Device, 1));
     on(&mut line, async {
         for (class, says) in [(Class::Ops, "nobody serves"), (Class::Device, "nobody serves")] {
             let mut stream = streams.open(class, Bytes::new()).unwrap();
@@ -112,7 +130,7 @@ async fn who_opens_what_nobody_serves_is_told() {
 async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
     let mut line = Line::default();
     let streams = line.cloud.streams();
-    let mut incoming = line.services.serve(Class::Ops, 1);
+    let mut incoming = line.at_edge.serve(Class::Ops, 1);
     on(&mut line, async {
         let mut asking = streams.open(Class::Ops, Bytes::new()).unwrap();
         let mut source = incoming.recv().await.unwrap().stream;
@@ -136,7 +154,7 @@ async fn an_answer_that_was_shut_down_arrives_though_its_writer_is_gone() {
 async fn who_watches_a_stream_hears_of_its_end_though_nobody_reads_or_writes() {
     let mut line = Line::default();
     let streams = line.cloud.streams();
-    let mut incoming = line.services.serve(Class::Ops, 1);
+    let mut incoming = line.at_edge.serve(Class::Ops, 1);
     on(&mut line, async {
         // The peer has finished its half, which is no end, and resets the rest later.
         let mut asking = streams.open(Class::Ops, Bytes::new()).unwrap();
@@ -166,7 +184,7 @@ async fn who_watches_a_stream_hears_of_its_end_though_nobody_reads_or_writes() {
 async fn streams_end_with_their_session() {
     let mut line = Line::default();
     let streams = line.cloud.streams();
-    let mut incoming = line.services.serve(Class::Ops, 1);
+    let mut incoming = line.at_edge.serve(Class::Ops, 1);
     let (mut reader, mut served) = on(&mut line, async {
         let stream = streams.open(Class::Ops, Bytes::new()).unwrap();
         (stream, incoming.recv().await.unwrap().stream)

@@ -237,7 +237,9 @@ impl Story {
         let dirs = self.machine.sh("find /sys/fs/cgroup/kubepods* -type d -name '*pod????????[-_]*'")?;
         let units =
             self.machine.sh("systemctl list-units --all --no-legend --plain 'kubepods*-pod*' | cut -d' ' -f1")?;
-        let told = self.machine.sh("cd /run/systemd/system.control 2>/dev/null && ls -d *-pod* 2>/dev/null | sed 's/\\.d$//'; true")?;
+        let told = self
+            .machine
+            .sh("cd /run/systemd/system.control 2>/dev/null && ls -d *-pod* 2>/dev/null | sed 's/\\.d$//'; true")?;
         let names = dirs.lines().filter_map(|dir| dir.rsplit('/').next()).chain(units.lines()).chain(told.lines());
         Ok(names.map(str::to_owned).collect::<BTreeSet<_>>().into_iter().collect())
     }
