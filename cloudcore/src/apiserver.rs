@@ -136,6 +136,7 @@ struct ResultLabels {
 pub(crate) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     reports: Family<ReportLabels, Counter>,
+    claims: Family<ResultLabels, Counter>,
     tokens: Family<ResultLabels, Counter>,
 }
 
@@ -149,6 +150,7 @@ impl Metrics {
             metrics.requests.clone(),
         );
         registry.register("skerry_reports", "Reports of edge nodes by how they ended", metrics.reports.clone());
+        registry.register("skerry_claims", "Tries to have a Node name its session", metrics.claims.clone());
         registry.register("skerry_tokens_minted", "Service account token requests", metrics.tokens.clone());
         metrics
     }
@@ -161,6 +163,17 @@ impl Metrics {
     /// A report that ended: `taken`, `unchanged`, `gone`, `refused`, `superseded`; or that its edge has back: `later`.
     pub(crate) fn report(&self, kind: &'static str, result: &'static str) {
         self.reports.get_or_create(&ReportLabels { kind, result }).inc();
+    }
+
+    /// A try that ended: `taken`; `superseded`, a newer session has the Node; or it is tried again: `refused`, `later`.
+    pub(crate) fn claim(&self, result: &'static str) {
+        self.claims.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// How often a try ended so.
+    #[cfg(test)]
+    pub(crate) fn claims(&self, result: &'static str) -> u64 {
+        self.claims.get_or_create(&ResultLabels { result }).get()
     }
 
     /// A token request that ended.

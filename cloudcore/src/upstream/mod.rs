@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
 use self::event::About;
-use self::queue::State;
+use self::queue::{Claiming, State};
 use crate::apiserver::{Apiserver, Kind, Verdict, backoff, verdict};
 use crate::backend::{FeedEvent, NodeIdentity};
 use crate::backend_k8s::Shared;
@@ -47,6 +47,9 @@ mod tests;
 
 /// Requests for reports under way at once, of all nodes.
 const AT_ONCE: usize = 32;
+/// What the edge is told of a report over which there was a panic.
+const BUG: &str = "cloudcore failed over this report, which is a bug; its log says where";
+
 /// Takes the reports of all sessions.
 pub(crate) struct Upstream {
     api: Apiserver,
@@ -91,6 +94,13 @@ enum Outcome {
     Later(Option<Duration>),
     /// A newer session has the node, and the report: this one only has to end.
     Superseded,
+}
+
+/// Why the Node does not name a session.
+struct Unclaimed {
+    /// Until it is tried again.
+    wait: Duration,
+    panicked: bool,
 }
 
 impl Outcome {
@@ -199,46 +209,74 @@ impl Upstream {
 
     /// Takes the node over from whatever replica had it, however long that takes.
     async fn claim(&self, queue: &Queue) {
-        let mut attempt = 0;
-        loop {
-            let claimed = match self.permits.acquire().await {
-                Ok(_permit) => {
-                    self.leases.on_time().await;
-                    // As it is after the wait, and where that was not the newest as the apiserver has it.
-                    let known = (attempt == 0).then(|| self.shared.closures().node_named(&queue.node)).flatten();
-                    Box::pin(nodes::claim(&self.api, &queue.node, (queue.epoch, queue.who), known)).await
-                }
-                Err(_) => return,
-            };
-            match claimed {
-                Ok((claim, written)) => {
-                    {
-                        let mut closures = self.shared.closures();
-                        closures.claimed(&queue.node, queue.epoch, claim);
-                        if let Some(written) = written {
-                            closures.node_written(&queue.node, written);
-                        }
-                    }
-                    if claim == Claim::Ours {
-                        self.ports.claimed(&queue.node, queue.epoch);
-                    }
-                    return;
-                }
-                // What the watch showed was not the newest.
-                Err(error) if attempt == 0 && verdict(&error) == Verdict::Conflict => {}
-                Err(error) => {
-                    if attempt < 2 {
-                        warn!(
-                            node = queue.node.name,
-                            "cannot take the node over from another replica, nothing is reported for it before that: {}; trying again",
-                            chain(&error)
-                        );
-                    }
-                    tokio::time::sleep(backoff(attempt, rand::random())).await;
-                }
-            }
-            attempt += 1;
+        while let Err(failed) = self.try_claim(queue).await {
+            tokio::time::sleep(failed.wait).await;
         }
+    }
+
+    /// Tries once to have the Node name this session, and counts what comes of it. What fails is told, now and then.
+    async fn try_claim(&self, queue: &Queue) -> Result<(), Unclaimed> {
+        let attempt = lock(&queue.state).claiming.attempt;
+        let tried = AssertUnwindSafe(Box::pin(self.claim_once(queue, attempt == 0))).catch_unwind().await;
+        let (result, after, remedy) = match tried.as_ref().map(|tried| tried.as_ref().map_err(verdict)) {
+            Ok(Ok(Claim::Ours)) => ("taken", None, ""),
+            Ok(Ok(Claim::Theirs(..))) => ("superseded", None, ""),
+            Ok(Err(Verdict::Doubtful(_))) => {
+                ("refused", None, "; if it is forbidden, apply deploy/rbac.yaml, or see which policy forbids it")
+            }
+            Ok(Err(Verdict::Refused(_))) => {
+                ("refused", None, "; see which webhook or policy for Nodes does not take it")
+            }
+            Ok(Err(Verdict::Later(after))) => ("later", after, ""),
+            Ok(Err(Verdict::NotFound | Verdict::Conflict)) => ("later", None, ""),
+            Err(_) => ("refused", None, ""),
+        };
+        self.api.metrics().claim(result);
+        let panicked = tried.is_err();
+        let cause = match tried {
+            Ok(Ok(_)) => {
+                lock(&queue.state).claiming = Claiming::default();
+                return Ok(());
+            }
+            Ok(Err(error)) => chain(&error),
+            Err(_) => "cloudcore failed over it, which is a bug; its log says where".to_owned(),
+        };
+        let wait = backoff(attempt, rand::random()).max(after.unwrap_or_default());
+        let lasts = lock(&queue.state).claiming.failed(clock::monotonic(), wait);
+        if let Some(lasts) = lasts {
+            warn!(
+                node = queue.node.name,
+                lasts_s = lasts.as_secs(),
+                "cannot take the node over for its newest session, for which reports of it wait: {cause}{remedy}; trying again"
+            );
+        }
+        Err(Unclaimed { wait, panicked })
+    }
+
+    /// Where what the watch showed was not the newest, the apiserver is asked for it.
+    async fn claim_once(&self, queue: &Queue, mut from_watch: bool) -> Result<Claim, kube::Error> {
+        // Nobody closes it.
+        let _permit = self.permits.acquire().await;
+        self.leases.on_time().await;
+        let (claim, written) = loop {
+            // As it is after the wait.
+            let known = from_watch.then(|| self.shared.closures().node_named(&queue.node)).flatten();
+            match nodes::claim(&self.api, &queue.node, (queue.epoch, queue.who), known).await {
+                Err(error) if from_watch && verdict(&error) == Verdict::Conflict => from_watch = false,
+                answer => break answer?,
+            }
+        };
+        {
+            let mut closures = self.shared.closures();
+            closures.claimed(&queue.node, queue.epoch, claim);
+            if let Some(written) = written {
+                closures.node_written(&queue.node, written);
+            }
+        }
+        if claim == Claim::Ours {
+            self.ports.claimed(&queue.node, queue.epoch);
+        }
+        Ok(claim)
     }
 
     /// Tries once. Answers what the edge is to be told; what is to be tried again waits for it, and the others go on.
@@ -248,23 +286,34 @@ impl Upstream {
         // The Node's own report says whose it is. Before that nothing fences what else a session writes: one that began when the Node named
         // none has claimed nothing, and one of the agent's former life, with a lower epoch, may have done so since.
         let is_fenced = matches!(report.kind, ReportKind::PodStatus | ReportKind::DeviceStatus);
+        let mut claimed = Ok(());
         if is_fenced && self.shared.closures().names_other(&queue.node, queue.epoch, queue.who) {
-            self.claim(queue).await;
+            let wait = lock(&queue.state).claiming.waits(clock::monotonic());
+            claimed = match wait {
+                // It was tried for another report.
+                Some(wait) => Err(Unclaimed { wait, panicked: false }),
+                None => self.try_claim(queue).await,
+            };
         }
-        let outcome = match self.permits.acquire().await {
-            Ok(_permit) => {
-                self.leases.on_time().await;
-                if self.shared.closures().is_superseded(&queue.node, queue.epoch) {
-                    return None;
+        let outcome = match claimed {
+            Err(failed) if failed.panicked => Outcome::Refused(BUG.into()),
+            // The report is not at fault, and others go on: the Node's own names the session, too.
+            Err(failed) => Outcome::Later(Some(failed.wait)),
+            Ok(()) => match self.permits.acquire().await {
+                Ok(_permit) => {
+                    self.leases.on_time().await;
+                    if self.shared.closures().is_superseded(&queue.node, queue.epoch) {
+                        return None;
+                    }
+                    // A request is kilobytes, and of all that wait for a permit there may be thousands.
+                    let attempt = AssertUnwindSafe(Box::pin(self.attempt(queue, report, waiting.attempt > 0)));
+                    attempt.catch_unwind().await.unwrap_or_else(|_| {
+                        error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
+                        Outcome::Refused(BUG.into())
+                    })
                 }
-                // A request is kilobytes, and of all that wait for a permit there may be thousands.
-                let attempt = AssertUnwindSafe(Box::pin(self.attempt(queue, report, waiting.attempt > 0)));
-                attempt.catch_unwind().await.unwrap_or_else(|_| {
-                    error!(node = queue.node.name, kind, name = report.name, "a report made cloudcore panic");
-                    Outcome::Refused("cloudcore failed over this report, which is a bug; its log says where".into())
-                })
-            }
-            Err(_) => Outcome::Later(None),
+                Err(_) => Outcome::Later(None),
+            },
         };
         let end = match &outcome {
             Outcome::Doubtful(reason) => waiting.doubted(reason),
@@ -368,6 +417,9 @@ impl Upstream {
         }
         match self.api.patch_status(Kind::Node, "", &node.name, patch).await {
             Ok(written) => {
+                if unnamed.is_some() {
+                    lock(&queue.state).claiming = Claiming::default();
+                }
                 let mut closures = self.shared.closures();
                 if unnamed.is_some() {
                     closures.claimed(node, queue.epoch, Claim::Ours);

@@ -13,6 +13,9 @@ use crate::closure::{PodFacts, version_less};
 /// A report that someone overwrites is asked for again this often in a row, then once in [`REFILL`].
 const ASK_BURST: u32 = 3;
 const REFILL: Duration = Duration::from_secs(10);
+/// A claim that fails is told of this often, and then once in so long.
+const TOLD_AT_ONCE: u32 = 2;
+const TOLD: Duration = Duration::from_secs(600);
 /// Devices that are asked for one by one; instead of more, all are: each asking costs the edge a look at all it has.
 const MOST_BY_NAME: usize = 64;
 /// Instead of a UID: every device of the node.
@@ -27,6 +30,7 @@ pub(super) struct State {
     /// By UID.
     pods: HashMap<String, Pod>,
     node: Allowance,
+    pub(super) claiming: Claiming,
     /// What the edge is to report once more; each at most once, so no more than its pods, its devices and itself.
     wanted: VecDeque<(ReportKind, String)>,
 }
@@ -37,6 +41,18 @@ struct Pod {
     /// The last status that was taken, and the resource version it made.
     taken: Option<(StatusFacts, String)>,
     allowance: Allowance,
+}
+
+/// A claim of the session's node that fails.
+#[derive(Debug, Default)]
+pub(super) struct Claiming {
+    /// How often it has.
+    pub(super) attempt: u32,
+    since: Duration,
+    /// When it was told last.
+    told: Duration,
+    /// When it is tried again.
+    due: Duration,
 }
 
 /// How often a report may be asked for again.
@@ -136,6 +152,27 @@ impl State {
     /// Whether a report of it waits, or is about to be asked for.
     fn expects(&self, kind: ReportKind, uid: &str) -> bool {
         self.inbox.holds(kind, uid) || self.wanted.iter().any(|(of, wanted)| *of == kind && wanted == uid)
+    }
+}
+
+impl Claiming {
+    /// It failed once more, and is tried again after so long. Answers for how long it has, when that is to be told.
+    pub(super) fn failed(&mut self, now: Duration, wait: Duration) -> Option<Duration> {
+        if self.attempt == 0 {
+            self.since = now;
+        }
+        self.due = now + wait;
+        self.attempt = self.attempt.saturating_add(1);
+        let tells = self.attempt <= TOLD_AT_ONCE || now.saturating_sub(self.told) >= TOLD;
+        if tells {
+            self.told = now;
+        }
+        tells.then(|| now.saturating_sub(self.since))
+    }
+
+    /// Until it is tried again, if that is not now.
+    pub(super) fn waits(&self, now: Duration) -> Option<Duration> {
+        Some(self.due.saturating_sub(now)).filter(|wait| !wait.is_zero())
     }
 }
 
@@ -262,5 +299,19 @@ mod tests {
         assert_eq!(state.wanted(), Some((ReportKind::DeviceStatus, "d".to_owned())));
         state.inbox.push(Report { kind: ReportKind::DeviceStatus, ..report(1, "d") });
         assert!(!state.device_hidden("d"), "it is about to be written");
+    }
+
+    #[test]
+    fn a_claim_that_fails_is_told_of_for_as_long_as_it_does() {
+        let mut claiming = Claiming::default();
+        let seconds = Duration::from_secs;
+        assert_eq!(claiming.waits(seconds(100)), None);
+        let mut told = Vec::new();
+        for now in (100..=1900).step_by(30) {
+            told.extend(claiming.failed(seconds(now), seconds(30)));
+            assert_eq!(claiming.waits(seconds(now + 10)), Some(seconds(20)));
+            assert_eq!(claiming.waits(seconds(now + 30)), None);
+        }
+        assert_eq!(told, [0, 30, 630, 1230].map(seconds));
     }
 }

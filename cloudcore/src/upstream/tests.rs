@@ -23,6 +23,8 @@ struct World {
     asked: Vec<String>,
     /// Of whose message no status is taken.
     poison: &'static str,
+    /// What claims are answered. 0: they are taken.
+    claims: u16,
 }
 
 type Shown = Arc<Mutex<World>>;
@@ -72,6 +74,10 @@ impl World {
             }
             ("PATCH", DEVICE) => show(&mut self.device, body, &mut self.version),
             ("GET", path) if path.starts_with("/api/v1/namespaces/n/pods/of-") => not_found(),
+            ("PATCH", "/api/v1/nodes/e") if self.claims == PANIC => panic!("over a claim"),
+            ("PATCH", "/api/v1/nodes/e") if self.claims != 0 => {
+                (self.claims, json!({"status": "Failure", "code": self.claims, "message": "a policy"}))
+            }
             ("PATCH", "/api/v1/nodes/e") => {
                 let patch: Value = serde_json::from_slice(body).unwrap();
                 assert_eq!(patch["metadata"]["resourceVersion"], self.node["metadata"]["resourceVersion"]);
@@ -111,6 +117,8 @@ impl World {
     }
 }
 
+/// In place of an answer.
+const PANIC: u16 = 1;
 const DEVICE_STATUSES: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devicestatuses";
 const DEVICE_STATUS: &str = "/apis/devices.kubeedge.io/v1beta1/namespaces/n/devicestatuses/d";
 
@@ -550,4 +558,96 @@ async fn what_is_not_taken_is_given_back_where_other_things_are() {
         panic!("it is kept")
     };
     assert!((least..=2 * least).contains(&after), "{after:?}");
+}
+
+fn of_node() -> Report {
+    let payload = json!({"status": {"nodeInfo": {"kernelVersion": "6"}}, "addresses": ["10.0.0.1"]}).to_string().into();
+    let (name, uid) = ("e".to_owned(), "e-1".to_owned());
+    Report { id: 2, kind: ReportKind::NodeStatus, namespace: String::new(), name, uid, payload }
+}
+
+/// A session that had nothing to claim, whose Node names one of its agent's former life by now.
+fn behind_a_former_life(world: &Shown) -> (Arc<Upstream>, Reports) {
+    lock(world).node["metadata"].as_object_mut().unwrap().remove("annotations");
+    let upstream = replica(world);
+    let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
+    let reports = upstream.open(&node, 3, 1, false);
+    lock(world).claim(2);
+    see_node(&upstream, world);
+    (upstream, reports)
+}
+
+/// What comes next, if it comes.
+async fn ended(reports: &mut Reports) -> FeedEvent {
+    tokio::time::timeout(Duration::from_secs(60), reports.next()).await.expect("it waits for ever")
+}
+
+#[tokio::test]
+async fn a_claim_that_is_refused_holds_up_nothing_that_needs_none() {
+    for answer in [403, 422, 503] {
+        let world = world(&json!({"phase": "Pending"}));
+        let (upstream, mut reports) = behind_a_former_life(&world);
+        lock(&world).claims = answer;
+        reports.push(report("one"));
+        reports.push(of_another_pod(3, "of-e"));
+        reports.push(of_node());
+        // The Node's own report names the session, and then the pods' need no claim.
+        assert!(matches!(ended(&mut reports).await, FeedEvent::Reported { id: 2, refused } if refused.is_empty()));
+        for _ in 0..2 {
+            assert!(
+                matches!(ended(&mut reports).await, FeedEvent::Reported { id: 1 | 3, refused } if refused.is_empty() || refused.contains("gone"))
+            );
+        }
+        let result = if answer == 503 { "later" } else { "refused" };
+        assert!(upstream.api.metrics().claims(result) > 0);
+    }
+}
+
+#[tokio::test]
+async fn what_waits_for_a_claim_is_given_back_and_never_refused() {
+    let world = world(&json!({"phase": "Pending"}));
+    let (upstream, reports) = behind_a_former_life(&world);
+    let queue = reports.queue.clone();
+    let waiting = |report: Report| {
+        let mut state = State::default();
+        state.inbox.push(report);
+        let Next::Now(mut waiting) = state.next(Duration::ZERO) else { panic!("it is due") };
+        waiting.attempt = 99;
+        waiting
+    };
+    lock(&world).claims = 422;
+    // That the apiserver takes others.
+    upstream.api.create(Kind::Event, "n", json!({"metadata": {"name": "x"}})).await.unwrap();
+    for report in [report("one"), of_device("online", "one")] {
+        let end = upstream.carry_out(&queue, waiting(report)).await;
+        assert!(matches!(end, Some(End::Later(_))), "{end:?}");
+    }
+    // Who comes next does not try what was tried just now.
+    lock(&queue.state).claiming.failed(clock::monotonic(), Duration::from_secs(3600));
+    lock(&world).asked.clear();
+    let end = upstream.carry_out(&queue, waiting(report("one"))).await;
+    assert!(matches!(end, Some(End::Later(after)) if after > Duration::from_secs(3000)), "{end:?}");
+    assert_eq!(lock(&world).asked, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_panic_over_a_claim_ends_what_it_was_for_and_nothing_else() {
+    let world = world(&json!({"phase": "Pending"}));
+    let (upstream, mut reports) = behind_a_former_life(&world);
+    lock(&world).claims = PANIC;
+    reports.push(report("one"));
+    assert!(matches!(ended(&mut reports).await, FeedEvent::Reported { id: 1, refused } if refused.contains("a bug")));
+    assert_eq!(upstream.api.metrics().claims("refused"), 1);
+    reports.push(of_node());
+    assert!(matches!(ended(&mut reports).await, FeedEvent::Reported { id: 2, refused } if refused.is_empty()));
+    // A session that begins with one.
+    let node = NodeIdentity { name: "e".to_owned(), uid: "e-1".to_owned() };
+    let mut reports = upstream.open(&node, 4, 2, true);
+    reports.push(report("two"));
+    while upstream.api.metrics().claims("refused") == 1 {
+        tokio::task::yield_now().await;
+    }
+    lock(&world).claims = 0;
+    assert!(matches!(ended(&mut reports).await, FeedEvent::Reported { id: 1, refused } if refused.is_empty()));
+    assert_eq!(upstream.api.metrics().claims("taken"), 1);
 }
