@@ -312,6 +312,7 @@ impl Watches {
     }
 
     fn pod_gone(&self, node: &str, key: &str, uid: &str) {
+        self.autonomy.forget(key);
         self.shared.closures().pod_removed(node, key, uid);
         self.upstream.pod_gone(node, uid);
     }
