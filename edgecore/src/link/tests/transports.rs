@@ -2,10 +2,12 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::FutureExt as _;
 use skerry_proto::transport;
 use tokio::net::UdpSocket;
 
 use super::*;
+use crate::kubelet::context::blocking;
 
 type Wire = transport::Wire<TcpStream, ()>;
 
@@ -128,4 +130,44 @@ async fn where_udp_is_swallowed_a_websocket_carries_the_link_and_quic_is_left_al
         bed.end().await;
     };
     tokio::select! { () = swallow => {}, () = story => {} }
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_udp_is_swallowed_a_websocket_is_tried_after_two_seconds() {
+    let (listener, _swallows) = loop {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // Somebody else may have it.
+        if let Ok(udp) = std::net::UdpSocket::bind(listener.local_addr().unwrap()) {
+            break (listener, udp);
+        }
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let tls = identity_of(&Authority::new(), "box", dir.path()).client_config().unwrap();
+    let server = Server { host: "127.0.0.1".to_owned(), port: listener.local_addr().unwrap().port() };
+    // While this runs the time passes only when it is told to: sockets take what they take. It is there for as long as nobody fails.
+    let (done, ending) = std::sync::mpsc::channel::<()>();
+    let standstill = blocking(move || ending.recv_timeout(Duration::from_secs(30)).unwrap_or_default());
+    let story = async {
+        let begin = tokio::time::Instant::now();
+        let mut choice = Choice::new(Transport::Auto);
+        let asked = async {
+            tokio::time::advance(Duration::from_millis(1500)).await;
+            for _ in 0..9 {
+                tokio::task::yield_now().await;
+            }
+            assert!(listener.accept().now_or_never().is_none(), "QUIC has its time alone");
+            tokio::time::advance(Duration::from_millis(500)).await;
+            listener.accept().await.unwrap();
+            begin.elapsed()
+        };
+        let waited = tokio::select! {
+            biased;
+            connected = connect(&server, tls, &mut choice) => panic!("{:?}", connected.err()),
+            waited = asked => waited,
+        };
+        drop(done);
+        waited
+    };
+    let ((), waited) = tokio::join!(standstill, story);
+    assert_eq!(waited, Duration::from_secs(2));
 }
