@@ -1,6 +1,7 @@
 //! `bench`: the promised figures, ours and the upstream kubelet's, from one run on one machine.
 //!
-//! Standard output has one line a figure, `figure subject value unit`, separated by tabs; what is being done goes to standard error.
+//! Standard output has one line a figure, `figure subject value unit`, separated by tabs; what is being done goes to standard error, and at
+//! the end whether what is promised is kept. If anything is not, it fails.
 #![allow(clippy::print_stdout, reason = "its output is its purpose")]
 #![allow(clippy::disallowed_methods, reason = "it measures the time that passes outside")]
 
@@ -82,23 +83,27 @@ fn main() -> Result<()> {
         bail!("the benchmark needs a control plane of its own, beside which nothing else runs: unset KUBECONFIG");
     }
     let run = RunDir::temporary(&std::env::current_exe()?)?;
+    let measured = measure(&arguments, run.path());
+    // Of what was told, also where that broke off.
+    let judged = figures::judge();
+    measured.and(judged)
+}
+
+fn measure(arguments: &Arguments, dir: &Path) -> Result<()> {
     match arguments.group {
-        Some(Group::Scale) => return scale::run(run.path(), arguments.nodes, arguments.transport),
-        Some(Group::Link) => return link::run(run.path(), Duration::from_secs(arguments.idle_seconds)),
-        Some(Group::Devices) => return devices::run(run.path(), &arguments.devices),
+        Some(Group::Scale) => return scale::run(dir, arguments.nodes, arguments.transport),
+        Some(Group::Link) => return link::run(dir, Duration::from_secs(arguments.idle_seconds)),
+        Some(Group::Devices) => return devices::run(dir, &arguments.devices),
         Some(Group::Weight | Group::Pods | Group::Ops) | None => {}
     }
     eprintln!("starting a control plane");
-    let control = ControlPlane::start(&run.path().join("control"))?;
+    let control = ControlPlane::start(&dir.join("control"))?;
     for subject in [Subject::Edgecore, Subject::Kubelet] {
         if arguments.subject.is_none_or(|only| only == subject) {
             let is_ops = arguments.group == Some(Group::Ops);
-            let mut bench = Bench::start(&control, run.path(), subject, is_ops)?;
+            let mut bench = Bench::start(&control, dir, subject, is_ops)?;
             if is_ops {
-                ops::measure(
-                    &bench,
-                    &control.authority()?.client(run.path(), "scraper", "admin", &["system:masters"])?,
-                )?;
+                ops::measure(&bench, &control.authority()?.client(dir, "scraper", "admin", &["system:masters"])?)?;
                 continue;
             }
             if arguments.group != Some(Group::Pods) {

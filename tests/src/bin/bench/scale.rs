@@ -14,7 +14,7 @@ use skerry_tests::controlplane::ControlPlane;
 use skerry_tests::swarm::{Command, Options, Status, Swarm, Transport};
 use skerry_tests::{paths, procfs};
 
-use crate::figures::{rss, tell};
+use crate::figures::{rss, tell, tell_unpromised};
 
 /// How long the swarm has dialled in vain before cloudcore starts.
 const HEADSTART: Duration = Duration::from_secs(20);
@@ -26,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const APART: [&str; 4] = ["leases", "pods/status", "nodes/status", "events"];
 
 const CLOUD: &str = "cloudcore";
+/// Of so many nodes figures are promised.
+const PROMISED: usize = 10_000;
 
 /// Requests to the apiserver so far, by verb and resource.
 type Requests = BTreeMap<(String, String), f64>;
@@ -213,14 +215,17 @@ impl Scale {
 
     /// Tells a figure. Its subject says so where sessions are not WebSockets.
     fn figure(&self, figure: &str, subject: &str, value: f64, unit: &str) {
-        match self.transport {
-            Transport::WebSocket => tell(figure, subject, value, unit),
-            Transport::Quic => tell(figure, &format!("{subject}/quic"), value, unit),
-        }
+        let subject = match self.transport {
+            Transport::WebSocket => subject.to_owned(),
+            Transport::Quic => format!("{subject}/quic"),
+        };
+        // Of fewer nodes each has a larger share in what there is once.
+        let tell = if self.nodes == PROMISED { tell } else { tell_unpromised };
+        tell(figure, &subject, value, unit);
     }
 
     fn size(&self) -> String {
-        if self.nodes == 10_000 { "10k".to_owned() } else { self.nodes.to_string() }
+        if self.nodes == PROMISED { "10k".to_owned() } else { self.nodes.to_string() }
     }
 
     fn requests(&self) -> Result<Requests> {

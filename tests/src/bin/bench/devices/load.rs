@@ -57,7 +57,8 @@ pub(super) fn measure(bed: &Bed, time: Duration) -> Result<()> {
     tell("devices.cpu.10k", "edgecore+mapper", used.iter().sum::<f64>() * 10_000.0 / rate, "%");
     let ours = float(undisturbed.len() as u64);
     let written = bed.writes()? - writes - ours;
-    tell("devices.api.writes", "cloudcore", written / seconds, "1/s");
+    // The first may be at once.
+    tell("devices.api.writes", "cloudcore", (written - WRITES).max(0.0) / seconds, "1/s");
     tell("devices.rss.1000", "edgecore", last - base, "MB");
     tell("devices.rss.growth", "edgecore", last - first, "MB");
     let narrow = stream(bed, &mut desire, undisturbed)?;

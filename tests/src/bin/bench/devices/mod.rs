@@ -26,7 +26,7 @@ use skerry_tests::{paths, ports, procfs};
 use self::local::Local;
 use self::server::Server;
 use crate::bed::{self, NODE};
-use crate::figures::{rss, tell};
+use crate::figures::{rss, tell, tell_precisely};
 
 mod idle;
 mod load;

@@ -138,6 +138,6 @@ fn told(what: &str, mut returns: impl FnMut() -> Result<Duration>) -> Result<f64
     let times: Vec<f64> = (0..ROUNDS).map(|_| Ok(returns()?.as_secs_f64())).collect::<Result<_>>()?;
     let (median, worst) = median(times);
     eprintln!("{what} back: median {median:.2} s, worst {worst:.2} s of {ROUNDS}");
-    println!("devices.recovery.s\t{what}\t{worst:.2}\ts");
+    tell_precisely("devices.recovery.s", what, worst, "s", 2);
     Ok(worst)
 }

@@ -27,7 +27,7 @@ pub(super) fn measure(bed: &Bed) -> Result<()> {
     for (figure, times) in [("devices.local.s", local), ("devices.desired.s", desired)] {
         let (median, worst) = median(times);
         eprintln!("{figure}: worst {worst:.4} s of {ROUNDS}");
-        println!("{figure}\tedgecore\t{median:.4}\ts");
+        tell_precisely(figure, "edgecore", median, "s", 4);
     }
     Ok(())
 }
