@@ -90,14 +90,18 @@ impl Queue {
             return;
         }
         let waited = round.total / round.count - self.base;
-        if waited <= TARGET {
+        // With so little on its way what is left of the wait is hardly ours.
+        let least = FLOOR * self.mtu;
+        let bound = if self.most <= least { TARGET / 2 } else { TARGET };
+        let stands = round.quickest - self.base > bound;
+        if waited <= TARGET && !(stands && self.most <= least) {
             self.standing = 0;
             if waited < TARGET / 2 {
                 self.most = self.most.saturating_add(self.most / 4);
             }
             return;
         }
-        let (stands, helped) = (round.quickest - self.base > TARGET, round.quickest < self.before / 8 * 7);
+        let helped = round.quickest < self.before / 8 * 7;
         self.standing = if !stands || helped { 0 } else { self.standing + 1 };
         self.before = round.quickest;
         if self.standing >= STANDING {
@@ -106,7 +110,7 @@ impl Queue {
         }
         let carried = u128::from(round.bytes) * (self.base + TARGET).as_nanos() / time.as_nanos().max(1);
         let carried = u64::try_from(carried).unwrap_or(u64::MAX);
-        self.most = carried.min(window).min(self.most).max(FLOOR * self.mtu);
+        self.most = carried.min(window).min(self.most).max(least);
         self.settles = true;
     }
 }

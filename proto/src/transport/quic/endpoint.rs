@@ -20,8 +20,9 @@ use tokio::sync::Notify;
 use super::connection::{Connection, Line};
 use super::tls;
 
-/// Reads of the socket, of a batch each, before others have their turn.
-const ROUNDS: usize = 8;
+/// Messages that are read before others have their turn, of which the system may have put many datagrams into one: fewer, and what comes fast
+/// is lost where there is much else to do.
+const TURN: usize = 8 * BATCH_SIZE;
 /// What a client reads at once: one part, of datagrams of one sender. A batch of parts takes 2 MB, which malloc maps, and gives back, the first
 /// time alone: for the next one it has a heap of that size, and clears all of it.
 const CLIENT_ROOM: usize = 64 << 10;
@@ -302,13 +303,13 @@ impl Shared {
 
     /// Whether that was all. `failures` counts those in a row.
     fn read_some(&self, buffer: &mut [u8], size: usize, failures: &mut usize) -> io::Result<bool> {
-        for _ in 0..ROUNDS {
+        let batch = (buffer.len() / size).clamp(1, BATCH_SIZE);
+        for _ in 0..TURN / batch {
             let mut metas = [RecvMeta::default(); BATCH_SIZE];
-            let count = (buffer.len() / size).min(BATCH_SIZE);
             let mut parts = buffer.chunks_mut(size).map(IoSliceMut::new);
             let mut parts: [_; BATCH_SIZE] =
                 std::array::from_fn(|_| parts.next().unwrap_or_else(|| IoSliceMut::new(&mut [])));
-            let read = || self.udp.recv((&self.io).into(), &mut parts[..count], &mut metas[..count]);
+            let read = || self.udp.recv((&self.io).into(), &mut parts[..batch], &mut metas[..batch]);
             match self.io.try_io(Interest::READABLE, read) {
                 Ok(count) => {
                     self.hear(parts.iter().zip(&metas).take(count).map(|(part, meta)| (&part[..meta.len], meta)));
