@@ -61,7 +61,8 @@ async fn list(api: &Apiserver, shared: &Shared, list: &NamespaceList) -> Result<
     let mut from = None;
     loop {
         let part = api.list_part(Kind::Service, &list.namespace, PART, from.as_deref()).await?;
-        shared.closures().shows(Source::Services, part.metadata.resource_version.as_deref().unwrap_or_default());
+        // Of the list's own revision nothing is said: the watch, which tells of what changes, may not come to it for a minute, and an edge that
+        // has seen it would wait for that in its next session.
         for service in &part.items {
             let mut closures = shared.closures();
             closures.shows(Source::Services, &service.resource_version().unwrap_or_default());
