@@ -280,7 +280,7 @@ impl Closures {
     }
 }
 
-fn namespace_of(key: &str) -> &str {
+pub(super) fn namespace_of(key: &str) -> &str {
     key.split('/').next().unwrap_or_default()
 }
 

@@ -11,7 +11,7 @@ use skerry_proto::sync::{COLLECTIONS, Collection, Entry, Object};
 use tokio::sync::Notify;
 
 use super::marks::Said;
-use super::services::KUBERNETES;
+use super::services::{KUBERNETES, namespace_of};
 use super::told::{Telling, Told};
 use super::{Closures, Known, Node, Pod, Source};
 use crate::backend::{FeedEvent, NodeIdentity};
@@ -370,8 +370,7 @@ impl Closures {
             Collection::Settings => Some(&self.settings),
             Collection::Node => Some(&node.object).filter(|_| *key == session.node.name),
             Collection::Services => {
-                let namespace = key.split('/').next().unwrap_or_default();
-                let linked = key == KUBERNETES || node.service_namespaces.contains_key(namespace);
+                let linked = key == KUBERNETES || node.service_namespaces.contains_key(namespace_of(key));
                 self.services.get(key).filter(|_| linked)
             }
             Collection::RuntimeClasses => {
