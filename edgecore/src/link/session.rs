@@ -63,10 +63,7 @@ impl fmt::Display for Ended {
 }
 
 /// Of statuses and of events, the last report that the machine was given: each is once in its life.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Given {
-    last: [u64; 2],
-}
+pub(super) type Given = [u64; 2];
 
 /// What has to reach the disk, in order.
 enum Job {
@@ -314,7 +311,7 @@ impl<'a> Session<'a> {
 
     /// Answers whether there may be more.
     async fn take_reports(&mut self, which: usize) -> Result<bool, store::Error> {
-        let last = &mut self.given.last[which];
+        let last = &mut self.given[which];
         let reports = self.link.store.pending_reports(which == EVENTS, *last, MAX_GIVEN / 4).await?;
         *last = reports.last().map_or(*last, |report| report.id);
         let any = !reports.is_empty();
